@@ -1,0 +1,46 @@
+# Everything is run from `.venv` of the checkout, which `setup` makes from a complete lock.
+# SET=gpu installs the GPU set (vLLM with CUDA) in place of the CPU set.
+SET     ?= cpu
+PYTHON  ?= python3
+BIN     := .venv/bin
+STAMP   := .venv/.installed-$(SET)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup quickstart test check bench clean lock help
+
+help:
+	@echo "make quickstart   set up, then PLE in the miniature world, with a before/after table"
+	@echo "make test         set up, then all tests      make check   ruff and pyright"
+	@echo "make bench        benchmarks                  make clean   remove what runs left"
+
+setup: $(STAMP)
+
+$(STAMP): locks/$(SET).txt pyproject.toml scripts/setup.sh
+	@PYTHON=$(PYTHON) sh scripts/setup.sh $(SET)
+	@touch $@
+
+quickstart: setup
+	@$(BIN)/python -m plumbline.miniature runs/world --seed 0
+	@$(BIN)/plumbline run configs/quickstart.yaml
+
+test: setup
+	@$(BIN)/python -m pytest
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+bench: setup
+	@$(BIN)/python benchmarks/group_logps.py
+	@$(BIN)/python benchmarks/results.py --seeds 0 --variants ple staleness-0
+
+# Needs uv and, where the package index has no CPU build of torch, PyTorch's own index or wheels (UV_FIND_LINKS).
+lock:
+	uv pip compile pyproject.toml --python-version 3.11 --extra cpu --extra dev --extra bench --override locks/exclude.txt --no-annotate --no-header -o locks/cpu.txt
+	uv pip compile pyproject.toml --python-version 3.11 --extra gpu --extra dev --extra bench --no-annotate --no-header -o locks/gpu.txt
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +
