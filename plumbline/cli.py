@@ -1,0 +1,224 @@
+"""The command line. It parses, shows progress, turns errors into one line and an exit code; the work is elsewhere.
+
+Exit codes: 0 done; 1 failed at run time, what was saved and how to resume is said; 2 wrong use; 130 interrupted.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plumbline.errors import PlumblineError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except UserError as error:
+        print(f"plumbline: {error}", file=sys.stderr)
+        return 2
+    except PlumblineError as error:
+        print(f"plumbline: {error}", file=sys.stderr)
+        tell_resume(options)
+        return 1
+    except KeyboardInterrupt:
+        print("plumbline: interrupted; all steps that are done are saved", file=sys.stderr)
+        tell_resume(options)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands. Imports nothing heavy: `plumbline --help` answers at once."""
+    top = argparse.ArgumentParser(
+        prog="plumbline", description="Align language models without human preference labels, on Ray and vLLM."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("run", help="run a config, or continue the run directory that holds it")
+    one.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    add_overrides(one)
+    one.add_argument("--run-dir", type=Path, help="default: runs/NAME, with the config's name")
+    one.set_defaults(command=run_command)
+
+    one = commands.add_parser("resume", help="continue a run at the step it stopped at")
+    one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    one.set_defaults(command=resume_command)
+
+    one = commands.add_parser("evaluate", help="compare versions of a run, or models, on held-out prompts")
+    one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    one.add_argument(
+        "--of", nargs="+", metavar="MODEL", help="base, ple, ple@12, or a model directory; default: base and the newest"
+    )
+    one.add_argument("--prompts", type=int, help="held-out prompts; default: the config's")
+    one.set_defaults(command=evaluate_command)
+
+    one = commands.add_parser("doctor", help="check everything that a run of CONFIG would need")
+    one.add_argument("config", metavar="CONFIG")
+    add_overrides(one)
+    one.add_argument("--run-dir", type=Path)
+    one.set_defaults(command=doctor_command)
+
+    one = commands.add_parser("validate", help="check a data file row by row")
+    one.add_argument("data", metavar="DATA", help=".jsonl, .jsonl.gz, .parquet, .csv, or a dataset's directory or name")
+    one.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    one.add_argument("--split", default="train")
+    one.add_argument("--kind", choices=("prompts", "labelled", "preferences"), default="prompts")
+    one.set_defaults(command=validate_command)
+    return top
+
+
+def add_overrides(command: argparse.ArgumentParser) -> None:
+    """`--set KEY=VALUE`, any number of times."""
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="such as pipelines.0.steps=8"
+    )
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """`plumbline run`."""
+    from plumbline.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    options.run_dir = (options.run_dir or Path("runs") / config.name).absolute()
+    return _run(config, options.run_dir)
+
+
+def resume_command(options: argparse.Namespace) -> int:
+    """`plumbline resume`."""
+    from plumbline.config import load_config
+
+    kept = options.run_dir / "config.yaml"
+    if not kept.is_file():
+        raise UserError(
+            f"{options.run_dir}: no run directory: there is no config.yaml in it; start one by `plumbline run`"
+        )
+    options.run_dir = options.run_dir.absolute()
+    return _run(load_config(kept), options.run_dir)
+
+
+def _run(config: Any, run_dir: Path) -> int:
+    from plumbline.doctor import check
+
+    prompts = check(config, run_dir)  # before Ray and vLLM are even imported: wrong input is told at once
+
+    from pipelines.launch import run
+
+    started = time.monotonic()
+    result = run(config, run_dir, Display(), prompts)
+    show_result(result)
+    print(f"done in {duration(time.monotonic() - started)}; everything is in {run_dir}")
+    return 0
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    """`plumbline evaluate`."""
+    from plumbline.policies import policies
+
+    run_dir = options.run_dir.absolute()
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{options.run_dir}: no run directory: there is no config.yaml in it")
+
+    from pipelines.launch import compare
+
+    show_result(compare(run_dir, options.of or ["base", *policies(run_dir)], options.prompts, Display()))
+    return 0
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """`plumbline doctor`: everything is looked at; the exit code is 2 where a run would fail."""
+    from plumbline.config import load_config
+    from plumbline.doctor import examine
+
+    config = load_config(options.config, options.overrides)
+    errors = 0
+    for finding in examine(config, options.run_dir or Path("runs") / config.name):
+        errors += finding.error is not None
+        stream = sys.stderr if finding.error else sys.stdout
+        print(f"{'FAIL' if finding.error else 'ok  '} {finding.what}: {finding.note}", file=stream)
+    return 2 if errors else 0
+
+
+def validate_command(options: argparse.Namespace) -> int:
+    """`plumbline validate`."""
+    from plumbline.dataset import read_labelled, read_preferences, read_prompts, summarize
+
+    columns = {}
+    for pair in options.column:
+        ours, equals, theirs = pair.partition("=")
+        if not equals:
+            raise UserError(f"--column {pair}: write OURS=THEIRS, such as --column prompt=question")
+        columns[ours] = theirs
+    if options.kind == "labelled":
+        rows = read_labelled(options.data, columns=columns, split=options.split)
+        print(f"{options.data}: {len(rows)} labelled texts, {sum(r.label for r in rows):.0f} of them wanted ones")
+        return 0
+    read = read_preferences if options.kind == "preferences" else read_prompts
+    for key, value in summarize(read(options.data, columns=columns, split=options.split)).items():
+        print(f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}")
+    return 0
+
+
+class Display:
+    """Shows events: one line a step, and what the run says beside."""
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if "message" in event:
+            print(event["message"], flush=True)
+        elif "step" in event:
+            print(step_line(event), flush=True)
+
+
+def step_line(event: Mapping[str, Any]) -> str:
+    """One step in one line, with what its pipeline has of the figures."""
+    shown = [f"{event['pipeline']} {event['step']}/{event['steps']}"]
+    for key, label, form in (
+        ("tau", "τ", "{:.3f}"),
+        ("reward_plain", "plain", "{:+.3f}"),
+        ("reward_guided", "guided", "{:+.3f}"),
+        ("gap", "gap", "{:+.3f}"),
+        ("rank_share", "rank", "{:.0%}"),
+        ("loss", "loss", "{:.4f}"),
+        ("accuracy", "accuracy", "{:.3f}"),
+        ("staleness", "stale", "{:.0f}"),
+        ("generator_idle", "idle gen", "{:.0%}"),
+        ("learner_idle", "learn", "{:.0%}"),
+        ("tokens_per_s", "tok/s", "{:.0f}"),
+    ):
+        if key in event:
+            shown.append(f"{label} {form.format(event[key])}")
+    return " · ".join([*shown, f"{duration(event['seconds_left'])} left"])
+
+
+def show_result(result: Mapping[str, Any]) -> None:
+    """The comparison table and its sample answers."""
+    if not result:
+        return
+    print(f"\n{result['table']}")
+    for sample in result["samples"]:
+        print()
+        for name, text in sample.items():
+            print(f"  {name:>10}: {text}")
+    print()
+
+
+def duration(seconds: float) -> str:
+    """Such as 1:02:03 or 4:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def tell_resume(options: argparse.Namespace) -> None:
+    """How to go on, where there is something to go on from."""
+    run_dir = getattr(options, "run_dir", None)
+    if run_dir is not None and (run_dir / "config.yaml").exists():
+        print(f"plumbline: continue with: plumbline resume {run_dir}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

