@@ -1,0 +1,137 @@
+"""What a learner minimises: which samples make an optimiser step, and the loss of a micro-batch of them.
+
+An objective turns a part into update batches and a micro-batch into ``(loss, metrics)``, both means over samples, so
+that neither the number of workers nor the micro-batch changes the result.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plumbline.config import Ple, RewardModel, Sft
+from plumbline.losses import ple_loss, reward_model_loss, sft_loss
+from plumbline.modeling import group_logps
+from plumbline.parts import Parts
+from plumbline.records import Sample
+from plumbline.rewarding import classifier_logits
+from plumbline.rollouts import ple_sample
+
+Result = tuple[Float[Tensor, ""], dict[str, Tensor]]
+
+
+class Objective(Protocol):
+    """A method, seen from the learner."""
+
+    def restore(self, done: int) -> None:
+        """Called once, before the first part: steps up to `done` are in the weights already."""
+        ...
+
+    def updates(self, step: int, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+        """The samples of each optimiser step that part `step` asks for."""
+        ...
+
+    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
+        """Mean loss of a micro-batch and metrics that are means over its samples."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """Further figures of the present step."""
+        ...
+
+
+class PleObjective:
+    """METHODS.md §3: the data set D of all steps so far (or a window of it), classified anew by the present τ."""
+
+    def __init__(self, section: Ple, parts: Path, seed: int) -> None:
+        self._section = section
+        self._parts = parts
+        self._seed = seed
+        self._replay: dict[int, list[Sample]] = {}
+        self._tau = section.tau0
+
+    def restore(self, done: int) -> None:
+        window = self._section.replay_window or done
+        if done:
+            parts = Parts(str(self._parts), read_only=True)
+            self._replay = {
+                s: [ple_sample(row) for row in parts.read(s)] for s in range(max(1, done - window + 1), done + 1)
+            }
+
+    def updates(self, step: int, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+        self._tau = self._section.tau0 * self._section.alpha ** (step - 1)
+        self._replay[step] = list(samples)
+        if self._section.replay_window is not None:
+            self._replay = {s: kept for s, kept in self._replay.items() if s > step - self._section.replay_window}
+        pool = [sample for kept in self._replay.values() for sample in kept]
+        random.Random(f"{self._seed}-{step}").shuffle(pool)
+        yield from even_chunks(pool, self._section.learner.batch_size)
+
+    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
+        logps_GK, tokens_GK = group_logps(model, [s.group for s in samples])
+        rewards_GK = torch.tensor([s.rewards for s in samples], dtype=torch.float64, device=logps_GK.device)
+        return ple_loss(
+            *logps_GK.unbind(1),
+            *tokens_GK.unbind(1),
+            *rewards_GK.unbind(1),
+            threshold=self._tau,
+            length_normalize_sft=self._section.length_normalize_sft,
+            hinge=self._section.hinge,
+            rank_weight=self._section.rank_weight,
+            sft_weight=self._section.sft_weight,
+        )
+
+    def figures(self) -> dict[str, float]:
+        return {"tau": self._tau, "replayed": sum(map(len, self._replay.values()))}
+
+
+class SftObjective:
+    """Cross-entropy of the targets."""
+
+    def restore(self, done: int) -> None:
+        pass
+
+    def updates(self, step: int, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+        yield list(samples)
+
+    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
+        logps_GK, tokens_GK = group_logps(model, [s.group for s in samples])
+        return sft_loss(logps_GK[:, 0], tokens_GK[:, 0])
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+
+class RewardObjective(SftObjective):
+    """A sequence classifier's one logit: binary cross-entropy of labels, or Bradley-Terry of (chosen, rejected)."""
+
+    def __init__(self, section: RewardModel) -> None:
+        self._section = section
+
+    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
+        texts = [ids for s in samples for ids in s.group.response_ids]
+        scores = classifier_logits(model, texts)[:, 0]
+        if self._section.source == "pairs":
+            chosen, rejected = scores.view(-1, 2).unbind(1)
+            return reward_model_loss(chosen, rejected)
+        labels = torch.tensor([s.rewards[0] for s in samples], device=scores.device)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels)
+        return loss, {"accuracy": ((scores > 0) == (labels > 0.5)).float().mean()}
+
+
+def build_objective(section: Ple | Sft | RewardModel, parts: Path, seed: int) -> Objective:
+    """The objective that a pipeline's section of the config asks for."""
+    if isinstance(section, Ple):
+        return PleObjective(section, parts, seed)
+    return RewardObjective(section) if isinstance(section, RewardModel) else SftObjective()
+
+
+def even_chunks(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """The fewest chunks of at most `size`, as even as can be: a mean over a tiny remainder would be mostly noise."""
+    count = -(-len(samples) // size)
+    for i in range(count):
+        yield list(samples[i * len(samples) // count : (i + 1) * len(samples) // count])

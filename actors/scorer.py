@@ -1,0 +1,148 @@
+"""Rewards: a Hugging Face sequence classifier, or a Python function named in the config. Larger is better.
+
+Pipelines pass a generator's answer on unread; the scorer reads it where it is. A blank response is not scored and a
+score that is not a finite number stays one: the pipeline's commit counts and rejects both (METHODS.md §4).
+"""
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from plumbline.errors import ConfigError
+from plumbline.records import Generation, Message, ScoreRequest
+from plumbline.rewarding import Reads, classifier_logits, reward_ids
+
+RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerSpec:
+    """All that a scorer needs to start; picklable. Exactly one of `function` and `path` is set."""
+
+    function: str | None = None
+    path: str | None = None
+    reads: Reads = "response"
+    max_len: int = 512
+    batch_tokens: int = 8192
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """What a reward sees of a prompt, beside the answers: never the principle."""
+
+    messages: tuple[Message, ...]
+    extra: dict[str, object]
+
+
+class Scorer:
+    """One reward. Scores are Python floats, nan for a blank response."""
+
+    def __init__(self, spec: ScorerSpec) -> None:
+        self._reward = load_function(spec.function) if spec.function else ClassifierReward(spec)
+
+    def ready(self) -> int:
+        """The process id, once the reward is loaded."""
+        return os.getpid()
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
+        """One score a request."""
+        asked = [i for i, request in enumerate(requests) if request.response.strip()]
+        scores = [math.nan] * len(requests)
+        answered = self._reward([requests[i] for i in asked]) if asked else []
+        if len(answered) != len(asked):
+            raise ConfigError(
+                f"the reward returned {len(answered)} scores for {len(asked)} requests; it must be one each"
+            )
+        for i, score in zip(asked, answered, strict=True):
+            scores[i] = float(score)
+        return scores
+
+    def score_generations(self, queries: Sequence[Query], generations: Sequence[Generation]) -> list[list[float]]:
+        """Scores of every completion: one list a generation, whose query stands at the same place."""
+        requests = [
+            ScoreRequest(messages=query.messages, response=completion.text, extra=query.extra)
+            for query, generation in zip(queries, generations, strict=True)
+            for completion in generation.completions
+        ]
+        scores = iter(self.score(requests))
+        return [[next(scores) for _ in generation.completions] for generation in generations]
+
+
+def load_function(name: str) -> RewardFunction:
+    """`module:function`, the working directory included. Raises ConfigError where there is none."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"reward.function: {name}: {error}; write module:function, importable from here") from None
+    if not callable(function):
+        raise ConfigError(f"reward.function: {name} is no function")
+    return cast(RewardFunction, function)
+
+
+class ClassifierReward:
+    """A sequence classifier: one label is a value, of two the log-odds of the second."""
+
+    def __init__(self, spec: ScorerSpec) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        from plumbline.prompting import read_tokenizer
+
+        torch.set_num_threads(spec.threads)
+        assert spec.path is not None
+        self._spec = spec
+        self._tokenizer: Any = read_tokenizer(spec.path)
+        self._model: Any = AutoModelForSequenceClassification.from_pretrained(
+            spec.path, use_safetensors=True, trust_remote_code=False
+        )
+        self._model.to(spec.device).eval()
+        if self._model.config.pad_token_id is None:
+            pad = self._tokenizer.pad_token_id
+            self._model.config.pad_token_id = self._tokenizer.eos_token_id if pad is None else pad
+        if self._model.config.num_labels > 2:
+            raise ConfigError(
+                f"{spec.path}: a classifier of {self._model.config.num_labels} labels; a reward has 1 or 2"
+            )
+        self.truncated = 0
+
+    def __call__(self, requests: Sequence[ScoreRequest]) -> list[float]:
+        """One score a request, computed in batches of at most `batch_tokens` padded tokens."""
+        import torch
+
+        ids = [self._encode(request) for request in requests]
+        scores = [0.0] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        with torch.inference_mode():
+            for batch in _batches(order, [len(i) for i in ids], self._spec.batch_tokens):
+                logits = classifier_logits(self._model, [ids[i] for i in batch])
+                values = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+                for i, value in zip(batch, values.tolist(), strict=True):
+                    scores[i] = value
+        return scores
+
+    def _encode(self, request: ScoreRequest) -> list[int]:
+        ids, cut = reward_ids(
+            self._tokenizer, request.messages, request.response, reads=self._spec.reads, max_len=self._spec.max_len
+        )
+        self.truncated += cut
+        return ids
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive runs of `order` (ascending in length) whose padded size stays within `budget` tokens."""
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

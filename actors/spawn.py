@@ -1,0 +1,186 @@
+"""Where plain classes become Ray actors: resources, placement, restarts, and a teardown that leaves no process behind.
+
+The only file with `ray.remote`. A driver calls `start_ray`, fills a `Fleet`, and closes it whatever happens.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+import uuid
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError
+
+from actors.channel import Channel
+from actors.engine import EngineSpec
+from actors.generator import Generator
+from actors.learner import run_learner
+from actors.scorer import Scorer, ScorerSpec
+from actors.train_loop import LearnerSpec
+from actors.weights import PolicyStore
+from plumbline.config import GeneratorFleet, ScorerFleet
+from plumbline.errors import PlumblineError, RunError
+from plumbline.records import PolicyRef, Publication, TokenGroup
+
+RESTARTS = 100
+"""Deaths of one generator or scorer that Ray mends before a run gives up."""
+
+_DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead learner worker is noticed within this
+    "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",  # an engine's own processes die with it
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def start_ray(cpus: int) -> None:
+    """Join the cluster of RAY_ADDRESS (a submitted job has one), else start Ray here with at least `cpus` CPUs."""
+    for key, value in _DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    # Actors import what the driver can: the packages of a checkout, and a reward function beside the config.
+    paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    common["runtime_env"] = {"env_vars": {"PYTHONPATH": paths, "HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **common)
+
+
+@dataclass
+class Fleet:
+    """Handles of the actors that all pipelines of a run share."""
+
+    store: Any
+    store_name: str
+    generators: list[Any] = field(default_factory=list)
+    scorer: list[Any] = field(default_factory=list)
+    judge: list[Any] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)
+
+    def add_generators(
+        self,
+        settings: GeneratorFleet,
+        choice: Literal["vllm", "transformers"],
+        spec: EngineSpec,
+        probe: Sequence[TokenGroup],
+        tolerance: float,
+        keep: int,
+    ) -> None:
+        """Start the pool. The engines load in the background; `ready` waits for them."""
+        store_name = self.store_name
+
+        async def fetch(ref: PolicyRef) -> Publication:
+            # By name: a handle among the arguments would put them where a restart may not find them.
+            store: Any = ray.get_actor(store_name)
+            return await store.fetch.remote(ref)
+
+        for i in range(settings.replicas):
+            name = f"generator-{i}"
+            actor = ray.remote(Generator).options(
+                num_cpus=settings.cpus,
+                num_gpus=settings.gpus,
+                max_restarts=RESTARTS,
+                max_task_retries=-1,
+                max_concurrency=1000,
+            )
+            self.generators.append(actor.remote(name, choice, spec, list(probe), tolerance, fetch, keep))
+
+    def add_scorers(self, settings: ScorerFleet, spec: ScorerSpec) -> list[Any]:
+        """Start replicas of one reward; returns their handles."""
+        actor = ray.remote(Scorer).options(
+            num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=RESTARTS, max_task_retries=-1
+        )
+        return [actor.remote(spec) for _ in range(settings.replicas)]
+
+    def add_channel(self, slots: int) -> Any:
+        """A channel for one learner."""
+        channel = ray.remote(Channel).options(num_cpus=0, max_concurrency=1000).remote(slots)
+        self.others.append(channel)
+        return channel
+
+    async def ready(self) -> None:
+        """Wait until every engine and every reward is loaded. Raises what kept one from loading."""
+        waits = [g.start.remote() for g in self.generators]
+        waits += [s.ready.remote() for s in [*self.scorer, *self.judge]]
+        await gather(*waits)
+
+    def close(self) -> None:
+        """Stop every actor; an engine gets a moment to end its own processes."""
+        with contextlib.suppress(RayError):
+            closing = [g.close.options(max_task_retries=0).remote() for g in self.generators]
+            ray.wait(closing, num_returns=len(closing), timeout=5)
+        for handle in [*self.generators, *self.scorer, *self.judge, *self.others, self.store]:
+            with contextlib.suppress(RayError):
+                ray.kill(handle)
+
+
+def start_fleet(keep: int) -> Fleet:
+    """A fleet with nothing but its policy store, which holds the newest `keep` versions of every policy."""
+    name = f"policy-store-{uuid.uuid4().hex}"
+    store = ray.remote(PolicyStore).options(name=name, num_cpus=0, max_concurrency=1000).remote(keep)
+    return Fleet(store=store, store_name=name)
+
+
+def start_learner(spec: LearnerSpec, channel: Any, store: Any) -> "asyncio.Future[None]":
+    """Run a learner beside the event loop; the future ends when the learner does.
+
+    A thread of its own, which does not keep the process alive: an interrupted run must not wait for Ray Train.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(None)
+
+    def work() -> None:
+        error: BaseException | None = None
+        try:
+            run_learner(spec, channel, store)
+        except Exception as failure:
+            error = RunError(f"the learner of {spec.section.name} ended: {first_line(failure)}")
+        with contextlib.suppress(RuntimeError):  # the loop is gone: the run was interrupted
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=work, name=f"learner-{spec.section.name}", daemon=True).start()
+    return done
+
+
+async def gather(*refs: Any) -> list[Any]:
+    """Await several refs; a remote error of ours is raised as itself, any other as a RunError."""
+    try:
+        return list(await asyncio.gather(*refs))
+    except RayError as error:
+        raise unwrap(error) from None
+
+
+async def ask(ref: "Coroutine[Any, Any, Any] | Any") -> Any:
+    """Await one ref; see `gather`."""
+    return (await gather(ref))[0]
+
+
+def unwrap(error: RayError) -> BaseException:
+    """Our own error inside a Ray error, or a RunError that says what it was."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RayError):
+        return unwrap(cause)
+    if isinstance(cause, PlumblineError):
+        return cause
+    return RunError(first_line(cause if isinstance(cause, Exception) else error))
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else ''}"
+
+
+def stop_ray() -> None:
+    """Leave the cluster; a local one ends with all its processes."""
+    ray.shutdown()
