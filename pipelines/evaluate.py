@@ -1,0 +1,150 @@
+"""Compare policies on held-out prompts: reward, gap to guided answers, perplexity, BLEU, length, win rate.
+
+A run calls it at its end (base against the newest versions); `plumbline evaluate` with any two versions or models.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from actors.scorer import Query
+from actors.spawn import gather
+from pipelines.context import Context
+from plumbline.config import Generation as Settings
+from plumbline.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
+from plumbline.prompting import encode_response, principle_text, render
+from plumbline.records import GenerateRequest, PolicyRef, Prompt, Sampling, TokenGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """One policy's answers to the plain and the guided prompts, in the order of the prompts, with both rewards."""
+
+    plain: list[str]
+    guided: list[str]
+    rewards: list[float]
+    guided_rewards: list[float]
+    judged: list[float]
+    judged_guided: list[float]
+    lengths: list[int]
+    finished: float
+    ppl: float | None
+
+
+async def answers_of(
+    context: Context, ref: PolicyRef, prompts: Sequence[Prompt], settings: Settings, principle: str
+) -> Answers:
+    """Generate, score and measure one policy. Seeds are the prompts', so that policies meet the same luck."""
+    sampling = Sampling(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        stop=tuple(settings.stop),
+    )
+    requests = [
+        GenerateRequest(
+            key=f"{prompt.id}/{kind}",
+            prompt_ids=render(context.tokenizer, prompt.messages, principle=text),
+            ref=ref,
+            sampling=sampling,
+            seed=zlib.crc32(f"{context.config.seed}/evaluate/{prompt.id}/{kind}".encode()) >> 1,
+        )
+        for kind, text in (("plain", None), ("guided", principle_text(principle)))
+        for prompt in prompts
+    ]
+    pool = context.fleet.generators
+    shards = [requests[i :: len(pool)] for i in range(len(pool))]
+    drawn = await gather(*(g.generate.remote(shard) for g, shard in zip(pool, shards, strict=True)))
+    by_key = {generation.key: generation for shard in drawn for generation in shard}
+    generations = [by_key[request.key] for request in requests]
+    queries = [Query(messages=p.messages, extra=dict(p.extra)) for _ in range(2) for p in prompts]
+    rewards = await scores_of(context.fleet.scorer, queries, generations)
+    judged = await scores_of(context.fleet.judge, queries, generations)
+    n = len(prompts)
+    texts = [g.completions[0].text for g in generations]
+    plain = [g.completions[0] for g in generations[:n]]
+    return Answers(
+        plain=texts[:n],
+        guided=texts[n:],
+        rewards=rewards[:n],
+        guided_rewards=rewards[n:],
+        judged=judged[:n],
+        judged_guided=judged[n:],
+        lengths=[len(c.ids) for c in plain],
+        finished=sum(c.finish_reason == "stop" for c in plain) / n,
+        ppl=await target_ppl(context, ref, prompts),
+    )
+
+
+async def scores_of(scorers: Sequence[Any], queries: Sequence[Query], generations: Sequence[Any]) -> list[float]:
+    """The first replica's score of each answer; nothing where there is no such reward."""
+    if not scorers:
+        return []
+    [scored] = await gather(scorers[0].score_generations.remote(list(queries), list(generations)))
+    return [one[0] for one in scored]
+
+
+async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]) -> float | None:
+    """Corpus perplexity of the reference answers under the plain prompt, with EOS; None without references."""
+    groups = [
+        TokenGroup(render(context.tokenizer, p.messages), [encode_response(context.tokenizer, p.target)])
+        for p in prompts
+        if p.target is not None
+    ]
+    if not groups:
+        return None
+    [scored] = await gather(context.fleet.generators[0].logprobs.remote(groups, ref))
+    return corpus_ppl([-sum(one[0]) for one in scored], [len(one[0]) for one in scored])
+
+
+def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples: int) -> dict[str, Any]:
+    """Figures of every candidate, the first being what the others are compared with.
+
+    Means are over answers with a finite score; a blank one has none, and is counted.
+
+    Returns:
+        ``{"rows": [...], "table": Markdown, "samples": [{"prompt", name: answer, ...}]}``
+    """
+    first = next(iter(answers))
+    rows, shown = [], []
+    for name, one in answers.items():
+        row: dict[str, Any] = {"policy": name, "prompts": len(prompts)}
+        row |= reward_columns("", one.rewards, one.guided_rewards)
+        row |= reward_columns("judge ", one.judged, one.judged_guided)
+        row["PPL"] = one.ppl
+        if all(p.target is not None for p in prompts):
+            row["BLEU"] = bleu(one.plain, [p.target or "" for p in prompts])
+        row["tokens"] = sum(one.lengths) / len(one.lengths)
+        row["finished"] = one.finished
+        row["blank"] = sum(not text.strip() for text in one.plain)
+        if name != first and one.rewards:
+            row["win rate"] = reward_win_rate(
+                *zip(
+                    *[(a, b) for a, b in zip(one.rewards, answers[first].rewards, strict=True) if finite(a, b)],
+                    strict=True,
+                )
+            )
+        rows.append(row)
+    for i, prompt in enumerate(prompts[:samples]):
+        shown.append({"prompt": prompt.query, **{name: one.plain[i] for name, one in answers.items()}})
+    plain_rows = [{k: asdict(v) if isinstance(v, Interval) else v for k, v in row.items()} for row in rows]
+    return {"rows": plain_rows, "table": markdown(rows), "samples": shown}
+
+
+def reward_columns(prefix: str, rewards: Sequence[float], guided: Sequence[float]) -> dict[str, Interval]:
+    """Mean of plain answers, and gap to guided ones, with 95 % intervals."""
+    pairs = [(a, b) for a, b in zip(rewards, guided, strict=True) if finite(a, b)]
+    if not pairs:
+        return {}
+    figures: Gap = gap([a for a, _ in pairs], [b for _, b in pairs])
+    return {
+        f"{prefix}reward": mean_interval([a for a in rewards if finite(a)]),
+        f"{prefix}guided": figures.guided,
+        f"{prefix}gap": figures.gap,
+    }
+
+
+def finite(*values: float) -> bool:
+    """Whether all are numbers, and neither infinite."""
+    return all(v - v == 0 for v in values)

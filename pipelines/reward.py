@@ -1,0 +1,85 @@
+"""Train a reward model: a one-logit sequence classifier, from labelled texts or preference pairs (Bradley-Terry)."""
+
+import json
+from pathlib import Path
+
+from actors.scorer import ScorerSpec
+from actors.spawn import ask
+from actors.train_loop import LearnerSpec
+from pipelines.context import Context
+from pipelines.loop import train_on
+from pipelines.sft import shuffled_batches
+from plumbline.config import RewardModel, Source
+from plumbline.dataset import read_labelled, read_preferences
+from plumbline.policies import version_directory
+from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
+from plumbline.rewarding import reward_ids
+
+
+async def run_reward(context: Context, section: RewardModel) -> Path:
+    """Train to the last batch, report held-out accuracy; returns the directory of the model."""
+    train = read_requests(context.config.data.train, section)
+    heldout = read_requests(context.config.data.heldout, section) if context.config.data.heldout else []
+    if not heldout:  # the last twentieth is kept back
+        train, heldout = train[: -max(1, len(train) // 20)], train[-max(1, len(train) // 20) :]
+    batches = shuffled_batches(
+        [reward_sample(context, section, requests, label) for requests, label in train],
+        section.learner.batch_size,
+        section.epochs,
+        context.config.seed,
+    )
+    spec = LearnerSpec(
+        section=section,
+        model=context.config.model,
+        dtype=context.dtype,
+        device=context.device,
+        probe=(),
+        total=len(batches),
+        seed=context.config.seed,
+        run_dir=context.run_dir,
+    )
+    await train_on(context, spec, batches)
+    directory = version_directory(context.run_dir, PolicyRef(policy=section.name, version=len(batches)))
+    accuracy = await heldout_accuracy(context, section, directory, heldout)
+    figures = {"heldout_accuracy": accuracy, "heldout": len(heldout), "trained_on": len(train)}
+    (directory / "accuracy.json").write_text(json.dumps(figures), encoding="utf-8")
+    context.events.write({"pipeline": section.name, **figures})
+    context.events.say(f"{section.name}: held-out accuracy {accuracy:.4f} on {len(heldout)} rows; model in {directory}")
+    return directory
+
+
+Labelled = tuple[list[ScoreRequest], float]
+
+
+def read_requests(source: Source, section: RewardModel) -> list[Labelled]:
+    """One labelled text, or (chosen, rejected) with label 1. Raises DataError."""
+    if section.source == "pairs":
+        rows = read_preferences(source.path, columns=source.columns, split=source.split, limit=source.limit)
+        return [
+            ([ScoreRequest(messages=p.messages, response=text or "") for text in (p.chosen, p.rejected)], 1.0)
+            for p in rows
+        ]
+    labelled = read_labelled(source.path, columns=source.columns, split=source.split, limit=source.limit)
+    return [([ScoreRequest(messages=row.messages or (), response=row.text)], row.label) for row in labelled]
+
+
+def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRequest], label: float) -> Sample:
+    """A group without a prompt: its responses are what the classifier reads."""
+    texts = [
+        reward_ids(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=section.max_len)[0]
+        for r in requests
+    ]
+    return Sample(group=TokenGroup([], texts), rewards=(label,))
+
+
+async def heldout_accuracy(context: Context, section: RewardModel, directory: Path, rows: list[Labelled]) -> float:
+    """Share of texts on the right side of 0, or of pairs in the right order, as the scorer actor judges them."""
+    spec = ScorerSpec(path=str(directory), reads=section.reads, max_len=section.max_len, device=context.device)
+    scorer = context.fleet.add_scorers(context.config.fleet.scorer.model_copy(update={"replicas": 1}), spec)[0]
+    context.fleet.others.append(scorer)
+    scores = await ask(scorer.score.remote([request for requests, _ in rows for request in requests]))
+    if section.source == "pairs":
+        right = sum(chosen > rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True))
+    else:
+        right = sum((score > 0) == (label > 0.5) for score, (_, label) in zip(scores, rows, strict=True))
+    return right / len(rows)

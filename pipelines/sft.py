@@ -1,0 +1,48 @@
+"""Supervised fine-tuning on (prompt, target): a pipeline of its own, or the stage that makes π0 before the others."""
+
+import random
+
+from actors.train_loop import LearnerSpec
+from pipelines.context import Context
+from pipelines.loop import train_on
+from plumbline.checkpoint import latest_step
+from plumbline.config import Model, Sft
+from plumbline.lengths import sft_group
+from plumbline.policies import version_directory, versions
+from plumbline.records import PolicyRef, Sample
+
+
+async def run_sft(context: Context, section: Sft) -> str:
+    """Train to the last batch; returns the directory of the final version."""
+    samples = sft_samples(context)
+    batches = shuffled_batches(samples, section.learner.batch_size, section.epochs, context.config.seed)
+    spec = LearnerSpec(
+        section=section,
+        model=context.config.model if not context.model_path else Model.model_validate({"path": context.model_path}),
+        dtype=context.dtype,
+        device=context.device,
+        probe=context.probe if section.policy.type == "lora" else (),
+        total=len(batches),
+        seed=context.config.seed,
+        run_dir=context.run_dir,
+    )
+    await train_on(context, spec, batches)
+    final = PolicyRef(policy=section.name, version=len(batches))
+    assert final.version in versions(context.run_dir, section.name), latest_step(spec.checkpoints)
+    return str(version_directory(context.run_dir, final))
+
+
+def sft_samples(context: Context) -> list[Sample]:
+    """(plain prompt, target with EOS) of every prompt within the limits."""
+    groups = (sft_group(context.config, context.tokenizer, prompt) for prompt in context.prompts)
+    return [Sample(group=group) for group in groups if group]
+
+
+def shuffled_batches(samples: list[Sample], size: int, epochs: int, seed: int) -> list[list[Sample]]:
+    """Every sample once an epoch, in an order of its own each epoch."""
+    batches = []
+    for epoch in range(epochs):
+        order = list(samples)
+        random.Random(f"{seed}-{epoch}").shuffle(order)
+        batches += [order[i : i + size] for i in range(0, len(order), size)]
+    return batches
