@@ -1,0 +1,266 @@
+"""A real vLLM engine: parity with transformers, base and adapters side by side, and the proof against sabotage."""
+
+import asyncio
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.engine import Adapter, EngineSpec, start_engine
+from actors.generator import Generator
+from actors.policy import LearnedPolicy
+from plumbline.config import Model, Ple
+from plumbline.dataset import read_prompts
+from plumbline.errors import SyncError
+from plumbline.policies import read_publication, version_directory
+from plumbline.prompting import encode_response, load_tokenizer, render
+from plumbline.records import GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
+from tests.tiny import make_prompts, make_tiny_model
+
+pytest.importorskip("vllm")
+FLOAT32_PARITY = 1e-4
+
+
+class World:
+    """One vLLM engine, one transformers engine, and three versions of a policy; started once for this file."""
+
+    def __init__(self, root: Path) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.ids = itertools.count(1)
+        self.root = root
+        model = make_tiny_model(root / "model")
+        self.tokenizer = load_tokenizer(str(model))
+        prompts = read_prompts(str(make_prompts(root / "prompts.jsonl", 12)))
+        self.probe = [
+            TokenGroup(render(self.tokenizer, p.messages), [encode_response(self.tokenizer, p.target or "")])
+            for p in prompts
+        ]
+        self.spec = EngineSpec(
+            model_path=str(model),
+            dtype="float32",
+            device="cpu",
+            max_model_len=192,
+            max_num_seqs=64,
+            max_lora_rank=8,
+            max_adapters=4,
+            threads=1,
+            kv_cache_gib=0.25,
+            memory_share=0.5,
+            seed=0,
+        )
+        self.publications = self._publish(model, versions=3)
+        self.vllm = self.loop.run_until_complete(self._start("vllm"))
+        self.oracle = self.loop.run_until_complete(self._start("transformers"))
+
+    async def _start(self, kind: Any) -> Any:
+        return start_engine(kind, self.spec)
+
+    def _publish(self, model: Path, versions: int) -> dict[int, Publication]:
+        """Versions whose weights were moved by hand, each published as a learner does."""
+        policy = LearnedPolicy(Ple(type="ple"), Model.model_validate({"path": str(model)}), "float32", "cpu", 0)
+        base = previous = policy.probe(self.probe)
+        found = {}
+        for number in range(1, versions + 1):
+            torch.manual_seed(number)
+            with torch.no_grad():
+                for parameter in policy.trainable:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+            ref = PolicyRef(policy="ple", version=number)
+            now = policy.probe(self.probe)
+            publication = Publication(
+                ref=ref, files={}, probe_logps=now, previous_probe_logps=previous, base_probe_logps=base
+            )
+            policy.save(version_directory(self.root, ref), publication, adapter=True)
+            found[number] = read_publication(self.root, ref)
+            previous = now
+        return found
+
+    def run(self, coroutine: Any) -> Any:
+        return self.loop.run_until_complete(coroutine)
+
+    def generator(self, engine: Any) -> Generator:
+        """A generator over an engine that is already running."""
+
+        async def fetch(ref: PolicyRef) -> Publication:
+            return self.publications[ref.version]
+
+        generator = Generator("generator-0", "vllm", self.spec, self.probe, 1e-3, fetch, keep=3)
+        generator._ids = self.ids  # an engine has one generator in its life; here it has several
+
+        async def begin() -> None:
+            generator._measured[PolicyRef()] = await generator._measure(engine, None)
+            generator._engine = engine
+
+        self.run(begin())
+        return generator
+
+    def adapter(self, number: int, id: int) -> Adapter:
+        path = version_directory(self.root, PolicyRef(policy="ple", version=number))
+        return Adapter(id=id, name=f"direct-{id}", path=str(path))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    one = World(tmp_path_factory.mktemp("engines"))
+    yield one
+    one.run(one.vllm.close())
+
+
+def test_log_probs_match_transformers_for_base_and_adapter(world: World) -> None:
+    adapter = world.adapter(1, id=901)
+    world.run(world.vllm.add_adapter(adapter))
+    world.run(world.oracle.add_adapter(adapter))
+    moved = 0.0
+    for group in world.probe[:4]:
+        by_adapter = []
+        for which in (None, adapter):
+            [response] = group.response_ids
+            ours = world.run(world.vllm.logprobs(group.prompt_ids, response, adapter=which))
+            theirs = world.run(world.oracle.logprobs(group.prompt_ids, response, adapter=which))
+            assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < FLOAT32_PARITY
+            by_adapter.append(ours)
+        moved = max(moved, *(abs(a - b) for a, b in zip(*by_adapter, strict=True)))
+    assert moved > 0.01, "the adapter changes nothing: parity with it shows nothing"
+
+
+def test_seeded_samples_repeat_exactly_also_beside_others(world: World) -> None:
+    sampling = Sampling(max_tokens=24)
+    group = world.probe[0]
+
+    async def ask(seed: int, n: int) -> list[Any]:
+        return await world.vllm.generate(group.prompt_ids, sampling, seed=seed, n=n, adapter=None)
+
+    async def crowd() -> list[list[Any]]:
+        return await asyncio.gather(*(ask(seed, 2) for seed in range(16)))
+
+    alone = world.run(ask(3, 2))
+    together = world.run(crowd())
+    assert [c.ids for c in together[3]] == [c.ids for c in alone]
+    assert world.run(ask(4, 1))[0].ids == alone[1].ids, "sample i is drawn with seed + i"
+    assert len({tuple(c.ids) for answer in together for c in answer}) > 16
+
+
+def test_finish_reason_says_who_ended_an_answer(world: World) -> None:
+    eos = world.tokenizer.eos_token_id
+    group = world.probe[1]
+    found = set()
+    for engine in (world.vllm, world.oracle):
+        for limit in (1, 120):
+            for c in world.run(
+                engine.generate(group.prompt_ids, Sampling(max_tokens=limit), seed=5, n=8, adapter=None)
+            ):
+                assert (c.finish_reason == "stop") == (c.ids[-1] == eos)
+                assert len(c.ids) <= limit
+                assert world.tokenizer.eos_token not in c.text
+                found.add(c.finish_reason)
+    assert "length" in found
+
+
+def test_base_and_versions_answer_side_by_side(world: World) -> None:
+    generator = world.generator(world.vllm)
+    refs = [PolicyRef(), PolicyRef(policy="ple", version=1), PolicyRef(policy="ple", version=2)]
+    requests = [
+        GenerateRequest(
+            key=str(i),
+            prompt_ids=world.probe[i % 4].prompt_ids,
+            ref=refs[i % 3],
+            sampling=Sampling(max_tokens=16),
+            seed=i,
+        )
+        for i in range(12)
+    ]
+    answers = world.run(generator.generate(requests))
+    assert [a.key for a in answers] == [r.key for r in requests]
+    assert [a.ref for a in answers] == [r.ref for r in requests]
+    assert {a.engine for a in answers} == {"generator-0"}
+
+
+def test_versions_are_proved_and_old_ones_forgotten(world: World) -> None:
+    generator = world.generator(world.vllm)
+    for number in (1, 2, 3):
+        proof = world.run(generator.load(PolicyRef(policy="ple", version=number)))
+        assert proof.difference < FLOAT32_PARITY
+        assert proof.drift == pytest.approx(1, abs=0.01)
+    generator._keep = 1
+    world.run(generator._forget(PolicyRef(policy="ple", version=3)))
+    assert set(generator._adapters) == {PolicyRef(policy="ple", version=3)}
+
+
+class Sabotaged:
+    """A real engine whose `add_adapter` does something else than it was told."""
+
+    kind = "vllm"
+
+    def __init__(self, engine: Any, instead: Any) -> None:
+        self._engine, self._instead = engine, instead
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        await self._engine.add_adapter(adapter)
+
+    async def logprobs(self, prompt_ids: Any, response_ids: Any, *, adapter: Adapter | None) -> list[float]:
+        return await self._engine.logprobs(prompt_ids, response_ids, adapter=adapter and self._instead(adapter))
+
+
+def sabotaged_load(world: World, instead: Any, version: int = 2) -> SyncError:
+    honest = world.generator(world.vllm)
+    world.run(honest.load(PolicyRef(policy="ple", version=version - 1)))
+    honest._engine = Sabotaged(world.vllm, instead)  # type: ignore[assignment]
+    with pytest.raises(SyncError) as caught:
+        world.run(honest.load(PolicyRef(policy="ple", version=version)))
+    error = caught.value
+    assert (error.policy, error.version, error.engine) == ("ple", version, "generator-0")
+    assert "ple v000002" in str(error) and "generator-0" in str(error)
+    assert error.difference > 0
+    return error
+
+
+def test_a_generator_that_keeps_the_old_adapter_is_caught(world: World) -> None:
+    old = world.adapter(1, id=911)
+    error = sabotaged_load(world, lambda _: old)
+    assert "still answers as ple@1" in str(error)
+
+
+def test_a_generator_that_loads_a_wrong_adapter_is_caught(world: World) -> None:
+    wrong = world.adapter(3, id=912)
+    sabotaged_load(world, lambda _: wrong)
+
+
+def test_a_generator_that_loads_a_no_op_is_caught(world: World) -> None:
+    sabotaged_load(world, lambda _: None)
+
+
+def test_a_small_step_is_told_from_none(world: World) -> None:
+    """A step far below the tolerance in value: only the drift tells that the engine kept the old version."""
+    source = version_directory(world.root, PolicyRef(policy="ple", version=1))
+    nudged = world.root / "nudged"
+    shutil.copytree(source, nudged, dirs_exist_ok=True)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(nudged / "adapter_model.safetensors")
+    save_file({k: v * 1.001 for k, v in weights.items()}, nudged / "adapter_model.safetensors")
+    world.run(world.oracle.add_adapter(Adapter(id=77, name="nudged", path=str(nudged))))
+
+    async def probe_of(adapter: Adapter) -> list[float]:
+        scored = [await world.oracle.logprobs(g.prompt_ids, g.response_ids[0], adapter=adapter) for g in world.probe]
+        return [sum(s) / len(s) for s in scored]
+
+    small = replace(
+        world.publications[2],
+        probe_logps=world.run(probe_of(Adapter(id=77, name="nudged", path=str(nudged)))),
+        files={f.name: f.read_bytes() for f in nudged.iterdir() if f.name != "proof.json"},
+    )
+    step = max(abs(a - b) for a, b in zip(small.probe_logps, small.previous_probe_logps, strict=True))
+    assert 1e-5 < step < 1e-3
+    kept, world.publications[2] = world.publications[2], small
+    try:
+        assert "still answers as ple@1" in str(sabotaged_load(world, lambda _: world.adapter(1, id=913)))
+        generator = world.generator(world.vllm)
+        world.run(generator.load(PolicyRef(policy="ple", version=1)))
+        assert world.run(generator.load(PolicyRef(policy="ple", version=2))).drift == pytest.approx(1, abs=0.2)
+    finally:
+        world.publications[2] = kept

@@ -1,0 +1,157 @@
+"""Whole runs through the command line: staleness, Ctrl-C and resume, and processes killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from plumbline.parts import Parts, Rejected
+from tests.tiny import tiny_config, write_config
+
+pytestmark = pytest.mark.slow
+LIMIT_S = 400
+MARK = "PLUMBLINE_TEST_RUN"
+"""An environment variable by which a run's processes are told from those of other runs on this machine."""
+
+
+def start(directory: Path, config: dict[str, Any]) -> subprocess.Popen[str]:
+    path = write_config(directory, config)
+    command = [sys.executable, "-m", "plumbline.cli", "run", str(path), "--run-dir", str(directory / "run")]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: str(directory)}
+    return subprocess.Popen(
+        command, cwd=directory, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=LIMIT_S)
+    return process.returncode, out, err
+
+
+def events(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "run" / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(directory: Path, process: subprocess.Popen[str], steps: int) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while len(events(directory)) < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step in time"
+        time.sleep(0.1)
+
+
+def processes(directory: Path) -> list[psutil.Process]:
+    """Processes of Ray and of engines that the run in `directory` started."""
+    found = []
+    for p in psutil.process_iter():
+        try:
+            mine = p.environ().get(MARK) == str(directory) and p.status() != psutil.STATUS_ZOMBIE
+            if mine and any(word in p.cmdline()[0] for word in ("ray::", "raylet", "EngineCore")):
+                found.append(p)
+        except (psutil.Error, IndexError):
+            continue
+    return found
+
+
+def kill(directory: Path, *titles: str) -> int:
+    """`kill -9` the run's processes with one of these titles; returns how many there were."""
+    chosen = [p for p in processes(directory) if any(title in p.cmdline()[0] for title in titles)]
+    for p in chosen:
+        p.kill()
+    return len(chosen)
+
+
+def leftovers(directory: Path) -> list[str]:
+    """What of a run is still there a moment after its end."""
+    deadline = time.monotonic() + 15
+    while (found := processes(directory)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return [" ".join(p.cmdline()) for p in found]
+
+
+def assert_each_prompt_once(directory: Path, steps: int = 8, prompts: int = 64) -> list[dict[str, Any]]:
+    """Every step is done, in order, and every prompt is in one part or rejected, never in both or twice."""
+    assert [e["step"] for e in events(directory)] == list(range(1, steps + 1))
+    rollouts = directory / "run" / "rollouts" / "ple"
+    parts = Parts(str(rollouts), read_only=True)
+    assert parts.steps() == list(range(1, steps + 1))
+    rows = parts.read_all()
+    rejected = Rejected(str(rollouts / "rejected.parquet"), read_only=True).rows()
+    seen = [str(r["prompt_id"]) for r in [*rows, *rejected]]
+    assert sorted(seen) == sorted(f"p{i}" for i in range(prompts))
+    return rows
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_no_rollout_is_staler_than_the_bound(tmp_path: Path, bound: int) -> None:
+    config = tiny_config(tmp_path, max_staleness=bound)
+    config["fleet"] = {"engine": "transformers"}
+    code, out, err = finish(start(tmp_path, config))
+    assert code == 0, err
+    rows = assert_each_prompt_once(tmp_path)
+    assert all(r["staleness"] == r["step"] - 1 - r["version"] for r in rows)
+    assert max(r["staleness"] for r in rows) <= bound
+    assert min(r["staleness"] for r in rows) >= 0
+    assert "engine: transformers" in out and "ple 8/8" in out
+    assert leftovers(tmp_path) == []
+
+
+def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config["fleet"] = {"engine": "transformers"}
+    process = start(tmp_path, config)
+    wait_for(tmp_path, process, steps=3)
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    code, _, err = finish(process)
+    assert code == 130
+    assert time.monotonic() - pressed < 10
+    assert "plumbline resume" in err and "Traceback" not in err
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "rollouts").rglob("step-*.parquet")}
+    done = len(events(tmp_path))
+    assert 3 <= done < 8
+    command = err.split("continue with: plumbline ")[1].split()
+    resumed = subprocess.run(
+        [sys.executable, "-m", "plumbline.cli", *command],
+        cwd=tmp_path,
+        env=os.environ | {MARK: str(tmp_path)},
+        text=True,
+        capture_output=True,
+        timeout=LIMIT_S,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert_each_prompt_once(tmp_path)
+    assert all(p.stat().st_mtime_ns == then for p, then in before.items()), "a part was written twice"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_run_survives_its_generator_killed(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    process = start(tmp_path, tiny_config(tmp_path))
+    wait_for(tmp_path, process, steps=2)
+    assert kill(tmp_path, "ray::Generator") >= 1
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert_each_prompt_once(tmp_path)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_run_survives_a_learner_worker_killed(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, learner={"lr": 1e-3, "batch_size": 8, "workers": 2})
+    config["fleet"] = {"engine": "transformers"}
+    process = start(tmp_path, config)
+    wait_for(tmp_path, process, steps=2)
+    assert kill(tmp_path, "RayTrainWorker") >= 1
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert_each_prompt_once(tmp_path)
+    versions = sorted(p.name for p in (tmp_path / "run" / "policies" / "ple").iterdir())
+    assert versions == [f"v{i:06d}" for i in range(1, 9)]

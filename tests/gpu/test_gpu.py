@@ -1,0 +1,82 @@
+"""What needs a CUDA device: shared-prefix log-probs in bfloat16, and a vLLM engine proved against them there."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from plumbline.config import Model, Ple
+from plumbline.dataset import read_prompts
+from plumbline.modeling import group_logps, sequence_logps
+from plumbline.prompting import encode_response, load_tokenizer, render
+from plumbline.records import TokenGroup
+from tests.tiny import make_prompts, make_tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+def groups_of(directory: Path) -> list[TokenGroup]:
+    tokenizer = load_tokenizer(str(directory / "model"))
+    prompts = read_prompts(str(make_prompts(directory / "prompts.jsonl", 8)))
+    return [
+        TokenGroup(render(tokenizer, p.messages), [encode_response(tokenizer, p.target or "x"), [5, 6, 7]])
+        for p in prompts
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_group_logps_match_one_sequence_at_a_time(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    from actors.policy import load_model
+
+    make_tiny_model(tmp_path / "model")
+    model = load_model(Model.model_validate({"path": str(tmp_path / "model")}), dtype).to("cuda").eval()
+    groups = groups_of(tmp_path)
+    with torch.no_grad():
+        packed, tokens = group_logps(model, groups)
+        plain, plain_tokens = sequence_logps(model, groups)
+    assert torch.equal(tokens, plain_tokens)
+    assert torch.allclose(packed / tokens, plain / tokens, atol=tolerance)
+
+
+def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from actors.engine import EngineSpec, start_engine
+    from actors.policy import LearnedPolicy
+    from actors.weights import TOLERANCE
+
+    model = make_tiny_model(tmp_path / "model")
+    groups = groups_of(tmp_path)
+    policy = LearnedPolicy(Ple(type="ple"), Model.model_validate({"path": str(model)}), "bfloat16", "cuda", 0)
+    expected = policy.probe(groups)
+    spec = EngineSpec(
+        model_path=str(model),
+        dtype="bfloat16",
+        device="cuda",
+        max_model_len=192,
+        max_num_seqs=16,
+        max_lora_rank=8,
+        max_adapters=2,
+        threads=1,
+        kv_cache_gib=0.25,
+        memory_share=0.3,
+        seed=0,
+    )
+
+    async def measure() -> list[float]:
+        engine = start_engine("vllm", spec)
+        try:
+            scored = [
+                await engine.logprobs(g.prompt_ids, response, adapter=None)
+                for g in groups
+                for response in g.response_ids
+            ]
+            return [sum(s) / len(s) for s in scored]
+        finally:
+            await engine.close()
+
+    measured = asyncio.run(measure())
+    assert max(abs(a - b) for a, b in zip(measured, expected, strict=True)) < TOLERANCE["bfloat16"]

@@ -1,0 +1,81 @@
+"""A random model of a few thousand weights with the miniature world's tokenizer, and a config that runs PLE on it."""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+PRINCIPLE = "Answer by these rules. Refuse harmful requests."
+
+
+def make_tiny_model(directory: Path, seed: int = 0) -> Path:
+    """Two layers of random weights: no language, but real log-probs, real sampling, real adapters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from plumbline.miniature.tokenizer import make_tokenizer
+
+    tokenizer: Any = make_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.15,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_prompts(path: Path, count: int, seed: int = 0) -> Path:
+    """Requests of the miniature world, with targets."""
+    from plumbline.miniature.language import TARGET, sample_answer, sample_request
+
+    rng = Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(count):
+            request = sample_request(rng, harmful=False)
+            row = {"id": f"p{i}", "prompt": request.render(), "target": sample_answer(request, TARGET, rng)}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def tiny_config(directory: Path, **ple: Any) -> dict[str, Any]:
+    """PLE over 64 prompts in 8 steps; `ple` overrides the pipeline's section."""
+    if not (directory / "model").exists():
+        make_tiny_model(directory / "model")
+        make_prompts(directory / "prompts.jsonl", 64)
+    return {
+        "name": "tiny",
+        "model": {"path": str(directory / "model"), "max_len": 128},
+        "data": {"train": {"path": str(directory / "prompts.jsonl")}, "max_prompt_tokens": 64},
+        "reward": {"type": "program", "function": "plumbline.miniature.reward:score"},
+        "pipelines": [
+            {
+                "type": "ple",
+                "batch_size": 8,
+                "principle": PRINCIPLE,
+                "generation": {"max_tokens": 16},
+                "replay_window": 2,
+                "learner": {"lr": 1e-3, "batch_size": 8},
+                **ple,
+            }
+        ],
+    }
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> Path:
+    """A config as a file."""
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path

@@ -1,0 +1,373 @@
+"""A generator over an engine that only pretends: which versions it loads, proves, serves and forgets."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors import generator as module
+from actors.engine import Adapter, EngineSpec
+from actors.generator import Generator
+from plumbline.errors import SyncError
+from plumbline.records import Completion, GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
+
+SPEC = EngineSpec(
+    model_path="model",
+    dtype="float32",
+    device="cpu",
+    max_model_len=64,
+    max_num_seqs=8,
+    max_lora_rank=8,
+    max_adapters=4,
+    threads=1,
+    kv_cache_gib=0.1,
+    memory_share=0.5,
+    seed=0,
+)
+PROBE = [TokenGroup([1, 2], [[3, 4]]), TokenGroup([1], [[5], [6, 7, 8]])]
+BASE_LOGP = -2.0  # of every token under the base; version v adds v / 10
+
+
+class FakeEngine:
+    """Adapters are files that hold a number, which is added to every log-prob. Sampling waits until it is allowed."""
+
+    kind = "fake"
+
+    def __init__(self) -> None:
+        self.loaded: dict[int, float] = {}
+        self.added: list[Adapter] = []
+        self.removed: list[Adapter] = []
+        self.allowed = asyncio.Event()
+        self.allowed.set()
+        self.slow_removal = 0
+        self.closed = False
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
+    ) -> list[Completion]:
+        await self.allowed.wait()
+        shift = self.loaded[adapter.id] if adapter else 0.0
+        return [Completion(text=f"{shift:.1f}/{seed + i}", ids=[9], finish_reason="stop") for i in range(n)]
+
+    async def logprobs(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, adapter: Adapter | None
+    ) -> list[float]:
+        await asyncio.sleep(0)
+        return [BASE_LOGP + (self.loaded[adapter.id] if adapter else 0.0)] * len(response_ids)
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        await asyncio.sleep(0)
+        self.added.append(adapter)
+        self.loaded[adapter.id] = float((Path(adapter.path) / "shift").read_text())
+
+    async def remove_adapter(self, adapter: Adapter) -> None:
+        for _ in range(self.slow_removal):
+            await asyncio.sleep(0)
+        self.removed.append(adapter)
+        del self.loaded[adapter.id]
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Bench:
+    """A generator, its engine, and the store that it fetches from; `arrives` is what a version's files really hold."""
+
+    def __init__(self, keep: int = 2) -> None:
+        self.engine = FakeEngine()
+        self.starts = 0
+        self.fetched: list[PolicyRef] = []
+        self.arrives: Callable[[int], float] = lambda version: version / 10
+        self.generator = Generator("generator-0", "transformers", SPEC, PROBE, 1e-3, self.fetch, keep)
+
+    async def fetch(self, ref: PolicyRef) -> Publication:
+        self.fetched.append(ref)
+        await asyncio.sleep(0)
+
+        def probe(version: int) -> list[float]:
+            return [BASE_LOGP + version / 10] * 3
+
+        return Publication(
+            ref=ref,
+            files={"shift": str(self.arrives(ref.version)).encode()},
+            probe_logps=probe(ref.version),
+            previous_probe_logps=probe(ref.version - 1),
+            base_probe_logps=probe(0),
+        )
+
+    def start(self, choice: str, spec: EngineSpec) -> FakeEngine:
+        self.starts += 1
+        return self.engine
+
+
+def ple(version: int) -> PolicyRef:
+    return PolicyRef(policy="ple", version=version)
+
+
+def request(version: int, key: str = "a", seed: int = 5, n: int = 1) -> GenerateRequest:
+    return GenerateRequest(
+        key=key, prompt_ids=[1, 2], ref=ple(version), sampling=Sampling(max_tokens=4), seed=seed, n=n
+    )
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a scenario on a bench of its own and closes the generator."""
+
+    def run(scenario: Callable[[Bench], Coroutine[Any, Any, None]], keep: int = 2) -> None:
+        async def whole() -> None:
+            bench = Bench(keep)
+            monkeypatch.setattr(module, "start_engine", bench.start)
+            try:
+                await scenario(bench)
+            finally:
+                await bench.generator.close()
+
+        asyncio.run(whole())
+
+    return run
+
+
+Play = Callable[..., None]
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def test_it_starts_once_however_often_it_is_asked(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert await asyncio.gather(*(bench.generator.start() for _ in range(4))) == [os.getpid()] * 4
+        await bench.generator.generate([request(0)])
+        assert bench.starts == 1
+
+    play(scenario)
+
+
+def test_the_base_needs_no_version(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        [generation] = await bench.generator.generate([request(0)])
+        assert (generation.engine, generation.ref, generation.completions[0].text) == ("generator-0", ple(0), "0.0/5")
+        assert bench.fetched == []
+
+    play(scenario)
+
+
+def test_answers_come_in_the_order_of_the_requests_each_from_its_own_version(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        asked = [request(2, "x"), request(0, "y", seed=7, n=2), request(1, "z")]
+        answers = await bench.generator.generate(asked)
+        assert [(a.key, a.ref.version, [c.text for c in a.completions]) for a in answers] == [
+            ("x", 2, ["0.2/5"]),
+            ("y", 0, ["0.0/7", "0.0/8"]),
+            ("z", 1, ["0.1/5"]),
+        ]
+
+    play(scenario)
+
+
+def test_a_version_is_loaded_once_though_many_ask_at_once(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        proofs = await asyncio.gather(
+            bench.generator.load(ple(1)), bench.generator.load(ple(1)), bench.generator.generate([request(1)] * 3)
+        )
+        assert proofs[0] == proofs[1]
+        assert proofs[0].engine == "generator-0"
+        assert await bench.generator.load(ple(1)) == proofs[0]
+        assert bench.fetched == [ple(1)]
+        assert [adapter.name for adapter in bench.engine.added] == ["ple@1"]
+
+    play(scenario)
+
+
+def test_a_version_is_measured_against_the_one_before(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        for version in (1, 2, 3):
+            proof = await bench.generator.load(ple(version))
+            assert proof.drift == pytest.approx(1.0)
+            assert proof.difference == pytest.approx(0.0, abs=1e-9)
+
+    play(scenario)
+
+
+def test_old_versions_are_forgotten(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        for version in (1, 2, 3, 4):
+            await bench.generator.load(ple(version))
+        assert [adapter.name for adapter in bench.engine.removed] == ["ple@1", "ple@2"]
+        assert not any(Path(adapter.path).exists() for adapter in bench.engine.removed)
+        assert sorted(bench.engine.loaded.values()) == [0.3, 0.4]
+
+    play(scenario)
+
+
+def test_another_policys_versions_are_left_alone(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.load(PolicyRef(policy="dlma", version=1))
+        for version in (1, 2, 3, 4):
+            await bench.generator.load(ple(version))
+        assert "dlma@1" not in [adapter.name for adapter in bench.engine.removed]
+
+    play(scenario)
+
+
+def test_a_forgotten_version_comes_back_under_a_new_id(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        for version in (1, 2, 3):
+            await bench.generator.load(ple(version))
+        [generation] = await bench.generator.generate([request(1)])
+        assert generation.completions[0].text == "0.1/5"
+        first, *_, last = bench.engine.added
+        assert (first.name, last.name) == ("ple@1", "ple@1")
+        assert len({adapter.id for adapter in bench.engine.added}) == 4
+        assert len({adapter.path for adapter in bench.engine.added}) == 4
+
+    play(scenario)
+
+
+def test_a_request_under_way_keeps_its_version(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.load(ple(1))
+        bench.engine.allowed.clear()
+        slow = asyncio.create_task(bench.generator.generate([request(1)]))
+        await settle()
+        for version in (2, 3, 4, 5):
+            await bench.generator.load(ple(version))
+        assert [adapter.name for adapter in bench.engine.removed] == ["ple@2", "ple@3"]
+        bench.engine.allowed.set()
+        [generation] = await slow
+        assert (generation.ref.version, generation.completions[0].text) == (1, "0.1/5")
+        await bench.generator.load(ple(6))
+        assert [adapter.name for adapter in bench.engine.removed] == ["ple@2", "ple@3", "ple@1", "ple@4"]
+
+    play(scenario)
+
+
+def test_two_loads_that_end_together_forget_a_version_once(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        for version in (1, 2):
+            await bench.generator.load(ple(version))
+        bench.engine.slow_removal = 5
+        await asyncio.gather(*(bench.generator.load(ple(version)) for version in (5, 6)))
+        assert sorted(adapter.name for adapter in bench.engine.removed) == ["ple@1", "ple@2"]
+
+    play(scenario)
+
+
+def test_a_version_asked_for_while_it_is_being_forgotten(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        for version in (1, 2):
+            await bench.generator.load(ple(version))
+        bench.engine.slow_removal = 20
+        newest = asyncio.create_task(bench.generator.load(ple(3)))
+        while ple(1) in bench.generator._adapters:
+            await asyncio.sleep(0)
+        [generation] = await bench.generator.generate([request(1)])
+        await newest
+        assert generation.completions[0].text == "0.1/5"
+        assert Path(bench.engine.added[-1].path).is_dir(), "the files of the new one are not those that went"
+
+    play(scenario)
+
+
+def test_what_was_not_proved_is_never_served(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.load(ple(1))
+        bench.arrives = lambda version: 0.1  # whatever is asked for, version 1 arrives
+        with pytest.raises(SyncError, match=r"ple v000002 did not arrive at engine generator-0: it still answers as"):
+            await bench.generator.load(ple(2))
+        with pytest.raises(SyncError):
+            await bench.generator.generate([request(2)])
+        with pytest.raises(SyncError):
+            await bench.generator.logprobs(PROBE, ple(2))
+        [generation] = await bench.generator.generate([request(1)])
+        assert generation.completions[0].text == "0.1/5"
+
+    play(scenario)
+
+
+def test_a_failed_load_is_tried_anew(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.arrives = lambda version: 0.0
+        failures = await asyncio.gather(
+            bench.generator.load(ple(1)), bench.generator.generate([request(1)]), return_exceptions=True
+        )
+        assert [type(failure) for failure in failures] == [SyncError, SyncError]
+        bench.arrives = lambda version: version / 10
+        assert (await bench.generator.load(ple(1))).drift == pytest.approx(1.0)
+
+    play(scenario)
+
+
+def test_one_waiter_that_gives_up_does_not_end_the_load(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.start()
+        impatient = asyncio.create_task(bench.generator.load(ple(1)))
+        await asyncio.sleep(0)
+        patient = asyncio.create_task(bench.generator.load(ple(1)))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert (await patient).ref == ple(1)
+        assert bench.fetched == [ple(1)]
+
+    play(scenario)
+
+
+def test_log_probs_are_a_version_s_own_token_by_token(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        scored = await bench.generator.logprobs(PROBE, ple(2))
+        assert [[len(response) for response in group] for group in scored] == [[2], [1, 3]]
+        assert scored[0][0] == pytest.approx([-1.8, -1.8])
+        assert (await bench.generator.logprobs(PROBE[:1], PolicyRef()))[0][0] == pytest.approx([-2.0, -2.0])
+
+    play(scenario)
+
+
+def test_busy_seconds_count_overlapping_requests_once(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def scenario(bench: Bench) -> None:
+        nonlocal now
+        await bench.generator.start()
+        assert await bench.generator.busy_seconds() == 0.0
+        bench.engine.allowed.clear()
+        asked = [asyncio.create_task(bench.generator.generate([request(0)])) for _ in range(2)]
+        await asyncio.sleep(0)
+        now += 3
+        assert await bench.generator.busy_seconds() == 3.0, "also while it works"
+        bench.engine.allowed.set()
+        await asyncio.gather(*asked)
+        now += 50
+        assert await bench.generator.busy_seconds() == 3.0, "idle time does not count"
+
+    play(scenario)
+
+
+def test_a_failed_request_leaves_it_idle(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.arrives = lambda version: 0.0
+        with pytest.raises(SyncError):
+            await bench.generator.generate([request(1)])
+        before = await bench.generator.busy_seconds()
+        await asyncio.sleep(0.01)
+        assert await bench.generator.busy_seconds() == before
+
+    play(scenario)
+
+
+def test_closing_stops_the_engine_and_removes_its_files(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.load(ple(1))
+        path = Path(bench.engine.added[0].path)
+        assert path.is_dir()
+        await bench.generator.close()
+        assert bench.engine.closed
+        assert not path.parent.exists()
+
+    play(scenario)
