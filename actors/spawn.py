@@ -6,6 +6,7 @@ The only file with `ray.remote`. A driver calls `start_ray`, fills a `Fleet`, an
 import asyncio
 import contextlib
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -50,6 +51,8 @@ def start_ray(cpus: int) -> None:
         ray.init(**common)
     else:
         ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **common)
+    # Ray's subreaper ignores SIGCHLD in this process too, and then every `subprocess` here would return 0.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @dataclass

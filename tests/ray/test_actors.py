@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,11 @@ def publication(version: int, files: dict[str, bytes] | None = None) -> Publicat
         base_probe_logps=[-2.0],
         metrics={"loss": 0.5},
     )
+
+
+def test_exit_codes_of_subprocesses_are_still_seen() -> None:
+    """Ray's subreaper would make each of them 0 in this process."""
+    assert subprocess.run(["sh", "-c", "exit 3"], check=False).returncode == 3
 
 
 def test_a_boxed_ref_passes_through_a_channel_unread() -> None:
