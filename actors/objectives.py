@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plumbline.config import Ple, RewardModel, Sft
-from plumbline.losses import ple_loss, reward_model_loss, sft_loss
+from plumbline.config import Dlma, Pipeline, Ple, Preference, RewardModel, SelfContrast
+from plumbline.losses import dpo_loss, ple_loss, reward_model_loss, sft_loss
 from plumbline.modeling import group_logps
 from plumbline.parts import Parts
 from plumbline.records import Sample
@@ -90,17 +90,53 @@ class PleObjective:
 
 
 class SftObjective:
-    """Cross-entropy of the targets."""
+    """Cross-entropy of the targets: `sft`, and of the best answers: `raft`."""
 
     def restore(self, done: int) -> None:
         pass
 
     def updates(self, step: int, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-        yield list(samples)
+        if samples:  # every prompt of a part may have been rejected
+            yield list(samples)
 
     def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
         logps_GK, tokens_GK = group_logps(model, [s.group for s in samples])
         return sft_loss(logps_GK[:, 0], tokens_GK[:, 0])
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+
+class DpoObjective:
+    """METHODS.md §1, §2: DPO with all of a prompt's negatives in one group, and DLMA's margins where a sample has them."""
+
+    def __init__(self, section: Preference) -> None:
+        self._section = section
+
+    def restore(self, done: int) -> None:
+        pass
+
+    def updates(self, step: int, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+        yield from even_chunks(samples, self._section.learner.batch_size)
+
+    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
+        logps_GK, tokens_GK = group_logps(model, [s.group for s in samples])
+        K = logps_GK.shape[1]
+        reference_GK = _table([s.ref_logps for s in samples], K, logps_GK.device)
+        margins: dict[str, Any] = {}
+        if isinstance(self._section, Dlma):
+            margins["margins"] = _table([s.margins for s in samples], K - 1, logps_GK.device)
+            margins["margin_weight"] = self._section.margin_weight
+            margins["margin_clamp"] = self._section.margin_clamp
+        return dpo_loss(
+            logps_GK[:, 0],
+            logps_GK[:, 1:],
+            reference_GK[:, 0],
+            reference_GK[:, 1:],
+            beta=self._section.beta,
+            rejected_mask=tokens_GK[:, 1:] > 0,
+            **margins,
+        )
 
     def figures(self) -> dict[str, float]:
         return {}
@@ -123,11 +159,18 @@ class RewardObjective(SftObjective):
         return loss, {"accuracy": ((scores > 0) == (labels > 0.5)).float().mean()}
 
 
-def build_objective(section: Ple | Sft | RewardModel, parts: Path, seed: int) -> Objective:
+def build_objective(section: Pipeline, parts: Path, seed: int) -> Objective:
     """The objective that a pipeline's section of the config asks for."""
     if isinstance(section, Ple):
         return PleObjective(section, parts, seed)
+    if isinstance(section, Dlma | SelfContrast):
+        return DpoObjective(section)
     return RewardObjective(section) if isinstance(section, RewardModel) else SftObjective()
+
+
+def _table(rows: Sequence[Sequence[float]], width: int, device: torch.device) -> Float[Tensor, "G width"]:
+    """Rows of unlike lengths, 0 where one has ended; fp64, for log-probs are large and their differences small."""
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float64, device=device)
 
 
 def even_chunks(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from plumbline.checkpoint import write_directory
-from plumbline.config import LoraPolicy, Model, Ple, RewardModel, Sft
+from plumbline.config import LoraPolicy, Model, Pipeline, RewardModel
 from plumbline.modeling import disable_dropout, group_logps
 from plumbline.policies import write_proof
 from plumbline.prompting import load_tokenizer, read_tokenizer
@@ -19,7 +19,7 @@ class LearnedPolicy:
 
     def __init__(
         self,
-        section: Ple | Sft | RewardModel,
+        section: Pipeline,
         origin: Model,
         dtype: Literal["float32", "bfloat16"],
         device: Literal["cpu", "cuda"],

@@ -20,7 +20,7 @@ from actors.channel import Box, Lease
 from actors.objectives import build_objective
 from actors.policy import LearnedPolicy
 from plumbline.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from plumbline.config import Learner, Model, Ple, RewardModel, Sft
+from plumbline.config import Learner, Model, Pipeline
 from plumbline.errors import LossError, PlumblineError, RunError
 from plumbline.modeling import pack, split_by_rank
 from plumbline.policies import read_publication, version_directory
@@ -29,9 +29,12 @@ from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerSpec:
-    """All that a learner needs; picklable. `total` counts parts, checkpoints and versions go into `run_dir`."""
+    """All that a learner needs; picklable. `total` counts parts, checkpoints and versions go into `run_dir`.
 
-    section: Ple | Sft | RewardModel
+    `publishes`: every version as an adapter that generators take, or one whole model at the end.
+    """
+
+    section: Pipeline
     model: Model
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
@@ -39,11 +42,7 @@ class LearnerSpec:
     total: int
     seed: int
     run_dir: Path
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether every version is an adapter that generators take, rather than one model at the end."""
-        return isinstance(self.section, Ple)
+    publishes: Literal["adapter", "final"]
 
     @property
     def checkpoints(self) -> Path:
@@ -111,7 +110,7 @@ class Worker:
             if self._done:  # died between saving and publishing, or the whole run was resumed
                 self._publish()
             self._feed.attach(holder, self._done)
-        every = self._settings.checkpoint_every or (1 if self._spec.is_adapter else 50)
+        every = self._settings.checkpoint_every or (1 if self._spec.publishes == "adapter" else 50)
         waited = time.monotonic()
         for step, samples in self._parts(holder):
             started = time.monotonic()
@@ -243,10 +242,11 @@ class Worker:
             base_probe_logps=self._base_probe,
             metrics=self._metrics,
         )
-        if self._spec.is_adapter or self._done == self._spec.total:
+        adapter = self._spec.publishes == "adapter"
+        if adapter or self._done == self._spec.total:
             directory = version_directory(self._spec.run_dir, publication.ref)
-            self._policy.save(directory, publication, adapter=self._spec.is_adapter)
-            if self._spec.is_adapter:
+            self._policy.save(directory, publication, adapter=adapter)
+            if adapter:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
         self._feed.publish(publication)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.spawn import Fleet
-from plumbline.config import Config
+from actors.train_loop import LearnerSpec
+from plumbline.config import Config, Pipeline
 from plumbline.records import Prompt, TokenGroup
 
 if TYPE_CHECKING:
@@ -63,3 +64,20 @@ class Context:
     fleet: Fleet
     probe: tuple[TokenGroup, ...] = ()
     model_path: str = ""
+
+    def learner_spec(self, section: Pipeline, total: int, publishes: Literal["adapter", "final"]) -> LearnerSpec:
+        """A learner that starts from π0, or from the config's model where π0 is yet to be made."""
+        model = self.config.model
+        if self.model_path and self.model_path != model.path:
+            model = model.model_copy(update={"path": self.model_path, "init": None, "tokenizer": None})
+        return LearnerSpec(
+            section=section,
+            model=model,
+            dtype=self.dtype,
+            device=self.device,
+            probe=self.probe if publishes == "adapter" else (),
+            total=total,
+            seed=self.config.seed,
+            run_dir=self.run_dir,
+            publishes=publishes,
+        )

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from actors.scorer import Query
 from actors.spawn import gather
-from actors.train_loop import LearnerSpec
 from pipelines.context import Context
 from pipelines.loop import Rollout, Row, batch_count, run_method
 from plumbline.config import Ple
@@ -24,17 +23,7 @@ from plumbline.rollouts import PLE_SCHEMA, ple_row, ple_sample, prompt_text
 async def run_ple(context: Context, section: Ple) -> None:
     """Run PLE to its last step. Raises what `loop.run_method` raises."""
     method = PleMethod(context, section)
-    spec = LearnerSpec(
-        section=section,
-        model=context.config.model.model_copy(update={"path": context.model_path, "init": None, "tokenizer": None}),
-        dtype=context.dtype,
-        device=context.device,
-        probe=context.probe,
-        total=method.total,
-        seed=context.config.seed,
-        run_dir=context.run_dir,
-    )
-    await run_method(context, method, spec)
+    await run_method(context, method, context.learner_spec(section, method.total, "adapter"))
 
 
 class PleMethod:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from actors.scorer import ScorerSpec
 from actors.spawn import ask
-from actors.train_loop import LearnerSpec
 from pipelines.context import Context
 from pipelines.loop import train_on
 from pipelines.sft import shuffled_batches
@@ -28,16 +27,7 @@ async def run_reward(context: Context, section: RewardModel) -> Path:
         section.epochs,
         context.config.seed,
     )
-    spec = LearnerSpec(
-        section=section,
-        model=context.config.model,
-        dtype=context.dtype,
-        device=context.device,
-        probe=(),
-        total=len(batches),
-        seed=context.config.seed,
-        run_dir=context.run_dir,
-    )
+    spec = context.learner_spec(section, len(batches), "final")
     await train_on(context, spec, batches)
     directory = version_directory(context.run_dir, PolicyRef(policy=section.name, version=len(batches)))
     accuracy = await heldout_accuracy(context, section, directory, heldout)
@@ -52,12 +42,13 @@ Labelled = tuple[list[ScoreRequest], float]
 
 
 def read_requests(source: Source, section: RewardModel) -> list[Labelled]:
-    """One labelled text, or (chosen, rejected) with label 1. Raises DataError."""
+    """One labelled text, or (chosen, rejected) with label 1, once for each rejected one. Raises DataError."""
     if section.source == "pairs":
         rows = read_preferences(source.path, columns=source.columns, split=source.split, limit=source.limit)
         return [
-            ([ScoreRequest(messages=p.messages, response=text or "") for text in (p.chosen, p.rejected)], 1.0)
+            ([ScoreRequest(messages=p.messages, response=text or "") for text in (p.chosen, rejected)], 1.0)
             for p in rows
+            for rejected in p.rejected
         ]
     labelled = read_labelled(source.path, columns=source.columns, split=source.split, limit=source.limit)
     return [([ScoreRequest(messages=row.messages or (), response=row.text)], row.label) for row in labelled]

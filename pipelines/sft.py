@@ -2,11 +2,10 @@
 
 import random
 
-from actors.train_loop import LearnerSpec
 from pipelines.context import Context
 from pipelines.loop import train_on
 from plumbline.checkpoint import latest_step
-from plumbline.config import Model, Sft
+from plumbline.config import Sft
 from plumbline.lengths import sft_group
 from plumbline.policies import version_directory, versions
 from plumbline.records import PolicyRef, Sample
@@ -16,16 +15,7 @@ async def run_sft(context: Context, section: Sft) -> str:
     """Train to the last batch; returns the directory of the final version."""
     samples = sft_samples(context)
     batches = shuffled_batches(samples, section.learner.batch_size, section.epochs, context.config.seed)
-    spec = LearnerSpec(
-        section=section,
-        model=context.config.model if not context.model_path else Model.model_validate({"path": context.model_path}),
-        dtype=context.dtype,
-        device=context.device,
-        probe=context.probe if section.policy.type == "lora" else (),
-        total=len(batches),
-        seed=context.config.seed,
-        run_dir=context.run_dir,
-    )
+    spec = context.learner_spec(section, len(batches), "final")
     await train_on(context, spec, batches)
     final = PolicyRef(policy=section.name, version=len(batches))
     assert final.version in versions(context.run_dir, section.name), latest_step(spec.checkpoints)

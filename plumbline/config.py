@@ -120,6 +120,27 @@ class ScorerFleet(Section):
     gpus: float = Field(default=0, ge=0)
 
 
+class ReferenceFleet(Section):
+    """The frozen π0: reference log-probs of DPO, contrastive log-probs of DLMA."""
+
+    replicas: Count = 1
+    cpus: Count = Field(default=1, description="threads; they share the machine, as Ray resources they count 0")
+    gpus: float = Field(default=0, ge=0)
+    batch_tokens: Count = Field(default=8192, description="tokens of one forward")
+    cache: str | None = Field(
+        default=None, description="directory of the cache of log-probs; default: plumbline in the user's cache directory"
+    )
+
+
+class Embedder(Section):
+    """A sentence-transformers model that compares answers with targets; pooling and maximum length are its own."""
+
+    path: str = Field(description="its directory, or a name of the hub that is in the cache")
+    replicas: Count = 1
+    gpus: float = Field(default=0, ge=0)
+    batch_size: Count = 64
+
+
 class Fleet(Section):
     """The processes that all pipelines of a run share."""
 
@@ -129,6 +150,7 @@ class Fleet(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     generator: GeneratorFleet = GeneratorFleet()
     scorer: ScorerFleet = ScorerFleet()
+    reference: ReferenceFleet = ReferenceFleet()
     sync_tolerance: float | None = Field(
         default=None, gt=0, description="nats a probe token may differ; default: by dtype"
     )
@@ -189,16 +211,22 @@ class PipelineBase(Section):
     learner: Learner = Learner()
 
 
-class Ple(PipelineBase):
+class Rolling(PipelineBase):
+    """What every method has that generates: parts of prompts drawn from the pool of generators."""
+
+    steps: Count | None = Field(default=None, description="parts; default: one pass over the prompts")
+    batch_size: Count = Field(default=64, description="prompts a part")
+    generation: Generation = Generation()
+    policy: Policy = LoraPolicy()
+    share: float = Field(default=1.0, gt=0, le=1000, description="weight of its requests where several wait")
+
+
+class Ple(Rolling):
     """Online learning with a principle-guided answer beside the plain one (METHODS.md §3)."""
 
     type: Literal["ple"]
     name: Name = "ple"
-    steps: Count | None = Field(default=None, description="default: one pass over the prompts")
-    batch_size: Count = Field(default=64, description="prompts a step")
     principle: str = Field(default="harmless", description="a preset's name or the text itself")
-    generation: Generation = Generation()
-    policy: LoraPolicy = LoraPolicy()
     tau0: float = Field(default=0.2, ge=0)
     alpha: float = Field(default=0.9, gt=0, le=1, description="the threshold shrinks by it every step")
     replay_window: Count | None = Field(
@@ -211,6 +239,93 @@ class Ple(PipelineBase):
     max_staleness: int = Field(
         default=1, ge=0, le=64, description="versions a rollout may be behind; 0 is strictly on-policy"
     )
+
+
+class Frozen(Rolling):
+    """What the methods have that generate from π0, and train on each part as it arrives."""
+
+    epochs: Count = Field(default=1, description="passes of the learner over the parts")
+    ahead: Count = Field(default=4, description="parts that generation may be ahead of the learner")
+    train: bool = Field(default=True, description="false: only make the parts")
+
+
+class Preference(Frozen):
+    """What the methods have that end in DPO."""
+
+    beta: float = Field(default=0.1, gt=0)
+    pairs: Source | None = Field(
+        default=None, description="train on these instead: a directory of parts that another run made"
+    )
+
+
+class Contrasts(Section):
+    """A wanted quality and its opposite: a preset, either side of which may be replaced, or both sides."""
+
+    preset: str | None = None
+    positive: str | None = None
+    negative: str | None = None
+
+
+class Dlma(Preference):
+    """Pairs from contrastive prompts, judged by the model's own odds, into a margin DPO (METHODS.md §1)."""
+
+    type: Literal["dlma"]
+    name: Name = "dlma"
+    contrast: Contrasts = Contrasts(preset="harmless")
+    scoring: Contrasts | None = Field(default=None, description="prompts of the self-reward; default: `contrast`")
+    margin_weight: float = Field(default=0.2, ge=0, description="w, inside β; 0 is plain DPO")
+    margin_clamp: tuple[float, float] = (-40.0, 40.0)
+    eos_in_margin: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Dlma":
+        low, high = self.margin_clamp
+        if not low < high:
+            raise ValueError(f"`margin_clamp` is [{low:g}, {high:g}]; the first should be the smaller")
+        return self
+
+
+class SelfContrast(Preference):
+    """Many self-made negatives, filtered by an embedding, into a multi-negative DPO (METHODS.md §2).
+
+    SPIN is ``samples: 1, negatives: 1, filter: false``; DPO on given pairs is `pairs` naming a preference file.
+    """
+
+    type: Literal["self_contrast"]
+    name: Name = "self_contrast"
+    samples: int = Field(default=32, ge=1, le=1024, description="R, answers drawn a prompt")
+    keep: Share = Field(default=0.25, description="a, the share of least similar answers that negatives are drawn from")
+    negatives: Count = Field(default=8, description="m, negatives a prompt")
+    filter: bool = Field(default=True, description="false: negatives are drawn from all samples, without an embedder")
+
+    @model_validator(mode="after")
+    def _pool(self) -> "SelfContrast":
+        if self.pairs is not None:
+            return self
+        if not self.filter:
+            if self.negatives > self.samples:
+                raise ValueError(f"`negatives` is {self.negatives}, `samples` only {self.samples}; draw more samples")
+            return self
+        kept = int(self.samples * self.keep + 1e-9)
+        if kept < 1:
+            raise ValueError(
+                f"`samples` · `keep` is {self.samples * self.keep:g}, below 1: nothing would be kept; raise either"
+            )
+        pool = min(kept, self.samples - 1)
+        if self.negatives > pool:
+            raise ValueError(
+                f"`negatives` is {self.negatives}, but {self.samples} samples and keep {self.keep:g} leave at most "
+                f"{pool} to draw from; raise `samples` or `keep`, or lower `negatives`"
+            )
+        return self
+
+
+class Raft(Frozen):
+    """Best of `samples` answers by the reward, then supervised fine-tuning on it: a baseline (METHODS.md §3)."""
+
+    type: Literal["raft"]
+    name: Name = "raft"
+    samples: int = Field(default=4, ge=2, le=1024)
 
 
 class Sft(PipelineBase):
@@ -233,7 +348,7 @@ class RewardModel(PipelineBase):
     max_len: Count = Field(default=256, description="tokens; longer texts are cut, and counted")
 
 
-Pipeline = Annotated[Ple | Sft | RewardModel, Field(discriminator="type")]
+Pipeline = Annotated[Ple | Dlma | SelfContrast | Raft | Sft | RewardModel, Field(discriminator="type")]
 
 
 class Evaluation(Section):
@@ -241,7 +356,7 @@ class Evaluation(Section):
 
     prompts: Count = 256
     generation: Generation | None = Field(default=None, description="default: the pipeline's")
-    samples: int = Field(default=6, ge=0, description="requests whose answers are shown")
+    samples: int = Field(default=20, ge=0, description="prompts whose answers are kept to be read side by side")
     judge: Reward | None = Field(default=None, description="a second reward that no training sees")
 
 
@@ -254,6 +369,7 @@ class Config(Section):
     data: Data
     fleet: Fleet = Fleet()
     reward: Reward | None = None
+    embedder: Embedder | None = None
     sft: Sft | None = None
     pipelines: list[Pipeline] = Field(min_length=1)
     evaluation: Evaluation | None = None
@@ -263,14 +379,29 @@ class Config(Section):
         names = [p.name for p in (*self.pipelines, *([self.sft] if self.sft else []))]
         if repeated := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"two pipelines are named {repeated.pop()!r}; give each a `name` of its own")
-        if self.reward is None and any(isinstance(p, Ple) for p in self.pipelines):
-            raise ValueError("a `ple` pipeline needs `reward` (type: classifier or type: program)")
-        if self.model.init and self.sft is None and any(isinstance(p, Ple) for p in self.pipelines):
-            raise ValueError("a `ple` pipeline cannot start from random weights; add `sft`, or give `model.path`")
+        for one in self.rolling:
+            if self.reward is None and isinstance(one, Ple | Raft):
+                raise ValueError(f"a `{one.type}` pipeline needs `reward` (type: classifier or type: program)")
+            if self.model.init and self.sft is None:
+                raise ValueError(
+                    f"a `{one.type}` pipeline cannot start from random weights; add `sft`, or give `model.path`"
+                )
+            if isinstance(one, SelfContrast) and one.filter and one.pairs is None and self.embedder is None:
+                raise ValueError(
+                    "a `self_contrast` pipeline needs `embedder` (path: a sentence-transformers model), or `filter: false`"
+                )
         return self
 
+    @property
+    def rolling(self) -> list["Rolled"]:
+        """The pipelines whose policies generators serve."""
+        return [p for p in self.pipelines if isinstance(p, Ple | Dlma | SelfContrast | Raft)]
 
-LOCAL_PATHS = {"path", "tokenizer", "chat_template"}
+
+Rolled = Ple | Dlma | SelfContrast | Raft
+
+
+LOCAL_PATHS = {"path", "tokenizer", "chat_template", "cache"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -59,7 +59,7 @@ def read_prompts(
 def read_preferences(
     path: str, *, columns: Mapping[str, str] | None = None, split: str = "train", limit: int | None = None
 ) -> list[Prompt]:
-    """As `read_prompts`, and every row has `chosen` and `rejected` text.
+    """As `read_prompts`, and every row has `chosen` text and `rejected`: one text or a list of several.
 
     Raises:
         DataError: as `read_prompts`; a row without one of the two.
@@ -93,7 +93,7 @@ def summarize(prompts: Sequence[Prompt]) -> dict[str, int | float]:
         "rows": rows,
         "multi_turn_share": sum(sum(t.role != "system" for t in p.messages) > 1 for p in prompts) / max(rows, 1),
         "with_target": sum(p.target is not None for p in prompts),
-        "with_preference": sum(p.chosen is not None and p.rejected is not None for p in prompts),
+        "with_preference": sum(p.chosen is not None and bool(p.rejected) for p in prompts),
         "min_characters": min(characters, default=0),
         "mean_characters": sum(characters) / max(rows, 1),
         "max_characters": max(characters, default=0),
@@ -129,6 +129,17 @@ class _Row:
         if not self.has(key):
             self.missing(key, f"`{key}`")
         return self.checked(key, self.get(key))
+
+    def texts(self, key: str, *, needed: bool) -> tuple[str, ...]:
+        """One text, or each of a list of them; none where the key is absent and not `needed`."""
+        value = self.get(key)
+        if isinstance(value, list):
+            if not value:
+                self.fail(key, "is an empty list; write at least one text, or remove the row")
+            return tuple(self.checked(key, one, f"text {n} ") for n, one in enumerate(value, start=1))
+        if needed:
+            return (self.required_text(key),)
+        return () if value is None else (self.checked(key, value),)
 
     def checked(self, key: str, value: object, what: str = "") -> str:
         """`value` if it is text that can be tokenised; `what` names the part of the column that it is."""
@@ -245,10 +256,14 @@ def _prompts(
     prompts: list[Prompt] = []
     row_of: dict[str, int] = {}
     for row in _rows(path, PROMPT_KEYS, columns, split, limit):
-        answers = {
-            key: row.required_text(key) if key in needed else row.text(key) for key in ("target", "chosen", "rejected")
-        }
-        prompt = Prompt(id=row.identity(), messages=row.conversation(), extra=row.extra(), **answers)
+        answers = {key: row.required_text(key) if key in needed else row.text(key) for key in ("target", "chosen")}
+        prompt = Prompt(
+            id=row.identity(),
+            messages=row.conversation(),
+            rejected=row.texts("rejected", needed="rejected" in needed),
+            extra=row.extra(),
+            **answers,
+        )
         if prompt.id in row_of:
             row.fail("id", f"{prompt.id!r} is row {row_of[prompt.id]}'s already; give every row an id of its own")
         row_of[prompt.id] = row.number

@@ -30,7 +30,7 @@ class Prompt:
     messages: tuple[Message, ...]
     target: str | None = None
     chosen: str | None = None
-    rejected: str | None = None
+    rejected: tuple[str, ...] = ()
     extra: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -120,11 +120,14 @@ class ScoreRequest:
 class Sample:
     """One training example: a group and the constants that its loss needs, one per response where not said otherwise.
 
-    `rewards` are PLE's (s, s') [K] · a reward model's label [1]; empty where a method has none. `step` is the part.
+    `rewards` are PLE's (s, s') [K] · a reward model's label [1]. `ref_logps` [K] are DPO's, the chosen response first;
+    `margins` [K-1] DLMA's R of each rejected one. Empty where a method has none. `step` is the part.
     """
 
     group: TokenGroup
     rewards: tuple[float, ...] = ()
+    ref_logps: tuple[float, ...] = ()
+    margins: tuple[float, ...] = ()
     step: int = 0
 
 

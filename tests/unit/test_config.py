@@ -223,7 +223,7 @@ def test_a_misspelling_is_named_before_what_it_leaves_missing() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pipelines": [{"type": "pel"}]}, "pipelines.0.type: 'pel' is unknown; known are 'ple', 'sft', 'reward'"),
+        ({"pipelines": [{"type": "pel"}]}, "pipelines.0.type: 'pel' is unknown; known are 'ple', 'dlma', 'self_contrast', 'raft', 'sft', 'reward'"),
         ({"pipelines": [{"name": "a"}]}, "pipelines.0.type: missing; say which kind this is"),
         (
             {"pipelines": [{"type": "sft", "policy": {"type": "lorra"}}]},

@@ -49,7 +49,7 @@ def test_a_row_becomes_a_prompt(tmp_path: Path) -> None:
         messages=(Message(role="user", content="Why?"),),
         target="So.",
         chosen="a",
-        rejected="b",
+        rejected=("b",),
         extra={"kind": "x", "n": 1},
     )
 
@@ -330,7 +330,7 @@ def test_csv_of_another_encoding(tmp_path: Path) -> None:
 def test_preferences_need_both_answers(tmp_path: Path) -> None:
     good = {"prompt": "x", "chosen": "a", "rejected": "b"}
     (prompt,) = read_preferences(jsonl(tmp_path / "a.jsonl", [good]))
-    assert (prompt.chosen, prompt.rejected) == ("a", "b")
+    assert (prompt.chosen, prompt.rejected) == ("a", ("b",))
     for key in ("chosen", "rejected"):
         path = jsonl(tmp_path / "b.jsonl", [good, {k: v for k, v in good.items() if k != key}])
         refused(lambda path=path: read_preferences(path), "b.jsonl, row 2", f"no `{key}`", "columns")

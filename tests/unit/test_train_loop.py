@@ -120,6 +120,7 @@ def spec(run_dir: Path, model: Path, section: Ple | Sft | RewardModel | None = N
         total=STEPS,
         seed=3,
         run_dir=run_dir,
+        publishes="adapter" if section is None else "final",
     )
 
 
