@@ -23,7 +23,7 @@ from pipelines.ple import run_ple
 from pipelines.reward import run_reward
 from pipelines.sft import run_sft
 from plumbline.config import ClassifierReward, Config, Ple, Reward, RewardModel, Sft
-from plumbline.config import load_config as read_config
+from plumbline.config_file import load_config as read_config
 from plumbline.dataset import read_prompts
 from plumbline.doctor import check, model_directory, resolve_device, resolve_dtype, run_tokenizer
 from plumbline.errors import ConfigError

@@ -81,7 +81,7 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """`plumbline run`."""
-    from plumbline.config import load_config
+    from plumbline.config_file import load_config
 
     config = load_config(options.config, options.overrides)
     options.run_dir = (options.run_dir or Path("runs") / config.name).absolute()
@@ -90,7 +90,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def resume_command(options: argparse.Namespace) -> int:
     """`plumbline resume`."""
-    from plumbline.config import load_config
+    from plumbline.config_file import load_config
 
     kept = options.run_dir / "config.yaml"
     if not kept.is_file():
@@ -131,7 +131,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
 def doctor_command(options: argparse.Namespace) -> int:
     """`plumbline doctor`: everything is looked at; the exit code is 2 where a run would fail."""
-    from plumbline.config import load_config
+    from plumbline.config_file import load_config
     from plumbline.doctor import examine
 
     config = load_config(options.config, options.overrides)

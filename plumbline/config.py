@@ -1,18 +1,8 @@
-"""The whole configuration of a run: one YAML file, one tree of bounded fields. The CLI loads it, all others read it.
+"""The whole configuration of a run, as one tree of bounded fields. `plumbline.config_file` reads it, all others use it."""
 
-Unknown keys, wrong types and values out of bounds are refused with one line that names the file, the key and what would
-be right. Local paths are taken from the working directory and kept absolute, so that a run resumes from anywhere.
-"""
+from typing import Annotated, Any, Literal
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from plumbline.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -128,7 +118,8 @@ class ReferenceFleet(Section):
     gpus: float = Field(default=0, ge=0)
     batch_tokens: Count = Field(default=8192, description="tokens of one forward")
     cache: str | None = Field(
-        default=None, description="directory of the cache of log-probs; default: plumbline in the user's cache directory"
+        default=None,
+        description="directory of the cache of log-probs; default: plumbline in the user's cache directory",
     )
 
 
@@ -399,128 +390,3 @@ class Config(Section):
 
 
 Rolled = Ple | Dlma | SelfContrast | Raft
-
-
-LOCAL_PATHS = {"path", "tokenizer", "chat_template", "cache"}
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply ``key.sub=value`` overrides (values are YAML), check everything.
-
-    Raises:
-        ConfigError: one line naming the file, the key, what is wrong and what would be right.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; name a YAML config, such as configs/quickstart.yaml") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{file}: not a text file ({error}); a config is YAML in UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: a config is a mapping of keys, this is {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    return parse_config(tree, origin=str(file))
-
-
-def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
-    """Check a tree that is already in memory; `origin` is what messages call it. Raises ConfigError."""
-    try:
-        return Config.model_validate(_absolute(tree))
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from None
-
-
-def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override}: write KEY=VALUE, such as --set fleet.generator.replicas=2")
-    node: Any = tree
-    *parents, last = key.split(".")
-    for part in parents:
-        node = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {override}: {part} holds a value, not a section")
-    place: Any = _index(node, last, override) if isinstance(node, list) else last
-    try:
-        node[place] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {value!r} is no YAML value; quote text that holds : [ {{ or #") from None
-
-
-def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"--set {override}: {part!r} is no position in a list of {len(items)}; write 0, 1, …")
-    return int(part)
-
-
-def _absolute(node: Any, key: str = "") -> Any:
-    """Local paths made absolute; names that are no local path (a dataset's, `chatml`) stay."""
-    if isinstance(node, Mapping):
-        return {k: _absolute(v, k) for k, v in node.items()}
-    if isinstance(node, list):
-        return [_absolute(v) for v in node]
-    if key in LOCAL_PATHS and isinstance(node, str) and (node.startswith((".", "~")) or Path(node).exists()):
-        return str(Path(node).expanduser().resolve())
-    return node
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem of a validation, as one line."""
-    problem = next(
-        (e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0]
-    )  # a misspelt key also makes the right one "missing": name the misspelling
-    location, _ = _walk(problem["loc"])
-    key = ".".join(map(str, location)) or "config"
-    if problem["type"] == "extra_forbidden":
-        _, sections = _walk(problem["loc"][:-1])
-        known = [name for section in sections for name in section.model_fields]
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-    if problem["type"] == "missing":
-        return f"{key}: missing; this key is required"
-    if problem["type"] == "union_tag_invalid":
-        context = problem.get("ctx", {})
-        return f"{key}.type: {context.get('tag')!r} is unknown; known are {context.get('expected_tags')}"
-    if problem["type"] == "union_tag_not_found":
-        return f"{key}.type: missing; say which kind this is"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = "should be a mapping of keys"
-    given = problem["input"]
-    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
-
-
-def _walk(location: Sequence[int | str]) -> tuple[list[int | str], list[type[BaseModel]]]:
-    """A location without the union tags that pydantic puts into it (pipelines.0.ple.steps), and the sections there."""
-    kept: list[int | str] = []
-    here: list[type[BaseModel]] = [Config]
-    for part in location:
-        tagged = [s for s in here if len(here) > 1 and part in get_args(s.model_fields["type"].annotation)]
-        if tagged:
-            here = tagged
-            continue
-        kept.append(part)
-        if isinstance(part, str):
-            here = [t for s in here if part in s.model_fields for t in _sections(s.model_fields[part].annotation)]
-    return kept, here
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections(inner)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from plumbline.config import Config, dump_config, load_config
+from plumbline.config import Config
+from plumbline.config_file import dump_config, load_config
 from plumbline.errors import ConfigError
 
 

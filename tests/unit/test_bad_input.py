@@ -454,7 +454,7 @@ def test_an_engine_that_is_not_installed(world: World, refused: Refused, monkeyp
 
 
 def test_a_run_directory_that_holds_another_config(world: World, refused: Refused) -> None:
-    from plumbline.config import load_config
+    from plumbline.config_file import load_config
     from plumbline.run_dir import open_run_dir
 
     open_run_dir(load_config(world.write()), world.run_dir)
@@ -501,7 +501,7 @@ def test_a_directory_that_is_no_run(world: World, refused: Refused, command: str
 @pytest.fixture
 def finished(world: World) -> World:
     """A run directory with two versions of `ple`."""
-    from plumbline.config import load_config
+    from plumbline.config_file import load_config
     from plumbline.run_dir import open_run_dir
 
     open_run_dir(load_config(world.write()), world.run_dir)

@@ -7,17 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from plumbline.config import (
-    Config,
-    FullPolicy,
-    LoraPolicy,
-    Ple,
-    RewardModel,
-    Sft,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from plumbline.config import Config, FullPolicy, LoraPolicy, Ple, RewardModel, Sft
+from plumbline.config_file import dump_config, load_config, parse_config
 from plumbline.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -223,7 +214,10 @@ def test_a_misspelling_is_named_before_what_it_leaves_missing() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pipelines": [{"type": "pel"}]}, "pipelines.0.type: 'pel' is unknown; known are 'ple', 'dlma', 'self_contrast', 'raft', 'sft', 'reward'"),
+        (
+            {"pipelines": [{"type": "pel"}]},
+            "pipelines.0.type: 'pel' is unknown; known are 'ple', 'dlma', 'self_contrast', 'raft', 'sft', 'reward'",
+        ),
         ({"pipelines": [{"name": "a"}]}, "pipelines.0.type: missing; say which kind this is"),
         (
             {"pipelines": [{"type": "sft", "policy": {"type": "lorra"}}]},
