@@ -17,13 +17,15 @@ import ray
 from ray.exceptions import RayError
 
 from actors.channel import Channel
+from actors.embedder import Embedder, EmbedderSpec
 from actors.engine import EngineSpec
 from actors.generator import Generator
 from actors.learner import run_learner
+from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
 from actors.train_loop import LearnerSpec
 from actors.weights import PolicyStore
-from plumbline.config import GeneratorFleet, ScorerFleet
+from plumbline.config import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.errors import PlumblineError, RunError
 from plumbline.records import PolicyRef, Publication, TokenGroup
 
@@ -64,6 +66,8 @@ class Fleet:
     generators: list[Any] = field(default_factory=list)
     scorer: list[Any] = field(default_factory=list)
     judge: list[Any] = field(default_factory=list)
+    reference: list[Any] = field(default_factory=list)
+    embedder: list[Any] = field(default_factory=list)
     others: list[Any] = field(default_factory=list)
 
     def add_generators(
@@ -101,6 +105,18 @@ class Fleet:
         )
         return [actor.remote(spec) for _ in range(settings.replicas)]
 
+    def add_reference(self, settings: ReferenceFleet, spec: ReferenceSpec) -> None:
+        """Start the frozen model's replicas."""
+        actor = ray.remote(Reference).options(
+            num_cpus=0, num_gpus=settings.gpus, max_restarts=RESTARTS, max_task_retries=-1
+        )
+        self.reference += [actor.remote(spec) for _ in range(settings.replicas)]
+
+    def add_embedders(self, replicas: int, gpus: float, spec: EmbedderSpec) -> None:
+        """Start the sentence embedder's replicas."""
+        actor = ray.remote(Embedder).options(num_cpus=0, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=-1)
+        self.embedder += [actor.remote(spec) for _ in range(replicas)]
+
     def add_channel(self, slots: int) -> Any:
         """A channel for one learner."""
         channel = ray.remote(Channel).options(num_cpus=0, max_concurrency=1000).remote(slots)
@@ -108,9 +124,9 @@ class Fleet:
         return channel
 
     async def ready(self) -> None:
-        """Wait until every engine and every reward is loaded. Raises what kept one from loading."""
+        """Wait until every engine, reward, reference and embedder is loaded. Raises what kept one from loading."""
         waits = [g.start.remote() for g in self.generators]
-        waits += [s.ready.remote() for s in [*self.scorer, *self.judge]]
+        waits += [one.ready.remote() for one in [*self.scorer, *self.judge, *self.reference, *self.embedder]]
         await gather(*waits)
 
     def close(self) -> None:
@@ -118,7 +134,8 @@ class Fleet:
         with contextlib.suppress(RayError):
             closing = [g.close.options(max_task_retries=0).remote() for g in self.generators]
             ray.wait(closing, num_returns=len(closing), timeout=5)
-        for handle in [*self.generators, *self.scorer, *self.judge, *self.others, self.store]:
+        helpers = [*self.scorer, *self.judge, *self.reference, *self.embedder, *self.others]
+        for handle in [*self.generators, *helpers, self.store]:
             with contextlib.suppress(RayError):
                 ray.kill(handle)
 

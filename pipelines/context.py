@@ -1,16 +1,18 @@
-"""What every pipeline of a run shares: the config, the directory, the tokenizer, the fleet, and the event log."""
+"""What every pipeline of a run shares: the config, the directory, the tokenizer, the fleet, the pool, the event log."""
 
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.spawn import Fleet
 from actors.train_loop import LearnerSpec
+from pipelines.pool import Pool
 from plumbline.config import Config, Pipeline
 from plumbline.records import Prompt, TokenGroup
 
@@ -52,7 +54,10 @@ class EventLog:
 
 @dataclass(slots=True, kw_only=True)
 class Context:
-    """One run. `model_path` is π0's directory: the config's model, or what the `sft` section made of it."""
+    """One run. `model_path` is π0's directory: the config's model, or what the `sft` section made of it.
+
+    `fingerprint` says which model that is, where the run has a reference.
+    """
 
     config: Config
     run_dir: Path
@@ -64,6 +69,13 @@ class Context:
     fleet: Fleet
     probe: tuple[TokenGroup, ...] = ()
     model_path: str = ""
+    fingerprint: str = ""
+    pool: Pool = field(default_factory=lambda: Pool([], 0))
+    _turns: Iterator[int] = field(default_factory=itertools.count)
+
+    def pick(self, replicas: Sequence[Any]) -> Any:
+        """One of an actor's replicas, each in turn."""
+        return replicas[next(self._turns) % len(replicas)]
 
     def learner_spec(self, section: Pipeline, total: int, publishes: Literal["adapter", "final"]) -> LearnerSpec:
         """A learner that starts from π0, or from the config's model where π0 is yet to be made."""

@@ -3,6 +3,8 @@
 A run calls it at its end (base against the newest versions); `plumbline evaluate` with any two versions or models.
 """
 
+import json
+import random
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +13,12 @@ from typing import Any
 from actors.scorer import Query
 from actors.spawn import gather
 from pipelines.context import Context
+from plumbline.config import Config
 from plumbline.config import Generation as Settings
+from plumbline.dataset import read_prompts
 from plumbline.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
-from plumbline.prompting import encode_response, principle_text, render
+from plumbline.lengths import section_lengths, steerings
+from plumbline.prompting import encode_response, render
 from plumbline.records import GenerateRequest, PolicyRef, Prompt, Sampling, TokenGroup
 
 
@@ -32,8 +37,39 @@ class Answers:
     ppl: float | None
 
 
+def evaluation_principle(config: Config) -> str | None:
+    """What stands before the guided prompts: PLE's principle, or the wanted side of DLMA's contrast."""
+    texts = [text for section in config.rolling for text in steerings(section)[:1]]
+    return next(iter(texts), None)
+
+
+def heldout_prompts(context: Context) -> list[Prompt]:
+    """Held-out prompts within the limits of every pipeline, in an order of the run's seed."""
+    config, settings = context.config, context.config.evaluation
+    assert settings is not None and config.data.heldout is not None
+    source = config.data.heldout
+    prompts = read_prompts(source.path, columns=source.columns, split=source.split, limit=source.limit)
+    fitting = [p for p in prompts if all(section_lengths(config, context.tokenizer, s, p).fit for s in config.rolling)]
+    random.Random(config.seed).shuffle(fitting)
+    return fitting[: settings.prompts]
+
+
+async def answers_by_name(
+    context: Context, candidates: Mapping[str, PolicyRef], prompts: list[Prompt]
+) -> dict[str, Answers]:
+    """Every candidate's answers to the held-out prompts, sampled as the config says."""
+    config = context.config
+    assert config.evaluation is not None
+    settings = config.evaluation.generation or config.rolling[0].generation
+    answers = {}
+    for name, ref in candidates.items():
+        context.events.say(f"evaluating {name} on {len(prompts)} held-out prompts")
+        answers[name] = await answers_of(context, ref, prompts, settings, evaluation_principle(config))
+    return answers
+
+
 async def answers_of(
-    context: Context, ref: PolicyRef, prompts: Sequence[Prompt], settings: Settings, principle: str
+    context: Context, ref: PolicyRef, prompts: Sequence[Prompt], settings: Settings, principle: str | None
 ) -> Answers:
     """Generate, score and measure one policy. Seeds are the prompts', so that policies meet the same luck."""
     sampling = Sampling(
@@ -42,6 +78,7 @@ async def answers_of(
         top_p=settings.top_p,
         stop=tuple(settings.stop),
     )
+    kinds = [("plain", None), ("guided", principle)] if principle else [("plain", None)]
     requests = [
         GenerateRequest(
             key=f"{prompt.id}/{kind}",
@@ -50,7 +87,7 @@ async def answers_of(
             sampling=sampling,
             seed=zlib.crc32(f"{context.config.seed}/evaluate/{prompt.id}/{kind}".encode()) >> 1,
         )
-        for kind, text in (("plain", None), ("guided", principle_text(principle)))
+        for kind, text in kinds
         for prompt in prompts
     ]
     pool = context.fleet.generators
@@ -58,7 +95,7 @@ async def answers_of(
     drawn = await gather(*(g.generate.remote(shard) for g, shard in zip(pool, shards, strict=True)))
     by_key = {generation.key: generation for shard in drawn for generation in shard}
     generations = [by_key[request.key] for request in requests]
-    queries = [Query(messages=p.messages, extra=dict(p.extra)) for _ in range(2) for p in prompts]
+    queries = [Query(messages=p.messages, extra=dict(p.extra)) for _ in kinds for p in prompts]
     rewards = await scores_of(context.fleet.scorer, queries, generations)
     judged = await scores_of(context.fleet.judge, queries, generations)
     n = len(prompts)
@@ -133,7 +170,9 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
 
 
 def reward_columns(prefix: str, rewards: Sequence[float], guided: Sequence[float]) -> dict[str, Interval]:
-    """Mean of plain answers, and gap to guided ones, with 95 % intervals."""
+    """Mean of plain answers, and gap to guided ones where there are any, with 95 % intervals."""
+    if rewards and not guided:
+        return {f"{prefix}reward": mean_interval([a for a in rewards if finite(a)])}
     pairs = [(a, b) for a, b in zip(rewards, guided, strict=True) if finite(a, b)]
     if not pairs:
         return {}
@@ -143,6 +182,15 @@ def reward_columns(prefix: str, rewards: Sequence[float], guided: Sequence[float
         f"{prefix}guided": figures.guided,
         f"{prefix}gap": figures.gap,
     }
+
+
+def write_comparison(context: Context, answers: Mapping[str, Answers], prompts: list[Prompt]) -> dict[str, Any]:
+    """`evaluation.json`, and what the command line shows."""
+    assert context.config.evaluation is not None
+    result = summarize(answers, prompts, context.config.evaluation.samples)
+    text = json.dumps(result, ensure_ascii=False, indent=1)
+    (context.run_dir / "evaluation.json").write_text(text, encoding="utf-8")
+    return result
 
 
 def finite(*values: float) -> bool:

@@ -4,31 +4,47 @@ check -> run directory -> Ray -> π0 (`sft`) -> fleet -> pipelines -> evaluation
 """
 
 import asyncio
-import json
-import random
+import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from actors.embedder import EmbedderSpec
 from actors.engine import EngineSpec, resolve_engine
+from actors.reference import ReferenceSpec
 from actors.scorer import ScorerSpec
-from actors.spawn import Fleet, start_fleet, start_ray, stop_ray
+from actors.spawn import Fleet, ask, start_fleet, start_ray, stop_ray
 from actors.weights import TOLERANCE
 from pipelines.context import Context, Event, EventLog
-from pipelines.evaluate import Answers, answers_of, summarize
-from pipelines.loop import first_failure
-from pipelines.ple import run_ple
+from pipelines.dlma import DlmaMethod
+from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
+from pipelines.loop import first_failure, run_method
+from pipelines.ple import PleMethod
+from pipelines.pool import Pool
+from pipelines.raft import RaftMethod
 from pipelines.reward import run_reward
+from pipelines.self_contrast import SelfContrastMethod
 from pipelines.sft import run_sft
-from plumbline.config import ClassifierReward, Config, Ple, Reward, RewardModel, Sft
+from pipelines.watch import watch_pool
+from plumbline.config import (
+    ClassifierReward,
+    Config,
+    LoraPolicy,
+    Pipeline,
+    Ple,
+    Preference,
+    Reward,
+    RewardModel,
+    Rolled,
+    SelfContrast,
+    Sft,
+)
 from plumbline.config_file import load_config as read_config
-from plumbline.dataset import read_prompts
 from plumbline.doctor import check, model_directory, resolve_device, resolve_dtype, run_tokenizer
-from plumbline.errors import ConfigError
-from plumbline.lengths import prompt_lengths
-from plumbline.policies import model_path, parse_ref, read_publication, version_directory, versions
+from plumbline.errors import ConfigError, PlumblineError, RunError
+from plumbline.policies import model_path, parse_ref, policies, read_publication, version_directory, versions
 from plumbline.prompting import encode_response, render
 from plumbline.records import PolicyRef, Prompt, TokenGroup
 from plumbline.run_dir import open_run_dir
@@ -62,8 +78,10 @@ def compare(
     settings = config.evaluation
     if settings is None or config.data.heldout is None:
         raise ConfigError(f"{run_dir}/config.yaml: to evaluate, it needs `evaluation` and `data.heldout`")
-    if not any(isinstance(p, Ple) for p in config.pipelines):
-        raise ConfigError(f"{run_dir}/config.yaml: to evaluate, it needs a pipeline of `type: ple`")
+    if not config.rolling:
+        raise ConfigError(
+            f"{run_dir}/config.yaml: to evaluate, it needs a pipeline that generates, such as `type: ple`"
+        )
     if prompts is not None and prompts < 1:
         raise ConfigError(f"--prompts {prompts}: it should be 1 or more")
     named = {name: None if Path(name).is_dir() else parse_ref(run_dir, name) for name in candidates}
@@ -82,10 +100,11 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
     task = asyncio.current_task()
     assert task is not None
     fleet = config.fleet
-    learners = [p.learner for p in config.pipelines] + ([config.sft.learner] if config.sft else [])
+    together = sum(p.learner.workers * p.learner.cpus for p in config.pipelines)
+    first = config.sft.learner.workers * config.sft.learner.cpus if config.sft else 0
     start_ray(
         fleet.generator.replicas * fleet.generator.cpus
-        + max(learner.workers * learner.cpus for learner in learners)
+        + max(together, first)
         + int(fleet.scorer.replicas * fleet.scorer.cpus)
     )
     # After Ray has started: it has a handler of its own, which would end this process at once.
@@ -101,38 +120,80 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
 async def run_pipelines(
     config: Config, run_dir: Path, prompts: list[Prompt], listen: Callable[[Event], None]
 ) -> dict[str, Any]:
-    """π0, then all pipelines at once over one fleet, then before against after."""
+    """π0, then all pipelines at once over one fleet, then before against after.
+
+    A pipeline that fails ends with its own error, the others go on.
+
+    Raises:
+        PlumblineError: the failure of the only pipeline, or a RunError that names those that failed.
+    """
     context = make_context(config, run_dir, prompts, listen)
     try:
         if config.sft:
             context.events.say("training π0 (sft)")
             context.model_path = await run_sft(context, config.sft)
-        rolling = [p for p in config.pipelines if isinstance(p, Ple)]
-        if rolling:
-            await fill_fleet(context, rolling)
-        async with asyncio.TaskGroup() as pipelines:
-            for section in config.pipelines:
-                pipelines.create_task(run_one(context, section))
-        if config.evaluation and config.data.heldout and rolling:
-            newest = {p.name: PolicyRef(policy=p.name, version=versions(run_dir, p.name)[-1]) for p in rolling}
-            heldout = heldout_prompts(context)
-            answers = await answers_by_name(context, {"before": PolicyRef(), **newest}, heldout)
-            return write_comparison(run_dir, answers, heldout, config)
-        return {}
-    except BaseExceptionGroup as group:
-        raise first_failure(group) from None
+        if config.rolling:
+            await fill_fleet(context, train=True)
+        watching = asyncio.create_task(watch_pool(context)) if config.rolling else None
+        ended = await asyncio.gather(*(run_one(context, p) for p in config.pipelines), return_exceptions=True)
+        if watching:
+            watching.cancel()
+            await watching
+        failed = {p.name: e for p, e in zip(config.pipelines, ended, strict=True) if isinstance(e, BaseException)}
+        for name, error in failed.items():
+            report_failure(context, name, error)
+        result = {}
+        if config.evaluation and config.data.heldout and len(failed) < len(config.pipelines):
+            result = await evaluate_newest(context)
+        if failed:
+            raise the_failure(config, failed)
+        return result
     finally:
         context.fleet.close()
 
 
-async def run_one(context: Context, section: Ple | Sft | RewardModel) -> None:
+async def run_one(context: Context, section: Pipeline) -> None:
     """One pipeline, by its type."""
-    if isinstance(section, Ple):
-        await run_ple(context, section)
-    elif isinstance(section, Sft):
+    if isinstance(section, Sft):
         await run_sft(context, section)
-    else:
+    elif isinstance(section, RewardModel):
         await run_reward(context, section)
+    else:
+        methods = {"ple": PleMethod, "dlma": DlmaMethod, "self_contrast": SelfContrastMethod, "raft": RaftMethod}
+        # Its prompts are tokenised first, which would hold up the other pipelines.
+        method = await asyncio.to_thread(methods[section.type], context, section)
+        await run_method(context, method, section)
+
+
+def report_failure(context: Context, name: str, error: BaseException) -> None:
+    """A line of a failed pipeline's own, in the events and on the screen."""
+    if isinstance(error, PlumblineError):
+        context.events.write({"pipeline": name, "error": str(error)})
+        context.events.say(f"{name} failed: {error}")
+
+
+def the_failure(config: Config, failed: Mapping[str, BaseException]) -> BaseException:
+    """What a run with failed pipelines raises: a bug as it is, the only pipeline's own error, or all in one line."""
+    errors = {name: first_failure(error) for name, error in failed.items()}
+    for error in errors.values():
+        if not isinstance(error, PlumblineError) or len(config.pipelines) == 1:
+            return error
+    told = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    return RunError(f"{len(errors)} of {len(config.pipelines)} pipelines failed ({told}); the others are done")
+
+
+async def evaluate_newest(context: Context) -> dict[str, Any]:
+    """π0 against the newest version of every policy that generators can load; nothing where there is none."""
+    there = policies(context.run_dir)
+    served = [p.name for p in context.config.pipelines if p.name in there]
+    if not (served and context.fleet.generators):
+        return {}
+    newest = {name: PolicyRef(policy=name, version=versions(context.run_dir, name)[-1]) for name in served}
+    for ref in newest.values():  # an older run's version is not in this run's store
+        await context.fleet.store.publish.remote(read_publication(context.run_dir, ref))
+    heldout = heldout_prompts(context)
+    answers = await answers_by_name(context, {"before": PolicyRef(), **newest}, heldout)
+    return write_comparison(context, answers, heldout)
 
 
 async def compare_policies(
@@ -152,19 +213,21 @@ async def compare_policies(
         pools.setdefault(base if ref else str(Path(name).resolve()), {})[name] = ref or PolicyRef()
     answers: dict[str, Answers] = {}
     heldout: list[Prompt] = []
+    result: dict[str, Any] = {}
     for directory, refs in pools.items():
         model = config.model.model_copy(update={"path": directory, "init": None, "tokenizer": None})
         context = make_context(config.model_copy(update={"model": model}), run_dir, prompts, listen)
         try:
-            await fill_fleet(context, [p for p in config.pipelines if isinstance(p, Ple)])
+            await fill_fleet(context, train=False)
             for ref in refs.values():
                 if ref.version:
                     await context.fleet.store.publish.remote(read_publication(run_dir, ref))
             heldout = heldout or heldout_prompts(context)  # the same for all, whatever their tokenizers
             answers |= await answers_by_name(context, refs, heldout)
+            result = write_comparison(context, {n: answers[n] for n in named if n in answers}, heldout)
         finally:
             context.fleet.close()
-    return write_comparison(run_dir, {name: answers[name] for name in named}, heldout, config)
+    return result
 
 
 def base_directory(config: Config, run_dir: Path) -> str:
@@ -186,26 +249,31 @@ def make_context(config: Config, run_dir: Path, prompts: list[Prompt], listen: C
         tokenizer=run_tokenizer(config),
         prompts=prompts,
         events=EventLog(run_dir / "events.jsonl", listen),
-        fleet=start_fleet(keep=8 + max((p.max_staleness for p in config.pipelines if isinstance(p, Ple)), default=0)),
+        fleet=start_fleet(keep=6 + kept_versions(config)),
         model_path=config.model.path or "",
     )
     return replace(context, probe=make_probe(context))
 
 
-async def fill_fleet(context: Context, pipelines: list[Ple]) -> None:
-    """Start generators and rewards, and wait until they are loaded."""
+def kept_versions(config: Config) -> int:
+    """Versions of one policy that generators keep loaded: one that is coming, and those that rollouts may ask for."""
+    return 2 + max((p.max_staleness for p in config.pipelines if isinstance(p, Ple)), default=0)
+
+
+async def fill_fleet(context: Context, *, train: bool) -> None:
+    """Start generators, rewards and what the methods need to `train`, and wait until they are loaded."""
     config, fleet = context.config, context.fleet
     choice = resolve_engine(config.fleet.engine)
     settings = config.fleet.generator
-    in_flight = sum(p.max_staleness + 2 for p in pipelines)
+    ranks = [p.policy.r for p in served(config) if isinstance(p.policy, LoraPolicy)]
     spec = EngineSpec(
         model_path=context.model_path,
         dtype=context.dtype,
         device=context.device,
         max_model_len=config.model.max_len,
         max_num_seqs=settings.max_num_seqs,
-        max_lora_rank=max(p.policy.r for p in pipelines),
-        max_adapters=in_flight,
+        max_lora_rank=max(ranks, default=8),
+        max_adapters=kept_versions(config) * max(1, len(ranks)),
         threads=settings.cpus,
         kv_cache_gib=settings.kv_cache_gib,
         memory_share=settings.memory_share,
@@ -213,14 +281,52 @@ async def fill_fleet(context: Context, pipelines: list[Ple]) -> None:
     )
     context.events.say(f"engine: {choice} (fleet.engine: {config.fleet.engine}), {context.dtype} on {context.device}")
     tolerance = config.fleet.sync_tolerance or TOLERANCE[context.dtype]
-    fleet.add_generators(
-        settings, choice, spec, context.probe, tolerance, keep=max(p.max_staleness for p in pipelines) + 2
-    )
+    fleet.add_generators(settings, choice, spec, context.probe, tolerance, keep=kept_versions(config))
     if config.reward:
         fleet.scorer = add_reward(fleet, context, config.reward)
     if config.evaluation and config.evaluation.judge:
         fleet.judge = add_reward(fleet, context, config.evaluation.judge)
+    if train and any(isinstance(p, Preference) for p in config.pipelines):
+        add_reference(context)
+    if train and config.embedder and any(isinstance(p, SelfContrast) and p.filter for p in config.pipelines):
+        one = config.embedder
+        device = "cuda" if one.gpus else "cpu"
+        fleet.add_embedders(
+            one.replicas, one.gpus, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size)
+        )
     await fleet.ready()
+    if fleet.reference:
+        context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
+    longest = max(p.generation.max_tokens for p in config.rolling)
+    # A quarter more than all engines decode at once: a free place is filled at once, and no queue builds up in them.
+    context.pool = Pool(fleet.generators, capacity=settings.replicas * settings.max_num_seqs * longest * 5 // 4)
+
+
+def served(config: Config) -> list[Rolled | Sft]:
+    """The pipelines whose versions generators load."""
+    return [*config.rolling, *(p for p in config.pipelines if isinstance(p, Sft))]
+
+
+def add_reference(context: Context) -> None:
+    """The frozen π0, with its cache."""
+    settings = context.config.fleet.reference
+    cache = Path(settings.cache) if settings.cache else user_cache()
+    context.fleet.add_reference(
+        settings,
+        ReferenceSpec(
+            model_path=context.model_path,
+            dtype=context.dtype,
+            device="cuda" if settings.gpus else "cpu",
+            threads=settings.cpus,
+            batch_tokens=settings.batch_tokens,
+            cache=str(cache),
+        ),
+    )
+
+
+def user_cache() -> Path:
+    """Where a user's programs keep what can be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline"
 
 
 def add_reward(fleet: Fleet, context: Context, reward: Reward) -> list[Any]:
@@ -236,43 +342,6 @@ def add_reward(fleet: Fleet, context: Context, reward: Reward) -> list[Any]:
     else:
         spec = ScorerSpec(function=reward.function)
     return fleet.add_scorers(context.config.fleet.scorer, spec)
-
-
-async def answers_by_name(
-    context: Context, candidates: Mapping[str, PolicyRef], prompts: list[Prompt]
-) -> dict[str, Answers]:
-    """Every candidate's answers to the held-out prompts, sampled as the config says."""
-    settings = context.config.evaluation
-    ple = next(p for p in context.config.pipelines if isinstance(p, Ple))
-    assert settings is not None
-    answers = {}
-    for name, ref in candidates.items():
-        context.events.say(f"evaluating {name} on {len(prompts)} held-out prompts")
-        answers[name] = await answers_of(context, ref, prompts, settings.generation or ple.generation, ple.principle)
-    return answers
-
-
-def heldout_prompts(context: Context) -> list[Prompt]:
-    """Held-out prompts within the limits, in an order of the run's seed."""
-    config, settings = context.config, context.config.evaluation
-    assert settings is not None and config.data.heldout is not None
-    ple = next(p for p in config.pipelines if isinstance(p, Ple))
-    source = config.data.heldout
-    prompts = read_prompts(source.path, columns=source.columns, split=source.split, limit=source.limit)
-    principle, tokens = ple.principle, ple.generation.max_tokens
-    fitting = [p for p in prompts if prompt_lengths(config, context.tokenizer, p, principle, tokens).fit]
-    random.Random(config.seed).shuffle(fitting)
-    return fitting[: settings.prompts]
-
-
-def write_comparison(
-    run_dir: Path, answers: Mapping[str, Answers], prompts: list[Prompt], config: Config
-) -> dict[str, Any]:
-    """`evaluation.json`, and what the command line shows."""
-    assert config.evaluation is not None
-    result = summarize(answers, prompts, config.evaluation.samples)
-    (run_dir / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
-    return result
 
 
 def make_probe(context: Context) -> tuple[TokenGroup, ...]:

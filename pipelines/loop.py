@@ -1,4 +1,4 @@
-"""The stages that every method shares. A run of a method is three coroutines and a learner:
+"""The stages that every method shares. A run of a method (`RollingMethod`) is three coroutines and a learner:
 
     produce:  draw -> generate -> score -> commit -> channel       (one task a step, as many at once as there are slots)
     learner:                                         channel -> train -> publish    (a process, `actors.learner`)
@@ -6,72 +6,29 @@
 
 `produce` waits for a slot, `advance` gives it back once every generator has proved the version that the step made. The
 number of slots is therefore the bound on staleness: with ``max_staleness + 1`` of them, step t is drawn only when
-version ``t - 1 - max_staleness`` or a newer one is served. What a method draws, scores and keeps is its `Method`.
+version ``t - 1 - max_staleness`` or a newer one is served. A method that draws from π0 has no staleness; its slots
+bound how far generation runs ahead of the learner, and its later epochs read the parts again.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import psutil
 import ray
 
 from actors.channel import Box
 from actors.spawn import ask, gather, start_learner
 from actors.train_loop import LearnerSpec
 from pipelines.context import Context
+from pipelines.rolling import RollingMethod, Rollout
+from pipelines.watch import busy_seconds, memory
 from plumbline.checkpoint import latest_step
+from plumbline.config import Frozen, Rolled
 from plumbline.errors import RunError
-from plumbline.parts import Parts, Rejected
 from plumbline.records import PolicyRef, Sample
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
-    """What one step drew: rows for its part, rows for `rejected.parquet`, and how many tokens were sampled."""
-
-    rows: list[dict[str, object]]
-    rejected: list[dict[str, object]]
-    tokens: int
-
-
-class Method(Protocol):
-    """What differs between methods, seen from the loop."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def total(self) -> int:
-        """Number of steps."""
-        ...
-
-    @property
-    def slots(self) -> int:
-        """Steps that may be between draw and proof."""
-        ...
-
-    @property
-    def parts(self) -> Parts: ...
-
-    @property
-    def rejected(self) -> Rejected: ...
-
-    async def roll_out(self, step: int, ref: PolicyRef) -> Rollout:
-        """Draw the step's prompts, generate from `ref`, score."""
-        ...
-
-    def sample(self, row: Row) -> Sample:
-        """The training example in a row of a part."""
-        ...
-
-    def describe(self, rows: Sequence[Row]) -> dict[str, float]:
-        """Figures of a committed part, for its event."""
-        ...
 
 
 @dataclass(slots=True)
@@ -85,7 +42,7 @@ class Progress:
     tokens: dict[int, int] = field(default_factory=dict)
 
 
-async def run_method(context: Context, method: Method, spec: LearnerSpec) -> None:
+async def run_method(context: Context, method: RollingMethod, section: Rolled) -> None:
     """Run a method from where its checkpoints stand to its last step.
 
     Raises:
@@ -93,18 +50,60 @@ async def run_method(context: Context, method: Method, spec: LearnerSpec) -> Non
         LossError: the loss became NaN or infinite.
         RunError: the learner or an actor ended beyond repair.
     """
+    method.rejected.keep_steps(method.parts.steps())
+    if isinstance(section, Frozen) and not section.train:
+        await make_parts(context, method)
+        return
+    spec = context.learner_spec(section, method.total, "adapter")
     done = latest_step(spec.checkpoints)
     progress = Progress(resumed=done, logged=context.events.keep(method.name, done), proved=done)
-    method.rejected.keep_steps(method.parts.steps())
     if progress.logged >= method.total:
         return
     channel = context.fleet.add_channel(method.slots)
     learner = start_learner(spec, channel, context.fleet.store)
-    await first_of(
-        learner,
-        produce(context, method, channel, progress),
-        advance(context, method, channel, progress),
-    )
+    try:
+        await first_of(
+            learner,
+            produce(context, method, channel, progress),
+            advance(context, method, channel, progress),
+        )
+    except Exception as error:
+        # The other pipelines of the run go on: this one's learner must not wait for parts that never come.
+        with contextlib.suppress(RunError):
+            await ask(channel.fail.remote(RunError(f"{method.name} has ended: {error}")))
+        raise
+
+
+async def make_parts(context: Context, method: RollingMethod) -> None:
+    """Only generate: all parts that are not there yet, as many at once as there are slots."""
+    slots = asyncio.Semaphore(method.slots)
+    committed = method.parts.steps()
+    context.events.keep(method.name, max(committed, default=0))
+    left = [part for part in range(1, method.part_count + 1) if part not in committed]
+    started = time.monotonic()
+
+    async def one(part: int) -> None:
+        async with slots:
+            rollout = await method.roll_out(part, method.ref(0))
+            await commit(method, part, rollout)
+            left.remove(part)
+            seconds = time.monotonic() - started
+            made = method.part_count - len(committed) - len(left)
+            context.events.write(
+                {
+                    "pipeline": method.name,
+                    "step": part,
+                    "steps": method.part_count,
+                    **method.describe(rollout.rows),
+                    "rejected": len(rollout.rejected),
+                    "tokens_per_s": rollout.tokens * made / seconds,
+                    "seconds_left": seconds / made * len(left),
+                }
+            )
+
+    async with asyncio.TaskGroup() as parts:
+        for part in list(left):
+            parts.create_task(one(part))
 
 
 async def first_of(learner: "asyncio.Future[None]", *stages: Any) -> None:
@@ -124,42 +123,49 @@ async def first_of(learner: "asyncio.Future[None]", *stages: Any) -> None:
             task.cancel()
 
 
-def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure inside nested groups."""
-    error: BaseException = group
+def first_failure(error: BaseException) -> BaseException:
+    """The first failure inside nested groups; one that is no group is itself."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-async def produce(context: Context, method: Method, channel: Any, progress: Progress) -> None:
+async def produce(context: Context, method: RollingMethod, channel: Any, progress: Progress) -> None:
     """Consumes prompts and slots; produces parts and, through the channel, boxed samples. Waits for slots."""
     if progress.resumed:
         await prove_everywhere(context, PolicyRef(policy=method.name, version=progress.resumed))
     committed = set(method.parts.steps())
+    drawn: dict[int, asyncio.Task[None]] = {}
 
-    async def one(step: int, ref: PolicyRef) -> None:
-        if step not in committed:
-            await commit(method, step, await method.roll_out(step, ref), progress)
-        samples = [method.sample(row) for row in await asyncio.to_thread(method.parts.read, step)]
+    async def draw(part: int, ref: PolicyRef) -> None:
+        rollout = await method.roll_out(part, ref)
+        await commit(method, part, rollout)
+        progress.tokens[part] = rollout.tokens
+
+    async def one(step: int, part: int) -> None:
+        if part in drawn:
+            await drawn[part]
+        samples = method.samples(await asyncio.to_thread(method.parts.read, part))
         await ask(channel.put.remote(step, Box(ref=ray.put(samples))))
 
     async with asyncio.TaskGroup() as steps:
         for step in range(progress.resumed + 1, method.total + 1):
             await ask(channel.reserve.remote())
-            steps.create_task(one(step, PolicyRef(policy=method.name, version=progress.proved)))
+            part = method.part(step)
+            if part not in committed and part not in drawn:
+                drawn[part] = steps.create_task(draw(part, method.ref(progress.proved)))
+            steps.create_task(one(step, part))
     await ask(channel.close.remote())
 
 
-async def commit(method: Method, step: int, rollout: Rollout, progress: Progress) -> None:
-    """The one write of a step. The part comes last: rejected rows without their part are dropped on resume."""
+async def commit(method: RollingMethod, part: int, rollout: Rollout) -> None:
+    """The one write of a part. The part comes last: rejected rows without their part are dropped on resume."""
     if rollout.rejected:
-        await asyncio.to_thread(method.rejected.add, step, rollout.rejected)
-    await asyncio.to_thread(method.parts.write, step, rollout.rows)
-    progress.tokens[step] = rollout.tokens
+        await asyncio.to_thread(method.rejected.add, part, rollout.rejected)
+    await asyncio.to_thread(method.parts.write, part, rollout.rows)
 
 
-async def advance(context: Context, method: Method, channel: Any, progress: Progress) -> None:
+async def advance(context: Context, method: RollingMethod, channel: Any, progress: Progress) -> None:
     """Consumes published versions; produces proofs, free slots and events. Waits for the learner.
 
     It begins at the first step without an event: one that was saved just before an interruption gets its own now.
@@ -177,7 +183,8 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         seconds = now - clock
         metrics = dict(publication.metrics)
         wait, work = metrics.pop("learner_wait_s", 0.0), metrics.pop("learner_work_s", 0.0)
-        rows = await asyncio.to_thread(method.parts.read, step)
+        part = method.part(step)
+        rows = await asyncio.to_thread(method.parts.read, part)
         context.events.write(
             {
                 "pipeline": method.name,
@@ -185,7 +192,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
                 "steps": method.total,
                 **metrics,
                 **method.describe(rows),
-                "rejected": sum(row["step"] == step for row in method.rejected.rows()),
+                "rejected": sum(row["step"] == part for row in method.rejected.rows()),
                 "proof_difference": max((p.difference for p in proofs), default=0.0),
                 "proof_drift": min((p.drift for p in proofs), default=0.0),
                 "seconds": seconds,
@@ -199,25 +206,10 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         clock, busy = now, now_busy
 
 
-def memory() -> dict[str, float]:
-    """MiB that this process holds, and that the cluster's object store does."""
-    total, free = (r.get("object_store_memory", 0.0) for r in (ray.cluster_resources(), ray.available_resources()))
-    return {
-        "resident_mib": psutil.Process().memory_info().rss / 2**20,
-        "object_store_mib": (total - free) / 2**20,
-    }
-
-
 async def prove_everywhere(context: Context, ref: PolicyRef) -> list[Any]:
     """Load a published version into every generator; returns their proofs. Raises SyncError."""
     await ask(context.fleet.store.wait.remote(ref))
     return await gather(*(g.load.remote(ref) for g in context.fleet.generators))
-
-
-async def busy_seconds(context: Context) -> float:
-    """Mean seconds that a generator has worked since it started."""
-    seconds = await gather(*(g.busy_seconds.remote() for g in context.fleet.generators))
-    return sum(seconds) / max(len(seconds), 1)
 
 
 async def train_on(context: Context, spec: LearnerSpec, batches: Sequence[Sequence[Sample]]) -> None:
@@ -253,10 +245,3 @@ async def train_on(context: Context, spec: LearnerSpec, batches: Sequence[Sequen
             )
 
     await first_of(learner, feed(), follow())
-
-
-def batch_count(items: int, size: int) -> int:
-    """Batches of at most `size` that hold `items`. Raises RunError where there is nothing."""
-    if items == 0:
-        raise RunError("no prompt is left to train on: all were rejected (see rejected.parquet)")
-    return -(-items // size)

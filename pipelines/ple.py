@@ -4,86 +4,71 @@ Wiring only: what is drawn, asked and kept. The stages are `pipelines.loop`'s, t
 """
 
 import math
-import random
-import zlib
 from collections.abc import Sequence
 
-from actors.scorer import Query
-from actors.spawn import gather
 from pipelines.context import Context
-from pipelines.loop import Rollout, Row, batch_count, run_method
+from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
 from plumbline.config import Ple
-from plumbline.lengths import prompt_lengths
-from plumbline.parts import Parts, Rejected
-from plumbline.prompting import principle_text, render
-from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
-from plumbline.rollouts import PLE_SCHEMA, ple_row, ple_sample, prompt_text
+from plumbline.prompting import principle_text
+from plumbline.records import Completion, PolicyRef, Prompt, Sample
+from plumbline.rollouts import PLE_SCHEMA, ple_row, ple_sample
 
 
-async def run_ple(context: Context, section: Ple) -> None:
-    """Run PLE to its last step. Raises what `loop.run_method` raises."""
-    method = PleMethod(context, section)
-    await run_method(context, method, context.learner_spec(section, method.total, "adapter"))
-
-
-class PleMethod:
-    """What PLE draws, asks and keeps."""
+class PleMethod(RollingMethod):
+    """Online: the newest proved policy answers, at most `max_staleness` versions behind."""
 
     def __init__(self, context: Context, section: Ple) -> None:
-        self._context = context
-        self._section = section
+        super().__init__(context, section, "rollouts", PLE_SCHEMA, *fitting(context, section))
+        self._ple = section
         self._principle = principle_text(section.principle)
-        directory = context.run_dir / "rollouts" / section.name
-        self.parts = Parts(str(directory), PLE_SCHEMA)
-        self.rejected = Rejected(str(directory / "rejected.parquet"))
-        self._prompts, too_long = self._fitting(context.prompts)
-        if not self.rejected.rows():
-            self.rejected.add(0, too_long)
-        self.name = section.name
         self.slots = section.max_staleness + 1
-        self.total = section.steps or batch_count(len(self._prompts), section.batch_size)
-        batch_count(len(self._prompts), section.batch_size)
-        self._sampling = Sampling(
-            max_tokens=section.generation.max_tokens,
-            temperature=section.generation.temperature,
-            top_p=section.generation.top_p,
-            stop=tuple(section.generation.stop),
-        )
 
-    async def roll_out(self, step: int, ref: PolicyRef) -> Rollout:
-        """Two answers a prompt, from one request batch a generator; both scored against the plain query."""
-        prompts = self._draw(step)
-        generators, scorers = self._context.fleet.generators, self._context.fleet.scorer
-        shards = [prompts[i :: len(generators)] for i in range(len(generators))]
-        asked = []
-        for i, shard in enumerate(shards):
-            generations = generators[i].generate.remote([r for p in shard for r in self._requests(step, p, ref)])
-            queries = [Query(messages=p.messages, extra=dict(p.extra)) for p in shard for _ in range(2)]
-            asked += [generations, scorers[i % len(scorers)].score_generations.remote(queries, generations)]
-        answers = await gather(*asked)
-        rows, rejected, tokens = [], [], 0
-        for shard, generations, scores in zip(shards, answers[::2], answers[1::2], strict=True):
-            for i, prompt in enumerate(shard):
-                plain, guided = generations[2 * i], generations[2 * i + 1]
-                tokens += len(plain.completions[0].ids) + len(guided.completions[0].ids)
-                rewards = (scores[2 * i][0], scores[2 * i + 1][0])
-                # A pair goes into the part, or into the rejected with a reason (METHODS.md §4).
-                if reason := unusable((plain.completions[0], guided.completions[0]), rewards):
-                    rejected.append(rejected_row(step, prompt, *reason))
-                else:
-                    rows.append(self._row(step, prompt, plain, guided, rewards))
-        return Rollout(rows=rows, rejected=rejected, tokens=tokens)
+    def ref(self, proved: int) -> PolicyRef:
+        """The newest version that all generators serve."""
+        return PolicyRef(policy=self.name, version=proved)
 
-    def sample(self, row: Row) -> Sample:
+    async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
+        """Two answers a prompt; both scored against the plain query."""
+        asked = [
+            self._request(step, prompt, ref, kind=kind, steering=steering)
+            for prompt in prompts
+            for kind, steering in (("plain", None), ("guided", self._principle))
+        ]
+        queries = [query for query in self._queries(prompts) for _ in range(2)]
+        scorer = self._context.pick(self._context.fleet.scorer)
+        answers, scores = await self._generated(asked, lambda drawn: scorer.score_generations.remote(queries, drawn))
+        rows, rejected = [], []
+        for i, prompt in enumerate(prompts):
+            plain, guided = answers[2 * i], answers[2 * i + 1]
+            rewards = (scores[2 * i][0], scores[2 * i + 1][0])
+            # A pair goes into the part, or into the rejected with a reason (METHODS.md §4).
+            if reason := unusable((plain.completions[0], guided.completions[0]), rewards):
+                rejected.append(rejected_row(step, prompt, *reason))
+                continue
+            rows.append(
+                ple_row(
+                    step=step,
+                    prompt=prompt,
+                    prompt_ids=asked[2 * i].prompt_ids,
+                    plain=plain.completions[0],
+                    guided=guided.completions[0],
+                    rewards=rewards,
+                    version=plain.ref.version,
+                    staleness=step - 1 - plain.ref.version,
+                    engine=plain.engine,
+                )
+            )
+        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(answers))
+
+    def samples(self, rows: Sequence[Row]) -> list[Sample]:
         """See `plumbline.rollouts.ple_sample`."""
-        return ple_sample(row)
+        return [ple_sample(row) for row in rows]
 
     def describe(self, rows: Sequence[Row]) -> dict[str, float]:
         """Mean rewards, their gap, the share above the present τ, and the staleness of a part."""
         if not rows:
             return {}
-        step = rows[0]["step"]
-        tau = self._section.tau0 * self._section.alpha ** (step - 1)
+        tau = self._ple.tau0 * self._ple.alpha ** (rows[0]["step"] - 1)
         gaps = [row["guided_reward"] - row["plain_reward"] for row in rows]
         return {
             "reward_plain": sum(row["plain_reward"] for row in rows) / len(rows),
@@ -92,55 +77,6 @@ class PleMethod:
             "rank_share_new": sum(gap > tau for gap in gaps) / len(gaps),
             "staleness": float(max(row["staleness"] for row in rows)),
         }
-
-    def _draw(self, step: int) -> list[Prompt]:
-        """The step's prompts: the same at every call, each once a pass, in an order that changes with the pass."""
-        size, count = self._section.batch_size, len(self._prompts)
-        per_pass = batch_count(count, size)
-        pass_, position = divmod(step - 1, per_pass)
-        order = list(range(count))
-        random.Random(f"{self._context.config.seed}-{self.name}-{pass_}").shuffle(order)
-        return [self._prompts[i] for i in order[position * size : (position + 1) * size]]
-
-    def _requests(self, step: int, prompt: Prompt, ref: PolicyRef) -> list[GenerateRequest]:
-        """The plain request, then the guided one."""
-        return [
-            GenerateRequest(
-                key=f"{step}/{prompt.id}/{kind}",
-                prompt_ids=render(self._context.tokenizer, prompt.messages, principle=principle),
-                ref=ref,
-                sampling=self._sampling,
-                seed=zlib.crc32(f"{self._context.config.seed}/{self.name}/{step}/{prompt.id}/{kind}".encode()) >> 1,
-            )
-            for kind, principle in (("plain", None), ("guided", self._principle))
-        ]
-
-    def _row(
-        self, step: int, prompt: Prompt, plain: Generation, guided: Generation, rewards: tuple[float, float]
-    ) -> dict[str, object]:
-        return ple_row(
-            step=step,
-            prompt=prompt,
-            prompt_ids=render(self._context.tokenizer, prompt.messages),
-            plain=plain.completions[0],
-            guided=guided.completions[0],
-            rewards=rewards,
-            version=plain.ref.version,
-            staleness=step - 1 - plain.ref.version,
-            engine=plain.engine,
-        )
-
-    def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[dict[str, object]]]:
-        """Prompts within the limit, and the rejected rows of the others."""
-        config, tokenizer, tokens = self._context.config, self._context.tokenizer, self._section.generation.max_tokens
-        fitting, too_long = [], []
-        for prompt in prompts:
-            lengths = prompt_lengths(config, tokenizer, prompt, self._principle, tokens)
-            if lengths.fit:
-                fitting.append(prompt)
-            else:
-                too_long.append(rejected_row(0, prompt, "prompt too long", str(lengths)))
-        return fitting, too_long
 
 
 def unusable(answers: tuple[Completion, Completion], rewards: tuple[float, float]) -> tuple[str, str] | None:
@@ -151,8 +87,3 @@ def unusable(answers: tuple[Completion, Completion], rewards: tuple[float, float
         if not math.isfinite(reward):
             return "reward not finite", f"{kind}: {reward}"
     return ("identical answers", "") if answers[0].ids == answers[1].ids else None
-
-
-def rejected_row(step: int, prompt: Prompt, reason: str, detail: str) -> dict[str, object]:
-    """One row of `rejected.parquet`."""
-    return {"step": step, "prompt_id": prompt.id, "prompt": prompt_text(prompt), "reason": reason, "detail": detail}

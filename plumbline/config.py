@@ -1,4 +1,4 @@
-"""The whole configuration of a run, as one tree of bounded fields. `plumbline.config_file` reads it, all others use it."""
+"""The whole configuration of a run, as one tree of bounded fields. `plumbline.config_file` reads it for all others."""
 
 from typing import Annotated, Any, Literal
 
@@ -176,7 +176,10 @@ Policy = Annotated[LoraPolicy | FullPolicy, Field(discriminator="type")]
 class Learner(Section):
     """One Ray Train run."""
 
-    strategy: Literal["torch"] = "torch"
+    strategy: Literal["torch", "deepspeed"] = "torch"
+    zero: Literal[1, 2, 3] | None = Field(
+        default=None, description="deepspeed cuts over workers: 1 optimiser, 2 gradients too (default), 3 weights too"
+    )
     workers: Count = 1
     cpus: Count = Field(default=1, description="threads a worker")
     gpus: float = Field(default=0, ge=0, description="a worker")
@@ -189,10 +192,14 @@ class Learner(Section):
     batch_size: Count = Field(default=64, description="prompts an optimiser step")
     micro_tokens: Count = Field(default=8192, description="tokens of one forward and backward")
     gradient_checkpointing: bool = False
-    checkpoint_every: Count | None = Field(
-        default=None, description="parts; default: 1 for an adapter, 50 for all weights"
-    )
+    checkpoint_every: Count | None = Field(default=None, description="parts; default: 1, or 50 for one whole model")
     max_failures: int = Field(default=3, ge=0, description="dead workers that Ray Train replaces")
+
+    @model_validator(mode="after")
+    def _stage(self) -> "Learner":
+        if self.zero is not None and self.strategy != "deepspeed":
+            raise ValueError("`zero` needs `strategy: deepspeed` beside it")
+        return self
 
 
 class PipelineBase(Section):
@@ -379,7 +386,7 @@ class Config(Section):
                 )
             if isinstance(one, SelfContrast) and one.filter and one.pairs is None and self.embedder is None:
                 raise ValueError(
-                    "a `self_contrast` pipeline needs `embedder` (path: a sentence-transformers model), or `filter: false`"
+                    "`self_contrast` needs `embedder` (path: a sentence-transformers model), or `filter: false`"
                 )
         return self
 

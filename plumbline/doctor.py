@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from plumbline.config import ClassifierReward, Config, Ple, ProgramReward, Reward, RewardModel, Sft
+from plumbline.config import ClassifierReward, Config, Dlma, Preference, ProgramReward, Reward, RewardModel, Rolled, Sft
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
-from plumbline.lengths import Lengths, check_targets, prompt_lengths, sft_group
+from plumbline.lengths import check_targets, needs_target, section_lengths, sft_group
 from plumbline.policies import model_path
 from plumbline.records import Prompt
 from plumbline.run_dir import check_run_dir
@@ -218,15 +218,15 @@ def _room(config: Config, rows: _Rows) -> None:
     if not _needs_prompts(config):
         return
     tokenizer = run_tokenizer(config)
-    for section in config.pipelines:
-        if isinstance(section, Ple):
-            for source, prompts in ((config.data.train, rows.prompts), (config.data.heldout, rows.heldout)):
-                if source and not any(_lengths(config, tokenizer, section, p).fit for p in prompts):
-                    raise DataError(
-                        f"{source.path}: all {len(prompts)} prompts are too long for {section.name}; the first has "
-                        f"{_lengths(config, tokenizer, section, prompts[0])}: raise data.max_prompt_tokens, and "
-                        "model.max_len above generation.max_tokens"
-                    )
+    for section in config.rolling:
+        for source, prompts in ((config.data.train, rows.prompts), (config.data.heldout, rows.heldout)):
+            if source and not any(section_lengths(config, tokenizer, section, p).fit for p in prompts):
+                raise DataError(
+                    f"{source.path}: all {len(prompts)} prompts are too long for {section.name}; the first has "
+                    f"{section_lengths(config, tokenizer, section, prompts[0])}: raise data.max_prompt_tokens, and "
+                    "model.max_len above generation.max_tokens"
+                )
+        _answers(config, tokenizer, section, rows.prompts)
     if config.sft or any(isinstance(p, Sft) for p in config.pipelines):
         check_targets(config, rows.prompts)
         if not any(sft_group(config, tokenizer, p) for p in rows.prompts):
@@ -236,8 +236,34 @@ def _room(config: Config, rows: _Rows) -> None:
             )
 
 
-def _lengths(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Ple, prompt: Prompt) -> Lengths:
-    return prompt_lengths(config, tokenizer, prompt, section.principle, section.generation.max_tokens)
+def _answers(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Rolled, prompts: list[Prompt]) -> None:
+    """The targets or given pairs that a pipeline learns from. Raises DataError."""
+    if isinstance(section, Preference) and section.pairs is not None:
+        _given(config, section)
+    elif needs_target(section):
+        check_targets(config, prompts, section.name)
+        if not any(sft_group(config, tokenizer, p) for p in prompts):
+            raise DataError(
+                f"{config.data.train.path}: all {len(prompts)} targets are too long for {section.name}; raise "
+                "model.max_len"
+            )
+
+
+def _given(config: Config, section: Preference) -> None:
+    """Pairs from elsewhere: parts of this very model, or a preference file. Raises DataError."""
+    from plumbline.given import check_model, is_parts, read_given_preferences, read_parts
+    from plumbline.logp_cache import model_fingerprint
+
+    source = section.pairs
+    assert source is not None
+    if not isinstance(section, Dlma) and not is_parts(source):
+        read_given_preferences(source)
+        return
+    rows = read_parts(source)  # dlma trains on parts alone: it needs their margins
+    if isinstance(section, Dlma) and any(row["margin"] is None for row in rows):
+        raise DataError(f"{source.path}: pairs without a margin, which dlma needs; name a `pairs/dlma` of another run")
+    if config.sft is None and config.model.path is not None:
+        check_model(source, rows, model_fingerprint(config.model.path))
 
 
 def _devices(config: Config) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plumbline.config import Config
+from plumbline.config import Config, Contrasts, Dlma, Rolled, SelfContrast
 from plumbline.errors import DataError
-from plumbline.prompting import encode_response, principle_text, render
+from plumbline.prompting import Contrast, contrast, encode_response, principle_text, render
 from plumbline.records import Prompt, TokenGroup
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Tokens of a prompt, plain (at most `limit`) and with its principle (at most `room`)."""
+    """Tokens of a prompt, plain (at most `limit`) and at its longest with what steers it (at most `room`)."""
 
     plain: int
     guided: int
@@ -32,15 +32,39 @@ class Lengths:
 
 
 def prompt_lengths(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, principle: str, max_tokens: int
+    config: Config, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, steerings: Sequence[str], max_tokens: int
 ) -> Lengths:
-    """`principle` is a preset's name or the text; `max_tokens` of `model.max_len` are kept free for the answer."""
+    """`steerings` are the texts put before the prompt; `max_tokens` of `model.max_len` are kept free for the answer."""
+    plain = len(render(tokenizer, prompt.messages))
     return Lengths(
-        plain=len(render(tokenizer, prompt.messages)),
-        guided=len(render(tokenizer, prompt.messages, principle=principle_text(principle))),
+        plain=plain,
+        guided=max((len(render(tokenizer, prompt.messages, principle=text)) for text in steerings), default=plain),
         limit=config.data.max_prompt_tokens,
         room=config.model.max_len - max_tokens,
     )
+
+
+def section_lengths(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Rolled, prompt: Prompt) -> Lengths:
+    """A prompt's lengths as a pipeline uses it."""
+    return prompt_lengths(config, tokenizer, prompt, steerings(section), section.generation.max_tokens)
+
+
+def steerings(section: Rolled) -> list[str]:
+    """What a method puts before its prompts: PLE's principle, DLMA's contrasts. Raises ConfigError."""
+    if isinstance(section, Dlma):
+        pairs = (dlma_contrast(section.contrast), dlma_contrast(section.scoring or section.contrast))
+        return [side for pair in pairs for side in (pair.positive, pair.negative)]
+    return [principle_text(section.principle)] if section.type == "ple" else []
+
+
+def dlma_contrast(settings: Contrasts) -> Contrast:
+    """Both sides, presets filled in. Raises ConfigError."""
+    return contrast(settings.preset, positive=settings.positive, negative=settings.negative)
+
+
+def needs_target(section: Rolled) -> bool:
+    """Whether a method needs a target in every row: Self-Contrast's positive."""
+    return isinstance(section, SelfContrast) and section.pairs is None
 
 
 def sft_group(config: Config, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> TokenGroup | None:
@@ -51,11 +75,11 @@ def sft_group(config: Config, tokenizer: "PreTrainedTokenizerBase", prompt: Prom
     return group if fits else None
 
 
-def check_targets(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Raises DataError where a prompt has no target to be tuned on."""
+def check_targets(config: Config, prompts: Sequence[Prompt], what: str = "sft") -> None:
+    """Raises DataError where a prompt has no target, which `what` needs."""
     for prompt in prompts:
         if prompt.target is None:
             raise DataError(
-                f"{config.data.train.path}: the row of id {prompt.id} has no target; sft needs one in every row "
+                f"{config.data.train.path}: the row of id {prompt.id} has no target; {what} needs one in every row "
                 "(data.train.columns maps {target: yours})"
             )

@@ -1,6 +1,6 @@
-"""What a part of PLE holds: one row a prompt, with both answers, their scores and the version that drew them.
+"""What parts of sampled answers hold: PLE's two answers a prompt with their scores, RAFT's best of several.
 
-`pipelines.ple` makes rows, the learner turns them into samples, reports and people read them.
+The pipelines make rows, the learner turns them into samples, reports and people read them.
 """
 
 import json
@@ -73,6 +73,45 @@ def ple_sample(row: Mapping[str, Any]) -> Sample:
         rewards=(row["plain_reward"], row["guided_reward"]),
         step=row["step"],
     )
+
+
+BEST_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("reward", pa.float64()),
+        ("rewards", pa.list_(pa.float64())),  # of all that were drawn, in their order
+        ("finish_reason", pa.string()),
+        ("engine", pa.string()),
+        ("prompt_ids", _IDS),
+        ("answer_ids", _IDS),
+    ]
+)
+
+
+def best_row(
+    *, step: int, prompt: Prompt, prompt_ids: Sequence[int], best: Completion, rewards: Sequence[float], engine: str
+) -> dict[str, object]:
+    """One row of `BEST_SCHEMA`: `best` is the answer with the highest of `rewards`."""
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "prompt": prompt_text(prompt),
+        "answer": best.text,
+        "reward": max(rewards),
+        "rewards": list(rewards),
+        "finish_reason": best.finish_reason,
+        "engine": engine,
+        "prompt_ids": list(prompt_ids),
+        "answer_ids": best.ids,
+    }
+
+
+def best_sample(row: Mapping[str, Any]) -> Sample:
+    """The training example in a row: supervised fine-tuning on the best answer."""
+    return Sample(group=TokenGroup(list(row["prompt_ids"]), [list(row["answer_ids"])]), step=row["step"])
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -65,6 +65,11 @@ class World:
         return self.directory / "prompts_heldout.jsonl"
 
     @property
+    def embedder(self) -> Path:
+        """A sentence-transformers model of the world's language."""
+        return self.directory / "embedder"
+
+    @property
     def preferences(self) -> Path:
         """Pairs that the ground truth orders: rows of id, prompt, chosen, rejected."""
         return self.directory / "preferences.jsonl"
@@ -165,15 +170,18 @@ def _write(
     requests = distinct_requests(train_prompts + heldout_prompts, seed)
     train, heldout = requests[:train_prompts], requests[train_prompts:]
     rows = prompt_rows(heldout, "heldout", seed)
-    _write_rows(directory / "prompts_train.jsonl", prompt_rows(train, "train", seed))
+    train_rows = prompt_rows(train, "train", seed)
+    _write_rows(directory / "prompts_train.jsonl", train_rows)
     _write_rows(directory / "prompts_heldout.jsonl", rows)
     _write_rows(directory / "preferences.jsonl", preference_rows(train, seed))
     report("prompts", 1.0)
 
     from plumbline.miniature import training
+    from plumbline.miniature.embedder import make_embedder
     from plumbline.miniature.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer()
+    make_embedder(directory / "embedder", tokenizer, [str(row["target"]) for row in train_rows], seed)
     model = training.make_model(tokenizer, seed)
     seen = frozenset(request.render() for request in heldout)
     training.train(model, tokenizer, seen, seed=seed, steps=steps, progress=lambda share: report("model", share))

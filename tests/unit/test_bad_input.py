@@ -121,7 +121,7 @@ def test_the_world_as_it_is_would_run(world: World, monkeypatch: pytest.MonkeyPa
             "pipelines.0.batch_size: input should be a valid integer, unable to parse string as an integer, got 'all'",
         ),
         ("fleet", "big", "fleet: should be a mapping of keys, got 'big'"),
-        ("pipelines.0.type", "dpo", "pipelines.0.type: 'dpo' is unknown; known are 'ple', 'sft', 'reward'"),
+        ("pipelines.0.type", "dpo", "pipelines.0.type: 'dpo' is unknown; known are 'ple', 'dlma', 'self_contrast', 'raft', 'sft', 'reward'"),
         ("reward", None, "config: a `ple` pipeline needs `reward` (type: classifier or type: program)"),
     ],
 )

@@ -1,0 +1,125 @@
+"""DLMA (METHODS.md §1): answers to a wanted and to an opposite prompt, judged by π0's own odds, into a margin DPO.
+
+Wiring only. Generation and judging are π0's throughout, so the learner trains while later parts are still being made.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from actors.reference import ContrastLogps, ContrastPrompts
+from pipelines.context import Context
+from pipelines.given import GivenParts
+from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
+from plumbline.config import Dlma
+from plumbline.lengths import dlma_contrast
+from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, values
+from plumbline.prompting import render
+from plumbline.records import Completion, PolicyRef, Prompt, Sample
+from plumbline.selection import self_reward_margin
+
+
+class DlmaMethod(RollingMethod):
+    """Pairs of π0's own answers, with its own margins."""
+
+    def __init__(self, context: Context, section: Dlma) -> None:
+        self._given = GivenParts(context, section.pairs) if section.pairs else None
+        prompts = (self._given.prompts, []) if self._given else fitting(context, section)
+        super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
+        self._dlma = section
+        self._contrast = dlma_contrast(section.contrast)
+        self._scoring = dlma_contrast(section.scoring or section.contrast)
+
+    async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
+        """Two answers a prompt, and six log-probs of π0: four for the margin, two as DPO's reference."""
+        if self._given:
+            return self._given.rollout(step, prompts)
+        asked = [
+            self._request(step, prompt, ref, kind=kind, steering=steering)
+            for prompt in prompts
+            for kind, steering in (("positive", self._contrast.positive), ("negative", self._contrast.negative))
+        ]
+        judged = [self._contrast_prompts(prompt) for prompt in prompts]
+        queries = [query for query in self._queries(prompts) for _ in range(2)]
+        context = self._context
+        reference = context.pick(context.fleet.reference)
+        then = [lambda drawn: reference.contrast_logps.remote(judged, drawn, eos=self._dlma.eos_in_margin)]
+        if context.fleet.scorer:
+            scorer = context.pick(context.fleet.scorer)
+            then.append(lambda drawn: scorer.score_generations.remote(queries, drawn))
+        answers, logps, *scored = await self._generated(asked, *then)
+        rows, rejected = [], []
+        for i, prompt in enumerate(prompts):
+            chosen, other = answers[2 * i].completions[0], answers[2 * i + 1].completions[0]
+            judgement = judge(logps[i])
+            if reason := unusable(chosen, other, judgement["margin"]):
+                rejected.append(rejected_row(step, prompt, *reason))
+                continue
+            rows += pair_rows(
+                step=step,
+                prompt=prompt,
+                prompt_ids=judged[i].plain_ids,
+                answers=[
+                    Answer(text=one.text, ids=one.ids, finish_reason=one.finish_reason) for one in (chosen, other)
+                ],
+                ref_logps=logps[i].reference,
+                rewards=[scored[0][2 * i + side][0] for side in (0, 1)] if scored else None,
+                engine=answers[2 * i].engine,
+                model=context.fingerprint,
+                judged=judgement,
+            )
+        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(answers))
+
+    def samples(self, rows: Sequence[Row]) -> list[Sample]:
+        """See `plumbline.pairs.pair_samples`."""
+        return pair_samples(rows)
+
+    def describe(self, rows: Sequence[Row]) -> dict[str, float]:
+        """How the margins lie; with a reward, how often their sign agrees with it (ties of the reward left out)."""
+        if not rows:
+            return {}
+        margins = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
+        low, high = self._dlma.margin_clamp
+        quantiles = margins.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+        figures = {
+            "margin_mean": float(margins.mean()),
+            **dict(zip(("margin_q10", "margin_q50", "margin_q90"), quantiles, strict=True)),
+            "margin_negative_share": float((margins < 0).double().mean()),
+            "margin_clamped_share": float(((margins <= low) | (margins >= high)).double().mean()),
+        }
+        chosen, other = values(rows, "chosen_reward"), values(rows, "rejected_reward")
+        if len(chosen) == len(other) == len(rows):
+            agrees = [
+                (margin > 0) == (a > b) for margin, a, b in zip(margins.tolist(), chosen, other, strict=True) if a != b
+            ]
+            figures |= {"reward_chosen": sum(chosen) / len(rows), "reward_rejected": sum(other) / len(rows)}
+            if agrees:
+                figures["agreement"] = sum(agrees) / len(agrees)
+        return figures
+
+    def _contrast_prompts(self, prompt: Prompt) -> ContrastPrompts:
+        tokenizer = self._context.tokenizer
+        return ContrastPrompts(
+            plain_ids=self._plain_ids(prompt),
+            positive_ids=render(tokenizer, prompt.messages, principle=self._scoring.positive),
+            negative_ids=render(tokenizer, prompt.messages, principle=self._scoring.negative),
+        )
+
+
+def judge(logps: ContrastLogps) -> dict[str, float]:
+    """The margin R of a pair and the four log-probs that it is made of (METHODS.md §1)."""
+    four = (logps.chosen_pos, logps.chosen_neg, logps.rejected_pos, logps.rejected_neg)
+    margin = self_reward_margin(*(torch.tensor([value], dtype=torch.float64) for value in four))
+    names = ("chosen_pos", "chosen_neg", "rejected_pos", "rejected_neg")
+    return {"margin": float(margin), **dict(zip(names, four, strict=True))}
+
+
+def unusable(chosen: Completion, other: Completion, margin: float) -> tuple[str, str] | None:
+    """Why a pair cannot be learnt from, and a detail; None where it can (METHODS.md §4)."""
+    for kind, answer in (("positive", chosen), ("negative", other)):
+        if not answer.text.strip():
+            return "blank answer", kind
+    if chosen.ids == other.ids:
+        return "identical answers", ""
+    return None if math.isfinite(margin) else ("margin not finite", str(margin))

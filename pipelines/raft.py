@@ -1,0 +1,55 @@
+"""RAFT, a baseline (METHODS.md §3): supervised fine-tuning on the best of several answers of π0, by the reward."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from pipelines.context import Context
+from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
+from plumbline.config import Raft
+from plumbline.records import PolicyRef, Prompt, Sample
+from plumbline.rollouts import BEST_SCHEMA, best_row, best_sample
+
+
+class RaftMethod(RollingMethod):
+    """The best answer a prompt."""
+
+    def __init__(self, context: Context, section: Raft) -> None:
+        super().__init__(context, section, "rollouts", BEST_SCHEMA, *fitting(context, section))
+        self._samples = section.samples
+
+    async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
+        asked = [self._request(step, prompt, ref, kind="sample", n=self._samples) for prompt in prompts]
+        scorer, queries = self._context.pick(self._context.fleet.scorer), self._queries(prompts)
+        drawn, scores = await self._generated(asked, lambda answers: scorer.score_generations.remote(queries, answers))
+        rows, rejected = [], []
+        for request, prompt, generation, own in zip(asked, prompts, drawn, scores, strict=True):
+            usable = [i for i, score in enumerate(own) if math.isfinite(score)]  # a blank answer's is not
+            if not usable:
+                rejected.append(rejected_row(step, prompt, "no answer with a finite reward"))
+                continue
+            best = max(usable, key=lambda i: own[i])
+            rows.append(
+                best_row(
+                    step=step,
+                    prompt=prompt,
+                    prompt_ids=request.prompt_ids,
+                    best=generation.completions[best],
+                    rewards=[own[i] for i in usable],
+                    engine=generation.engine,
+                )
+            )
+        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(drawn))
+
+    def samples(self, rows: Sequence[Row]) -> list[Sample]:
+        """See `plumbline.rollouts.best_sample`."""
+        return [best_sample(row) for row in rows]
+
+    def describe(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Mean reward of the best answers, and of all that were drawn."""
+        if not rows:
+            return {}
+        return {
+            "reward_best": statistics.fmean(row["reward"] for row in rows),
+            "reward_mean": statistics.fmean(reward for row in rows for reward in row["rewards"]),
+        }

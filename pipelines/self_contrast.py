@@ -1,0 +1,167 @@
+"""Self-Contrast (METHODS.md §2): negatives among many answers of π0, those least like the target, multi-negative DPO.
+
+Wiring only. The same pipeline is SPIN (one sample, no filter) and DPO on given pairs (`pairs`): only where a prompt's
+positive and negatives come from differs.
+"""
+
+import random
+import statistics
+import zlib
+from collections.abc import Sequence
+
+from actors.spawn import gather
+from pipelines.context import Context
+from pipelines.given import GivenParts
+from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
+from plumbline.config import SelfContrast
+from plumbline.evaluation import data_accuracy
+from plumbline.given import is_parts, read_given_preferences, usable_rejected
+from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, prompts_of, values
+from plumbline.prompting import encode_response
+from plumbline.records import Generation, PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
+from plumbline.selection import select_negatives
+
+
+class SelfContrastMethod(RollingMethod):
+    """A positive and m negatives a prompt."""
+
+    def __init__(self, context: Context, section: SelfContrast) -> None:
+        self._contrast = section
+        self._given = None
+        if section.pairs and is_parts(section.pairs):
+            self._given = GivenParts(context, section.pairs)
+            prompts = (self._given.prompts, [])
+        else:
+            prompts = fitting(context, section, read_given_preferences(section.pairs) if section.pairs else None)
+        super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
+
+    async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
+        if self._given:
+            return self._given.rollout(step, prompts)
+        if self._contrast.pairs:
+            return await self._of_preferences(step, prompts)
+        return await self._of_samples(step, ref, prompts)
+
+    async def _of_samples(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
+        """R samples a prompt from one request; the target is the positive."""
+        settings = self._contrast
+        asked = [self._request(step, prompt, ref, kind="sample", n=settings.samples) for prompt in prompts]
+        targets = [prompt.target or "" for prompt in prompts]
+        then = []
+        if settings.filter:
+            embedder = self._context.pick(self._context.fleet.embedder)
+            then.append(lambda drawn: embedder.similarities.remote(targets, drawn))
+        drawn, *similarities = await self._generated(asked, *then)
+        groups: list[tuple[Prompt, list[Answer]]] = []
+        rejected = []
+        for i, prompt in enumerate(prompts):
+            picked = self._negatives(step, prompt, drawn[i], similarities[0][i] if similarities else None)
+            if picked:
+                positive = self._answer(targets[i])
+                groups.append((prompt, [positive, *picked]))
+            else:
+                detail = f"fewer than {settings.negatives} usable ones among {settings.samples} samples"
+                rejected.append(rejected_row(step, prompt, "too few negatives", detail))
+        rows = await self._rows(step, groups, engine=drawn[0].engine)
+        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(drawn))
+
+    def _negatives(
+        self, step: int, prompt: Prompt, drawn: Generation, similarities: Sequence[float] | None
+    ) -> list[Answer]:
+        """m of the samples, filtered or not; none where fewer can be used (METHODS.md §2)."""
+        settings, completions = self._contrast, drawn.completions
+        seed = zlib.crc32(f"{self._context.config.seed}/{self.name}/{step}/{prompt.id}/negatives".encode())
+        texts = [one.text for one in completions]
+        if similarities is not None:
+            chosen = select_negatives(
+                similarities, texts, prompt.target or "", keep=settings.keep, count=settings.negatives, seed=seed
+            )
+        else:
+            first = {text: i for i, text in reversed(list(enumerate(texts))) if text.strip() and text != prompt.target}
+            pool = sorted(first.values())
+            chosen = random.Random(seed).sample(pool, settings.negatives) if len(pool) >= settings.negatives else []
+        return [
+            Answer(
+                text=completions[i].text,
+                ids=completions[i].ids,
+                finish_reason=completions[i].finish_reason,
+                similarity=similarities[i] if similarities is not None else None,
+            )
+            for i in chosen
+        ]
+
+    async def _of_preferences(self, step: int, prompts: Sequence[Prompt]) -> Rollout:
+        """The answers of a preference file. One that is equal to the chosen answer is no negative."""
+        groups: list[tuple[Prompt, list[Answer]]] = []
+        rejected = []
+        for prompt in prompts:
+            others = usable_rejected(prompt)
+            answers = [self._answer(text) for text in (prompt.chosen or "", *others[: self._contrast.negatives])]
+            longest = len(self._plain_ids(prompt)) + max(len(one.ids) for one in answers)
+            if not others:
+                rejected.append(rejected_row(step, prompt, "equal answers", "chosen and rejected are the same text"))
+            elif longest > self._context.config.model.max_len:
+                limit = self._context.config.model.max_len
+                rejected.append(rejected_row(step, prompt, "answer too long", f"{longest} tokens, limit {limit}"))
+            else:
+                groups.append((prompt, answers))
+        return Rollout(rows=await self._rows(step, groups, engine=None), rejected=rejected, tokens=0)
+
+    async def _rows(
+        self, step: int, prompts: Sequence[tuple[Prompt, Sequence[Answer]]], engine: str | None
+    ) -> list[dict[str, object]]:
+        """Rows of all prompts, with the reference's log-probs and, where there is a reward, what it says of them."""
+        if not prompts:
+            return []
+        fleet, pick = self._context.fleet, self._context.pick
+        groups = [TokenGroup(self._plain_ids(prompt), [one.ids for one in answers]) for prompt, answers in prompts]
+        wanted = [pick(fleet.reference).logps.remote(groups)]
+        if fleet.scorer:
+            requests = [
+                ScoreRequest(messages=prompt.messages, response=one.text, extra=dict(prompt.extra))
+                for prompt, answers in prompts
+                for one in answers
+            ]
+            wanted.append(pick(fleet.scorer).score.remote(requests))
+        logps, *scored = await gather(*wanted)
+        scores = iter(scored[0] if scored else [])
+        return [
+            row
+            for (prompt, answers), group, ref_logps in zip(prompts, groups, logps, strict=True)
+            for row in pair_rows(
+                step=step,
+                prompt=prompt,
+                prompt_ids=group.prompt_ids,
+                answers=answers,
+                ref_logps=ref_logps,
+                rewards=[next(scores) for _ in answers] if scored else None,
+                engine=engine,
+                model=self._context.fingerprint,
+            )
+        ]
+
+    def _answer(self, text: str) -> Answer:
+        return Answer(text=text, ids=encode_response(self._context.tokenizer, text))
+
+    def samples(self, rows: Sequence[Row]) -> list[Sample]:
+        """See `plumbline.pairs.pair_samples`."""
+        return pair_samples(rows)
+
+    def describe(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Share of prompts that kept enough negatives, how similar these are, and whether a reward agrees."""
+        kept = list(prompts_of(rows))
+        drawn = len(self._draw(rows[0]["step"])) if rows else 0
+        figures = {"retention": len(kept) / drawn} if drawn else {"retention": 0.0}
+        similarities = sorted(values(rows, "similarity"))
+        if len(similarities) > 1:
+            deciles = statistics.quantiles(similarities, n=10, method="inclusive")
+            figures |= dict(zip(("similarity_q10", "similarity_q50", "similarity_q90"), deciles[::4], strict=True))
+        scored = [row for row in rows if None not in (row["chosen_reward"], row["rejected_reward"])]
+        if scored:
+            negatives = [row["rejected_reward"] for row in scored]
+            figures |= {
+                "data_accuracy": data_accuracy(negatives, [row["chosen_reward"] for row in scored]),
+                "reward_chosen": statistics.fmean(row["chosen_reward"] for row in prompts_of(scored)),
+                "reward_rejected": statistics.fmean(negatives),
+            }
+        return figures
