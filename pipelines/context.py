@@ -23,7 +23,10 @@ Event = Mapping[str, Any]
 
 
 class EventLog:
-    """`events.jsonl`: one line a step; every event also goes to `listen`, which shows it."""
+    """`events.jsonl`: one line a step; every event also goes to `listen`, which shows it.
+
+    A last line without its end is of a process that was killed while it wrote, and is dropped.
+    """
 
     def __init__(self, path: Path, listen: Callable[[Event], None]) -> None:
         self._path = path
@@ -33,7 +36,9 @@ class EventLog:
         """Drop a pipeline's lines of steps after `done`, which will be done again; returns the last step that stays."""
         if not self._path.exists():
             return 0
-        lines = [json.loads(line) for line in self._path.read_text("utf-8").splitlines()]
+        lines = [
+            json.loads(line) for line in self._path.read_text("utf-8").splitlines(keepends=True) if line[-1] == "\n"
+        ]
         kept = [e for e in lines if e.get("pipeline") != pipeline or e.get("step", 0) <= done]
         aside = self._path.with_suffix(".aside")
         aside.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")

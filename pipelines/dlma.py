@@ -86,7 +86,7 @@ class DlmaMethod(RollingMethod):
             "margin_mean": float(margins.mean()),
             **dict(zip(("margin_q10", "margin_q50", "margin_q90"), quantiles, strict=True)),
             "margin_negative_share": float((margins < 0).double().mean()),
-            "margin_clamped_share": float(((margins <= low) | (margins >= high)).double().mean()),
+            "clamp_saturation": float(((margins <= low) | (margins >= high)).double().mean()),
         }
         chosen, other = values(rows, "chosen_reward"), values(rows, "rejected_reward")
         if len(chosen) == len(other) == len(rows):

@@ -6,7 +6,7 @@ Exit codes: 0 done; 1 failed at run time, what was saved and how to resume is sa
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,12 @@ def _run(config: Any, run_dir: Path) -> int:
     prompts = check(config, run_dir)  # before Ray and vLLM are even imported: wrong input is told at once
 
     from pipelines.launch import run
+    from plumbline.display import Display, duration, result_text
 
     started = time.monotonic()
-    result = run(config, run_dir, Display(), prompts)
-    show_result(result)
+    with Display() as display:
+        result = run(config, run_dir, display, prompts)
+    print(result_text(result))
     print(f"done in {duration(time.monotonic() - started)}; everything is in {run_dir}")
     return 0
 
@@ -128,8 +130,11 @@ def evaluate_command(options: argparse.Namespace) -> int:
         raise UserError(f"{options.run_dir}: no run directory: there is no config.yaml in it")
 
     from pipelines.launch import compare
+    from plumbline.display import Display, result_text
 
-    show_result(compare(run_dir, options.of or ["base", *policies(run_dir)], options.prompts, Display()))
+    with Display() as display:
+        result = compare(run_dir, options.of or ["base", *policies(run_dir)], options.prompts, display)
+    print(result_text(result))
     return 0
 
 
@@ -173,56 +178,6 @@ def validate_command(options: argparse.Namespace) -> int:
     for key, value in summarize(read(options.data, columns=columns, split=options.split)).items():
         print(f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}")
     return 0
-
-
-class Display:
-    """Shows events: one line a step, and what the run says beside."""
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        if "message" in event:
-            print(event["message"], flush=True)
-        elif "step" in event:
-            print(step_line(event), flush=True)
-
-
-def step_line(event: Mapping[str, Any]) -> str:
-    """One step in one line, with what its pipeline has of the figures."""
-    shown = [f"{event['pipeline']} {event['step']}/{event['steps']}"]
-    for key, label, form in (
-        ("tau", "τ", "{:.3f}"),
-        ("reward_plain", "plain", "{:+.3f}"),
-        ("reward_guided", "guided", "{:+.3f}"),
-        ("gap", "gap", "{:+.3f}"),
-        ("rank_share", "rank", "{:.0%}"),
-        ("loss", "loss", "{:.4f}"),
-        ("accuracy", "accuracy", "{:.3f}"),
-        ("staleness", "stale", "{:.0f}"),
-        ("generator_idle", "idle gen", "{:.0%}"),
-        ("learner_idle", "learn", "{:.0%}"),
-        ("tokens_per_s", "tok/s", "{:.0f}"),
-    ):
-        if key in event:
-            shown.append(f"{label} {form.format(event[key])}")
-    return " · ".join([*shown, f"{duration(event['seconds_left'])} left"])
-
-
-def show_result(result: Mapping[str, Any]) -> None:
-    """The comparison table and its sample answers."""
-    if not result:
-        return
-    print(f"\n{result['table']}")
-    for sample in result["samples"]:
-        print()
-        for name, text in sample.items():
-            print(f"  {name:>10}: {text}")
-    print()
-
-
-def duration(seconds: float) -> str:
-    """Such as 1:02:03 or 4:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def tell_resume(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plumbline.config import Config, Contrasts, Dlma, Rolled, SelfContrast
+from plumbline.config import Config, Contrasts, Dlma, Preference, Rolled, SelfContrast
 from plumbline.errors import DataError
 from plumbline.prompting import Contrast, contrast, encode_response, principle_text, render
 from plumbline.records import Prompt, TokenGroup
@@ -45,8 +45,10 @@ def prompt_lengths(
 
 
 def section_lengths(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Rolled, prompt: Prompt) -> Lengths:
-    """A prompt's lengths as a pipeline uses it."""
-    return prompt_lengths(config, tokenizer, prompt, steerings(section), section.generation.max_tokens)
+    """A prompt's lengths as a pipeline uses it; one that trains on given pairs generates nothing."""
+    given = isinstance(section, Preference) and section.pairs is not None
+    tokens = 0 if given else section.generation.max_tokens
+    return prompt_lengths(config, tokenizer, prompt, [] if given else steerings(section), tokens)
 
 
 def steerings(section: Rolled) -> list[str]:

@@ -37,6 +37,15 @@ def make_tiny_model(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+def make_tiny_embedder(directory: Path) -> Path:
+    """The miniature world's embedder, with frequencies of a handful of texts."""
+    from plumbline.miniature.embedder import make_embedder
+    from plumbline.miniature.tokenizer import make_tokenizer
+
+    make_embedder(directory, make_tokenizer(), ["The goat eats grass.", "I will not help you."], seed=0)
+    return directory
+
+
 def make_prompts(path: Path, count: int, seed: int = 0) -> Path:
     """Requests of the miniature world, with targets."""
     from plumbline.miniature.language import TARGET, sample_answer, sample_request

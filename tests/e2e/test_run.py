@@ -35,9 +35,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def events(directory: Path) -> list[dict[str, Any]]:
+def events(directory: Path, pipeline: str = "ple") -> list[dict[str, Any]]:
     path = directory / "run" / "events.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["pipeline"] == pipeline]
 
 
 def wait_for(directory: Path, process: subprocess.Popen[str], steps: int) -> None:

@@ -1,6 +1,7 @@
 """The command line itself: it answers at once, shows steps in one line, and ends with the right code and last words."""
 
 import argparse
+import io
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from plumbline import cli
-from plumbline.cli import Display, duration, main, show_result, step_line
+from plumbline.cli import main
+from plumbline.display import Display, duration, pool_line, result_text, step_line
 from plumbline.errors import DataError, LossError, RunError, SyncError, UserError
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "datasets", "pandas", "numpy", "pyarrow", "pydantic", "yaml")
@@ -208,27 +211,46 @@ def test_a_step_is_one_line_of_what_its_pipeline_has() -> None:
     assert step_line(bare) == "reward 1/9 · loss 0.5000 · accuracy 0.875 · 0:00 left"
 
 
+POOL = {
+    "pipeline": "pool",
+    "tokens_per_s": 4321.0,
+    "queue": 3,
+    "utilisation": 0.987,
+    "shares": {"ple": 0.25, "dlma": 0.75},
+}
+
+
+def test_the_pool_is_one_line() -> None:
+    assert pool_line(POOL) == "pool · tok/s 4321 · queue 3 · busy 99% · ple 25% dlma 75%"
+    assert pool_line({**POOL, "shares": {}}) == "pool · tok/s 4321 · queue 3 · busy 99%"
+
+
 def test_the_display_shows_steps_and_messages_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Display()
-    display({"message": "evaluating before"})
-    display({"pipeline": "reward", "heldout_accuracy": 0.9})
-    display({"pipeline": "sft", "step": 1, "steps": 2, "seconds_left": 3})
-    assert capsys.readouterr().out.splitlines() == ["evaluating before", "sft 1/2 · 0:03 left"]
+    with Display() as display:
+        display({"message": "evaluating [before]"})
+        display({"pipeline": "reward", "heldout_accuracy": 0.9})
+        display({"pipeline": "sft", "step": 1, "steps": 2, "seconds_left": 3})
+        display(POOL)
+    assert capsys.readouterr().out.splitlines() == ["evaluating [before]", "sft 1/2 · 0:03 left", pool_line(POOL)]
 
 
-def test_a_result_is_shown_as_a_table_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    show_result({})
-    assert capsys.readouterr().out == ""
-    show_result({"table": "| policy |", "samples": [{"prompt": "Why?", "before": "No.", "ple": "So."}]})
-    assert capsys.readouterr().out.splitlines() == [
-        "",
-        "| policy |",
-        "",
-        "      prompt: Why?",
-        "      before: No.",
-        "         ple: So.",
-        "",
-    ]
+def test_in_a_terminal_every_pipeline_has_one_line_and_the_pool_the_last() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Display(console) as display:
+        display(POOL)
+        for step in (1, 2):
+            display({"pipeline": "sft", "step": step, "steps": 2, "seconds_left": 3})
+        rendered = Console(width=80)
+        with rendered.capture() as shown:
+            rendered.print(display._live.get_renderable() if display._live else "")
+    assert shown.get().splitlines() == ["sft 2/2 · 0:03 left", pool_line(POOL)]
+
+
+def test_a_result_is_a_table_and_answers() -> None:
+    assert result_text({}) == ""
+    shown = result_text({"table": "| policy |", "samples": [{"prompt": "Why?", "before": "No.", "ple": "So."}] * 9})
+    assert shown.splitlines()[:6] == ["", "| policy |", "", "  prompt: Why?", "  before: No.", "     ple: So."]
+    assert shown.count("Why?") == 6
 
 
 # validate
