@@ -108,7 +108,7 @@ class SftObjective:
 
 
 class DpoObjective:
-    """METHODS.md §1, §2: DPO with all of a prompt's negatives in one group, and DLMA's margins where a sample has them."""
+    """METHODS.md §1, §2: DPO with all of a prompt's negatives in one group, with DLMA's margins where there are any."""
 
     def __init__(self, section: Preference) -> None:
         self._section = section

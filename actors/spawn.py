@@ -25,8 +25,8 @@ from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
 from actors.train_loop import LearnerSpec
 from actors.weights import PolicyStore
-from plumbline.config import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.errors import PlumblineError, RunError
+from plumbline.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.records import PolicyRef, Publication, TokenGroup
 
 RESTARTS = 100

@@ -288,7 +288,7 @@ async def fill_fleet(context: Context, *, train: bool) -> None:
         fleet.judge = add_reward(fleet, context, config.evaluation.judge)
     if train and any(isinstance(p, Preference) for p in config.pipelines):
         add_reference(context)
-    if train and config.embedder and any(isinstance(p, SelfContrast) and p.filter for p in config.pipelines):
+    if train and config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
         one = config.embedder
         device = "cuda" if one.gpus else "cpu"
         fleet.add_embedders(

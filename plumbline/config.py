@@ -2,17 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-
-
-class Section(BaseModel):
-    """Base of all sections: no unknown keys, no change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from plumbline.fleet import Embedder, Fleet
+from plumbline.section import Count, Name, Section, Share
 
 
 class Model(Section):
@@ -91,69 +84,13 @@ class ProgramReward(Section):
 Reward = Annotated[ClassifierReward | ProgramReward, Field(discriminator="type")]
 
 
-class GeneratorFleet(Section):
-    """One engine an actor; `cpus` are threads and Ray resources alike."""
-
-    replicas: Count = 1
-    cpus: Count = 1
-    gpus: float = Field(default=0, ge=0)
-    max_num_seqs: Count = Field(default=256, description="sequences that an engine decodes together")
-    kv_cache_gib: float = Field(default=0.5, gt=0, description="on CPUs")
-    memory_share: Share = Field(default=0.85, description="of a GPU's memory")
-
-
-class ScorerFleet(Section):
-    """Reward models; a programmatic reward needs one replica without a CPU of its own."""
-
-    replicas: Count = 1
-    cpus: float = Field(default=0, ge=0, description="Ray resources; 0 shares the machine")
-    gpus: float = Field(default=0, ge=0)
-
-
-class ReferenceFleet(Section):
-    """The frozen π0: reference log-probs of DPO, contrastive log-probs of DLMA."""
-
-    replicas: Count = 1
-    cpus: Count = Field(default=1, description="threads; they share the machine, as Ray resources they count 0")
-    gpus: float = Field(default=0, ge=0)
-    batch_tokens: Count = Field(default=8192, description="tokens of one forward")
-    cache: str | None = Field(
-        default=None,
-        description="directory of the cache of log-probs; default: plumbline in the user's cache directory",
-    )
-
-
-class Embedder(Section):
-    """A sentence-transformers model that compares answers with targets; pooling and maximum length are its own."""
-
-    path: str = Field(description="its directory, or a name of the hub that is in the cache")
-    replicas: Count = 1
-    gpus: float = Field(default=0, ge=0)
-    batch_size: Count = 64
-
-
-class Fleet(Section):
-    """The processes that all pipelines of a run share."""
-
-    engine: Literal["auto", "vllm", "transformers"] = Field(
-        default="auto", description="auto: vLLM where it is installed"
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    generator: GeneratorFleet = GeneratorFleet()
-    scorer: ScorerFleet = ScorerFleet()
-    reference: ReferenceFleet = ReferenceFleet()
-    sync_tolerance: float | None = Field(
-        default=None, gt=0, description="nats a probe token may differ; default: by dtype"
-    )
-
-
 class Generation(Section):
     """How rollouts are sampled."""
 
     max_tokens: Count = 256
     temperature: float = Field(default=1.0, ge=0, le=5)
     top_p: Share = 1.0
-    stop: list[str] = []
+    stop: list[str] = Field(default=[], description="strings that end an answer, and are no part of it")
 
 
 class LoraPolicy(Section):
@@ -296,6 +233,11 @@ class SelfContrast(Preference):
     negatives: Count = Field(default=8, description="m, negatives a prompt")
     filter: bool = Field(default=True, description="false: negatives are drawn from all samples, without an embedder")
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it filters what it samples by similarity."""
+        return self.filter and self.pairs is None
+
     @model_validator(mode="after")
     def _pool(self) -> "SelfContrast":
         if self.pairs is not None:
@@ -384,7 +326,7 @@ class Config(Section):
                 raise ValueError(
                     f"a `{one.type}` pipeline cannot start from random weights; add `sft`, or give `model.path`"
                 )
-            if isinstance(one, SelfContrast) and one.filter and one.pairs is None and self.embedder is None:
+            if isinstance(one, SelfContrast) and one.embeds and self.embedder is None:
                 raise ValueError(
                     "`self_contrast` needs `embedder` (path: a sentence-transformers model), or `filter: false`"
                 )

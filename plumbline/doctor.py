@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from plumbline.config import ClassifierReward, Config, Dlma, Preference, ProgramReward, Reward, RewardModel, Rolled, Sft
+from plumbline.config import (
+    ClassifierReward,
+    Config,
+    Dlma,
+    Preference,
+    ProgramReward,
+    Reward,
+    RewardModel,
+    Rolled,
+    SelfContrast,
+    Sft,
+)
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.lengths import check_targets, needs_target, section_lengths, sft_group
 from plumbline.policies import model_path
@@ -135,6 +146,8 @@ def _rewards(config: Config) -> str:
     for key, reward in (("reward", config.reward), ("evaluation.judge", judge)):
         if reward is not None:
             notes.append(_reward(key, reward))
+    if config.embedder is not None and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+        notes.append(_embedder(config.embedder.path))
     return "; ".join(notes) or "none"
 
 
@@ -156,6 +169,15 @@ def _reward(key: str, reward: Reward) -> str:
     if not callable(found):
         raise ConfigError(f"{key}.function: {reward.function}: {module} has no function {function!r}")
     return reward.function
+
+
+def _embedder(path: str) -> str:
+    """Sentence-transformers' own list of modules must be there: without it a pooling would be guessed."""
+    if not Path(path).is_dir():
+        raise ModelError(f"embedder.path: {path}: no such directory; give a sentence-transformers model's")
+    if not (Path(path) / "modules.json").is_file():
+        raise ModelError(f"embedder.path: {path}: no sentence-transformers model: there is no modules.json in it")
+    return path
 
 
 def _classifier(key: str, path: str) -> str:

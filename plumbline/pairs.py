@@ -16,6 +16,7 @@ from plumbline.records import FinishReason, Prompt, Sample, TokenGroup
 from plumbline.rollouts import prompt_text
 
 _IDS = pa.list_(pa.int32())
+_JUDGED = ("margin", "chosen_pos", "chosen_neg", "rejected_pos", "rejected_neg")
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -95,6 +96,7 @@ def pair_rows(
             "prompt_ids": list(prompt_ids),
             "chosen_ids": chosen.ids,
             "rejected_ids": one.ids,
+            **dict.fromkeys(_JUDGED),
             **(judged or {}),
         }
         for i, one in enumerate(answers[1:], start=1)

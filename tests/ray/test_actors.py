@@ -12,8 +12,8 @@ import ray
 from actors.channel import Box, Channel
 from actors.scorer import Query, ScorerSpec
 from actors.spawn import ask, start_fleet, start_ray, stop_ray
-from plumbline.config import ScorerFleet
 from plumbline.errors import ConfigError, LossError, RunError, SyncError
+from plumbline.fleet import ScorerFleet
 from plumbline.records import Completion, Generation, Message, PolicyRef, Publication
 
 

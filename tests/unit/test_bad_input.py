@@ -15,6 +15,10 @@ import yaml
 
 from plumbline import doctor
 from plumbline.cli import main
+from plumbline.logp_cache import model_fingerprint
+from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows
+from plumbline.parts import Parts
+from plumbline.records import Message, Prompt
 from tests.tiny import make_prompts, tiny_config
 
 Change = Callable[[Path, dict[str, Any]], None]
@@ -121,7 +125,11 @@ def test_the_world_as_it_is_would_run(world: World, monkeypatch: pytest.MonkeyPa
             "pipelines.0.batch_size: input should be a valid integer, unable to parse string as an integer, got 'all'",
         ),
         ("fleet", "big", "fleet: should be a mapping of keys, got 'big'"),
-        ("pipelines.0.type", "dpo", "pipelines.0.type: 'dpo' is unknown; known are 'ple', 'dlma', 'self_contrast', 'raft', 'sft', 'reward'"),
+        (
+            "pipelines.0.type",
+            "dpo",
+            "pipelines.0.type: 'dpo' is unknown; known are 'ple', 'dlma', 'self_contrast', 'raft', 'sft', 'reward'",
+        ),
         ("reward", None, "config: a `ple` pipeline needs `reward` (type: classifier or type: program)"),
     ],
 )
@@ -619,6 +627,125 @@ def test_doctor_says_which_version_was_not_tested(
     monkeypatch.setitem(doctor.TESTED, "torch", "1.0")
     main(["doctor", world.write()])
     holds(capsys.readouterr().out, "(tested with 1.0)")
+
+
+# Pairs, negatives and embedders
+
+
+def contrasting(world: World, **section: Any) -> dict[str, Any]:
+    """The world's only pipeline becomes Self-Contrast."""
+    (world.directory / "embedder").mkdir()
+    (world.directory / "embedder" / "modules.json").write_text("[]")
+    world.tree["embedder"] = {"path": "embedder"}
+    own = {"type": "self_contrast", "samples": 8, "keep": 0.5, "negatives": 2, "generation": {"max_tokens": 16}}
+    world.tree["pipelines"] = [own | section]
+    return world.tree["pipelines"][0]
+
+
+@pytest.mark.parametrize(
+    ("section", "parts"),
+    [
+        ({"negatives": 5}, ("`negatives` is 5, but 8 samples and keep 0.5 leave at most 4", "lower `negatives`")),
+        ({"keep": 1.0, "negatives": 8}, ("leave at most 7",)),  # the most similar one always goes
+        ({"samples": 3, "keep": 0.3, "negatives": 1}, ("`samples` · `keep` is 0.9, below 1", "raise either")),
+        ({"filter": False, "negatives": 9}, ("`negatives` is 9, `samples` only 8",)),
+    ],
+)
+def test_more_negatives_than_the_pool_can_give(
+    world: World, refused: Refused, section: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    contrasting(world, **section)
+    holds(run(world, refused), "tiny.yaml: pipelines.0: ", *parts)
+
+
+def test_self_contrast_without_an_embedder(world: World, refused: Refused) -> None:
+    contrasting(world)
+    del world.tree["embedder"]
+    holds(run(world, refused), "`self_contrast` needs `embedder`", "`filter: false`")
+
+
+def test_self_contrast_without_targets(world: World, refused: Refused) -> None:
+    contrasting(world)
+    (world.directory / "prompts.jsonl").write_text('{"prompt": "Tell me about the goat."}\n')
+    holds(run(world, refused), "prompts.jsonl: the row of id 1 has no target; self_contrast needs one in every row")
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], ("pairs.jsonl, row 1: no `rejected`", "columns")),
+        ([{"prompt": "a", "rejected": "b"}], ("pairs.jsonl, row 1: no `chosen`",)),
+        ([{"prompt": "a", "chosen": "b", "rejected": []}], ("row 1, rejected: is an empty list",)),
+        ([{"prompt": "a", "chosen": "b", "rejected": ["c", " "]}], ("row 1, rejected: text 2 is blank",)),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2,
+            ("pairs.jsonl: in all 2 rows chosen and rejected are the same text",),
+        ),
+    ],
+)
+def test_a_preference_file_with_missing_or_equal_answers(
+    world: World, refused: Refused, rows: list[dict[str, Any]], parts: tuple[str, ...]
+) -> None:
+    contrasting(world, pairs={"path": "pairs.jsonl"})
+    path = world.directory / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    holds(run(world, refused), *parts)
+
+
+def write_pairs(directory: Path, model: str, margin: float | None) -> None:
+    prompt = Prompt(id="p", messages=(Message(role="user", content="Hi"),))
+    rows = pair_rows(
+        step=1,
+        prompt=prompt,
+        prompt_ids=[5],
+        answers=[Answer(text="a", ids=[7]), Answer(text="b", ids=[8])],
+        ref_logps=[-1.0, -2.0],
+        rewards=None,
+        engine=None,
+        model=model,
+        judged=None if margin is None else {"margin": margin},
+    )
+    Parts(str(directory), PAIR_SCHEMA).write(1, rows)
+
+
+def test_a_parts_folder_with_nothing_in_it(world: World, refused: Refused) -> None:
+    world.tree["pipelines"] = [{"type": "dlma", "pairs": {"path": "pairs"}}]
+    (world.directory / "pairs").mkdir()
+    holds(run(world, refused), "pairs: no pairs in it; name a directory of parts")
+
+
+def test_parts_of_another_model(world: World, refused: Refused) -> None:
+    world.tree["pipelines"] = [{"type": "dlma", "pairs": {"path": "pairs"}}]
+    write_pairs(world.directory / "pairs", "a" * 64, margin=1.0)
+    holds(run(world, refused), "pairs: parts of another model (aaaaaaaaaaaa, this run's is ", "`model.path`")
+
+
+def test_parts_without_a_margin_are_not_dlmas(world: World, refused: Refused) -> None:
+    world.tree["pipelines"] = [{"type": "dlma", "pairs": {"path": "pairs"}}]
+    write_pairs(world.directory / "pairs", model_fingerprint(str(world.directory / "model")), margin=None)
+    holds(run(world, refused), "pairs: pairs without a margin, which dlma needs")
+
+
+def test_an_embedder_that_is_none(world: World, refused: Refused) -> None:
+    contrasting(world)
+    (world.directory / "embedder" / "modules.json").unlink()
+    holds(run(world, refused), "embedder.path: ", "no sentence-transformers model: there is no modules.json in it")
+    world.tree["embedder"] = {"path": "nowhere"}
+    holds(run(world, refused), "embedder.path: nowhere: no such directory")
+
+
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ({"contrast": {"preset": "harmles"}}, "contrast 'harmles' is no preset, did you mean 'harmless'?"),
+        ({"contrast": {"positive": "Be kind."}}, "the contrast has no negative side"),
+        ({"scoring": {"positive": "Be.", "negative": "Be."}}, "two sides are the same text"),
+        ({"margin_clamp": [40, -40]}, "`margin_clamp` is [40, -40]; the first should be the smaller"),
+    ],
+)
+def test_a_contrast_that_contrasts_nothing(world: World, refused: Refused, section: dict[str, Any], part: str) -> None:
+    world.tree["pipelines"] = [{"type": "dlma", "generation": {"max_tokens": 16}, **section}]
+    holds(run(world, refused), part)
 
 
 # As a user sees it
