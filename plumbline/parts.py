@@ -6,6 +6,7 @@ local disk and on object storage (any pyarrow filesystem). See DESIGN.md, "The l
 
 import os
 import re
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -112,6 +113,7 @@ class Rejected:
         if not read_only:
             self._files.create_dir(directory, recursive=True)
             _remove_stale(self._files, directory, re.escape(name))
+        self._adding = threading.Lock()  # steps that are committed at the same time share the one file
         exists = self._files.get_file_info(self._path).type != fs.FileType.NotFound
         self._rows = _read(self._files, self._path, "remove it to forget the rejections") if exists else []
 
@@ -121,7 +123,9 @@ class Rejected:
         Raises:
             ValueError: a row has another column.
         """
-        if rows:
+        if not rows:
+            return
+        with self._adding:
             self._rewrite([*self._rows, *({**row, "step": step} for row in rows)])
 
     def keep_steps(self, steps: Collection[int]) -> None:

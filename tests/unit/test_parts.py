@@ -1,6 +1,7 @@
 """The ledger of parts and the rejected prompts: whole or absent, listed or not done, and alike on any filesystem."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -157,3 +158,12 @@ def test_rejected_beside_parts_leave_each_other_alone(tmp_path: Path) -> None:
     assert Parts(str(tmp_path), SCHEMA).steps() == [1]
     assert Rejected(str(tmp_path / "rejected.parquet")).counts() == {"too long": 1}
     assert sorted(found.name for found in tmp_path.iterdir()) == ["rejected.parquet", "step-000001.parquet"]
+
+
+def test_steps_that_reject_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    rejected = Rejected(str(tmp_path / "rejected.parquet"))
+    row = {"prompt_id": "p", "prompt": "Why?", "reason": "blank answer", "detail": ""}
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda step: rejected.add(step, [row]), range(1, 41)))
+    assert sorted(int(str(r["step"])) for r in rejected.rows()) == list(range(1, 41))
+    assert len(Rejected(str(tmp_path / "rejected.parquet"), read_only=True).rows()) == 40
