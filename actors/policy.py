@@ -1,10 +1,11 @@
 """The weights that a learner trains: loaded once, with an adapter or whole, saved as PEFT or transformers read them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from plumbline.checkpoint import write_directory
 from plumbline.config import LoraPolicy, Model, Pipeline, RewardModel
@@ -26,10 +27,11 @@ class LearnedPolicy:
         seed: int,
     ) -> None:
         torch.manual_seed(seed)  # all workers draw the same initial weights
-        self._origin = origin
+        self._section, self._origin, self._seed = section, origin, seed
+        self._dtype: Literal["float32", "bfloat16"] = dtype
         self._reads_chats = not isinstance(section, RewardModel) or section.reads == "conversation"
-        self.device = torch.device(device)
-        model = load_model(origin, dtype, classifier=isinstance(section, RewardModel))
+        self.generates = not isinstance(section, RewardModel)
+        model = load_model(origin, dtype, classifier=not self.generates)
         model.config.use_cache = False
         if section.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -45,7 +47,7 @@ class LearnedPolicy:
                 task_type="CAUSAL_LM",
             )
             model = get_peft_model(model, lora)
-        self.model: Any = model.to(self.device)
+        self.model: Any = model.to(device)
         disable_dropout(self.model)
         self.model.train()
         self.trainable = [p for _, p in self.named_trainable()]
@@ -55,36 +57,58 @@ class LearnedPolicy:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def probe(self, groups: Sequence[TokenGroup]) -> list[float]:
-        """Mean log-prob a token of every response, in order; empty without groups."""
-        if not groups:
-            return []
-        with torch.no_grad():
-            logps_GK, tokens_GK = group_logps(self.model, list(groups))
-        there = tokens_GK > 0
-        return (logps_GK[there] / tokens_GK[there]).tolist()
+        """See `probe_logps`; for a model that is whole on this worker."""
+        return probe_logps(self.model, groups)
 
-    def save(self, directory: Path, publication: Publication, *, adapter: bool) -> None:
-        """Write the weights and what proves them, aside and renamed: an adapter, or a whole model with its tokenizer.
+    def save(
+        self, directory: Path, publication: Publication, weights: Mapping[str, Tensor] | None = None, *, adapter: bool
+    ) -> None:
+        """Write weights and what proves them, aside and renamed: an adapter, or a whole model with its tokenizer.
 
-        A whole model that was trained through an adapter is merged for good: call it once, at the end.
+        Args:
+            weights: parameters by name, where the model does not hold them whole: the trainable ones for an adapter
+                and for a model that was trained through one, which is merged here; else all.
         """
 
         def write(aside: Path) -> None:
             if adapter:
-                self.model.save_pretrained(aside, safe_serialization=True)
+                self.model.save_pretrained(aside, state_dict=given, safe_serialization=True)
                 (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            elif hasattr(self.model, "peft_config"):
+                self._merged(given).save_pretrained(aside, safe_serialization=True)
+                self._tokenizer().save_pretrained(aside)
             else:
-                whole = self.model.merge_and_unload() if hasattr(self.model, "peft_config") else self.model
-                whole.save_pretrained(aside, safe_serialization=True)
+                kept = self.model.state_dict()
+                buffers = {name: kept[name] for name, _ in self.model.named_buffers() if name in kept}
+                self.model.save_pretrained(aside, state_dict={**buffers, **given}, safe_serialization=True)
                 self._tokenizer().save_pretrained(aside)
             write_proof(aside, publication)
 
+        given = dict(self.model.named_parameters()) if weights is None else dict(weights)
         write_directory(directory, write)
+
+    def _merged(self, weights: Mapping[str, Tensor]) -> Any:
+        """A second model with the adapter merged into it: this one is trained on, and may not be whole."""
+        other = LearnedPolicy(self._section, self._origin, self._dtype, "cpu", self._seed)
+        with torch.no_grad():
+            for name, parameter in other.named_trainable():
+                parameter.copy_(weights[name])
+        return other.model.merge_and_unload()
 
     def _tokenizer(self) -> Any:
         if self._reads_chats or self._origin.chat_template:
             return load_tokenizer(self._origin.tokenizer_path, self._origin.chat_template)
         return read_tokenizer(self._origin.tokenizer_path)
+
+
+def probe_logps(model: Any, groups: Sequence[TokenGroup]) -> list[float]:
+    """Mean log-prob a token of every response, in order; empty without groups."""
+    if not groups:
+        return []
+    with torch.no_grad():
+        logps_GK, tokens_GK = group_logps(model, list(groups))
+    there = tokens_GK > 0
+    return (logps_GK[there] / tokens_GK[there]).tolist()
 
 
 def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:

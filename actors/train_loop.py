@@ -1,7 +1,8 @@
 """What one worker of a learner does: take a part, update, save, publish, acknowledge; until the channel closes.
 
-Every worker holds the whole model and sees every part; each takes its share of an update's groups, gradients are summed
-over workers, so that the result does not depend on how many there are. Rank 0 leases, saves and publishes.
+Every worker sees every part and takes its share of an update's groups; what they do with gradients and weights is the
+strategy's (`actors.strategy`), and the result does not depend on how many workers there are. Rank 0 leases, writes and
+publishes; what the strategy must gather for that, all workers gather together.
 """
 
 import math
@@ -18,11 +19,11 @@ import torch.distributed as dist
 
 from actors.channel import Box, Lease
 from actors.objectives import build_objective
-from actors.policy import LearnedPolicy
+from actors.policy import LearnedPolicy, probe_logps
+from actors.strategy import make_strategy, micro_batches
 from plumbline.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from plumbline.config import Learner, Model, Pipeline
+from plumbline.config import Learner, LoraPolicy, Model, Pipeline
 from plumbline.errors import LossError, PlumblineError, RunError
-from plumbline.modeling import pack, split_by_rank
 from plumbline.policies import read_publication, version_directory
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
 
@@ -83,7 +84,7 @@ def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
 
 
 class Worker:
-    """The state of one worker: model, optimiser, counters."""
+    """The state of one worker: strategy, counters, what the last part gave."""
 
     def __init__(self, spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
         torch.set_num_threads(spec.section.learner.cpus)
@@ -91,12 +92,14 @@ class Worker:
         random.seed(spec.seed)
         self._spec, self._feed, self._rank, self._world = spec, feed, rank, world
         self._settings: Learner = spec.section.learner
+        self._through_adapter = isinstance(getattr(spec.section, "policy", None), LoraPolicy)
         self._objective = build_objective(spec.section, spec.run_dir / "rollouts" / spec.section.name, spec.seed)
-        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, spec.device, spec.seed)
-        self._optimizer = make_optimizer(self._settings, self._policy.trainable)
+        # The strategy moves it to the device: ZeRO 3 holds no whole model there.
+        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, "cpu", spec.seed)
+        self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
         self._updates = 0
         self._done = latest_step(spec.checkpoints)
-        self._base_probe = self._policy.probe(spec.probe)
+        self._base_probe = self._measure()
         self._probe = self._previous_probe = self._base_probe
         self._metrics: dict[str, float] = {}
         if self._done:
@@ -106,25 +109,24 @@ class Worker:
     def run(self) -> None:
         """Take parts until there are no more."""
         holder = uuid.uuid4().hex
+        if self._done:  # died between saving and publishing, or the whole run was resumed
+            self._publish()
         if self._rank == 0:
-            if self._done:  # died between saving and publishing, or the whole run was resumed
-                self._publish()
             self._feed.attach(holder, self._done)
         every = self._settings.checkpoint_every or (1 if self._spec.publishes == "adapter" else 50)
         waited = time.monotonic()
         for step, samples in self._parts(holder):
             started = time.monotonic()
             self._metrics = self._train_on(step, samples)
-            self._previous_probe, self._probe = self._probe, self._policy.probe(self._spec.probe)
+            self._previous_probe, self._probe = self._probe, self._measure()
             self._done = step
-            if self._rank == 0:
-                self._metrics |= {"learner_wait_s": started - waited, "learner_work_s": time.monotonic() - started}
-                saved = step % every == 0 or step == self._spec.total
-                if saved:
-                    self._save()
-                self._publish()
-                if saved:
-                    self._feed.ack(step, holder)
+            self._metrics |= {"learner_wait_s": started - waited, "learner_work_s": time.monotonic() - started}
+            saved = step % every == 0 or step == self._spec.total
+            if saved:
+                self._save()
+            self._publish()
+            if saved and self._rank == 0:
+                self._feed.ack(step, holder)
             waited = time.monotonic()
 
     def _parts(self, holder: str) -> Iterator[tuple[int, list[Sample]]]:
@@ -133,7 +135,7 @@ class Worker:
             lease = self._feed.lease(holder) if self._rank == 0 else None
             step = lease.step if lease else 0
             if self._world > 1:
-                told = torch.tensor([step], device=self._policy.device)
+                told = torch.tensor([step], device=self._spec.device)
                 dist.broadcast(told, src=0)
                 step = int(told)
             if step == 0:
@@ -160,28 +162,18 @@ class Worker:
         }
 
     def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float:
-        """One optimiser step over `batch`, in micro-batches of at most `micro_tokens`. Returns the gradient's norm."""
-        groups = [sample.group for sample in batch]
-        mine = split_by_rank(groups, self._world)[self._rank]
-        self._optimizer.zero_grad(set_to_none=False)
-        for micro in pack([groups[i] for i in mine], self._settings.micro_tokens):
-            chosen = [batch[mine[i]] for i in micro]
-            loss, metrics = self._objective.loss(self._policy.model, chosen)
+        """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm."""
+        micros = micro_batches(batch, self._world, self._rank, self._settings.micro_tokens)
+        self._updates += 1
+        update = self._strategy.update(self._objective.loss, micros, self._lr(step))
+        for micro, (loss, metrics) in zip(micros, update.results, strict=True):
             if not math.isfinite(loss.item()):
                 raise LossError(self._failure(step, f"the loss became {loss.item()}"))
-            (loss * (len(chosen) / len(batch))).backward()
-            for key, value in {"loss": loss.detach(), **metrics}.items():
-                sums[key] = sums.get(key, 0.0) + float(value) * len(chosen)
-        if self._world > 1:
-            sum_gradients(self._policy.trainable)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._policy.trainable, self._settings.clip_norm))
-        if not math.isfinite(norm):
-            raise LossError(self._failure(step, f"the gradient became {norm}"))
-        self._updates += 1
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr(step)
-        self._optimizer.step()
-        return norm
+            for key, value in {"loss": loss, **metrics}.items():
+                sums[key] = sums.get(key, 0.0) + float(value) * micro.share * len(batch)
+        if not math.isfinite(update.grad_norm):  # on all workers, where one of them had such a loss
+            raise LossError(self._failure(step, f"the gradient became {update.grad_norm}"))
+        return update.grad_norm
 
     def _failure(self, step: int, what: str) -> str:
         saved = latest_step(self._spec.checkpoints)
@@ -202,10 +194,14 @@ class Worker:
         dist.all_gather_object(everyone, sums)
         return {key: sum(one.get(key, 0.0) for one in everyone) for key in {k for one in everyone for k in one}}
 
+    def _measure(self) -> list[float]:
+        """The probe under the present weights; all workers together."""
+        return self._strategy.forward(lambda model: probe_logps(model, self._spec.probe))
+
     def _save(self) -> None:
-        tensors = {f"model.{name}": p.detach() for name, p in self._policy.named_trainable()}
-        for i, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        tensors = self._strategy.state()
+        if self._rank != 0:
+            return
         tensors["rng.torch"] = torch.get_rng_state()
         if self._spec.device == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -214,23 +210,14 @@ class Worker:
 
     def _restore(self) -> None:
         tensors, meta = load_checkpoint(self._spec.checkpoints, self._done)
-        with torch.no_grad():
-            for name, parameter in self._policy.named_trainable():
-                parameter.copy_(tensors[f"model.{name}"])
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                index, _, key = rest.partition(".")
-                state.setdefault(int(index), {})[key] = tensor
-        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        self._strategy.load(tensors)
         torch.set_rng_state(tensors["rng.torch"])
         if self._spec.device == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         self._updates = int(meta["updates"])
         self._metrics = meta["metrics"]
         self._previous_probe = meta["previous_probe"]
-        self._probe = self._policy.probe(self._spec.probe)
+        self._probe = self._measure()
 
     def _publish(self) -> None:
         """Write the version to the run directory and hand it to the store."""
@@ -243,28 +230,13 @@ class Worker:
             metrics=self._metrics,
         )
         adapter = self._spec.publishes == "adapter"
-        if adapter or self._done == self._spec.total:
+        written = adapter or self._done == self._spec.total
+        weights = self._strategy.weights(trainable=self._through_adapter) if written else {}
+        if self._rank != 0:
+            return
+        if written:
             directory = version_directory(self._spec.run_dir, publication.ref)
-            self._policy.save(directory, publication, adapter=adapter)
+            self._policy.save(directory, publication, weights, adapter=adapter)
             if adapter:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
         self._feed.publish(publication)
-
-
-def make_optimizer(settings: Learner, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that the config names."""
-    if settings.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-
-
-def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Sum gradients over all workers, in one call."""
-    for parameter in parameters:
-        if parameter.grad is None:  # a worker without a group in this update
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))

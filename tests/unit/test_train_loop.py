@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.channel import Box, Lease
 from actors.train_loop import LearnerSpec, train
 from plumbline.checkpoint import latest_step
 from plumbline.config import Model, Ple, RewardModel, Sft
-from plumbline.errors import LossError, PlumblineError, RunError
+from plumbline.errors import LossError, RunError
 from plumbline.parts import Parts
 from plumbline.policies import read_publication, version_directory, versions
-from plumbline.records import Completion, Message, PolicyRef, Prompt, Publication, Sample, TokenGroup
+from plumbline.records import Completion, Message, PolicyRef, Prompt, Sample, TokenGroup
 from plumbline.rollouts import PLE_SCHEMA, ple_row, ple_sample
+from tests.feed import Killed, MemoryFeed
 
 STEPS, ROWS = 4, 6
 PROBE = (TokenGroup([40, 41, 42], [[50, 51, 52]]), TokenGroup([43, 44], [[53, 54], [55]]))
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-
-
-class Killed(BaseException):
-    """The process ends, as by kill -9: nothing catches it."""
-
-
-class MemoryFeed:
-    """Parts that are all there; `dies_at` is the version whose publication kills the process."""
-
-    def __init__(self, parts: Mapping[int, Sequence[Sample]], dies_at: int = 0) -> None:
-        self.parts = parts
-        self.dies_at = dies_at
-        self.next = 0
-        self.attached: list[int] = []
-        self.acked: list[int] = []
-        self.published: list[Publication] = []
-        self.failures: list[tuple[str, PlumblineError]] = []
-
-    def attach(self, holder: str, done: int) -> None:
-        self.attached.append(done)
-        self.next = done + 1
-
-    def lease(self, holder: str) -> Lease | None:
-        if self.next not in self.parts:
-            return None
-        self.next += 1
-        return Lease(step=self.next - 1, box=self.peek(self.next - 1), holder=holder)
-
-    def peek(self, step: int) -> Box:
-        return Box(ref=self.parts[step])
-
-    def read(self, box: Box) -> list[Sample]:
-        return list(box.ref)
-
-    def ack(self, step: int, holder: str) -> None:
-        self.acked.append(step)
-
-    def publish(self, publication: Publication) -> None:
-        if publication.ref.version == self.dies_at:
-            raise Killed
-        self.published.append(publication)
-
-    def fail(self, policy: str, error: PlumblineError) -> None:
-        self.failures.append((policy, error))
 
 
 def row(step: int, number: int) -> dict[str, object]:
