@@ -131,7 +131,7 @@ async def run_pipelines(
     try:
         if config.sft:
             context.events.say("training π0 (sft)")
-            context.model_path = await run_sft(context, config.sft)
+            context.model_path = await run_sft(context, config.sft, serves=False)
         if config.rolling:
             await fill_fleet(context, train=True)
         watching = asyncio.create_task(watch_pool(context)) if config.rolling else None
@@ -155,7 +155,7 @@ async def run_pipelines(
 async def run_one(context: Context, section: Pipeline) -> None:
     """One pipeline, by its type."""
     if isinstance(section, Sft):
-        await run_sft(context, section)
+        await run_sft(context, section, serves=isinstance(section.policy, LoraPolicy))
     elif isinstance(section, RewardModel):
         await run_reward(context, section)
     else:

@@ -11,11 +11,15 @@ from plumbline.policies import version_directory, versions
 from plumbline.records import PolicyRef, Sample
 
 
-async def run_sft(context: Context, section: Sft) -> str:
-    """Train to the last batch; returns the directory of the final version."""
+async def run_sft(context: Context, section: Sft, *, serves: bool) -> str:
+    """Train to the last batch; returns the directory of the final version.
+
+    Args:
+        serves: an adapter's versions are published for generators; else there is one whole model at the end.
+    """
     samples = sft_samples(context)
     batches = shuffled_batches(samples, section.learner.batch_size, section.epochs, context.config.seed)
-    spec = context.learner_spec(section, len(batches), "final")
+    spec = context.learner_spec(section, len(batches), "adapter" if serves else "final")
     await train_on(context, spec, batches)
     final = PolicyRef(policy=section.name, version=len(batches))
     assert final.version in versions(context.run_dir, section.name), latest_step(spec.checkpoints)

@@ -1,6 +1,6 @@
 """Numbers that say whether a policy got better (METHODS.md §5). Pure: lists of numbers in, records out, no models.
 
-Called by `pipelines.evaluate`, the report and the benchmarks. Importing this module imports neither numpy nor pandas.
+Called by `pipelines.evaluate`, the report and the benchmarks. Importing this module imports neither numpy, scipy nor pandas.
 """
 
 import math
@@ -76,6 +76,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it should be between 0 and 1, such as 0.95")
+    from scipy.stats import t
+
     n = len(values)
     if n == 0:
         raise ValueError("mean of no values")
@@ -85,7 +87,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     if n == 1:
         return Interval(mean=mean, low=math.nan, high=math.nan, n=1)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = _t_quantile(confidence, n - 1) * deviation / math.sqrt(n)
+    half = float(t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
     return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
@@ -199,26 +201,3 @@ def _same_length(first: Sequence[object], second: Sequence[object]) -> None:
         raise ValueError(f"{len(first)} values beside {len(second)}: they are paired, one each")
     if not first:
         raise ValueError("no values")
-
-
-def _t_quantile(confidence: float, freedom: int) -> float:
-    """t such that a Student variable lies in [−t, t] with probability `confidence`, by bisection."""
-    low, high = 0.0, 1.0
-    while _t_probability(high, freedom) < confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_probability(middle, freedom) < confidence else (low, middle)
-    return (low + high) / 2
-
-
-def _t_probability(t: float, freedom: int) -> float:
-    """P(|T| ≤ t) for whole degrees of freedom: the finite sums in θ = atan(t/√ν) (Abramowitz and Stegun, 26.7.3-4)."""
-    theta = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(theta) if odd else 1.0
-    total = 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= k / (k + 1) * math.cos(theta) ** 2
-    return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
