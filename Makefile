@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: setup quickstart test check bench clean lock help
 
 help:
-	@echo "make quickstart   set up, then PLE in the miniature world, with a before/after table"
+	@echo "make quickstart   set up, then three methods at once in the miniature world, with a report"
 	@echo "make test         set up, then all tests      make check   ruff and pyright"
 	@echo "make bench        benchmarks                  make clean   remove what runs left"
 
@@ -23,6 +23,7 @@ $(STAMP): locks/$(SET).txt pyproject.toml scripts/setup.sh
 quickstart: setup
 	@$(BIN)/python -m plumbline.miniature runs/world --seed 0
 	@$(BIN)/plumbline run configs/quickstart.yaml
+	@$(BIN)/plumbline report runs/quickstart
 
 test: setup
 	@$(BIN)/python -m pytest
