@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--steps 200] [--world runs/world] [--run-dir runs/memory]
 
-A run of `configs/quickstart.yaml` with eight prompts a step; the figures are those of its own `events.jsonl`.
+A run of `configs/ple.yaml` with eight prompts a step; the figures are those of its own `events.jsonl`.
 """
 
 import argparse
@@ -30,10 +30,11 @@ def main() -> None:
             f"data.train.path={options.world.absolute() / 'prompts_train.jsonl'}",
             f"data.heldout.path={options.world.absolute() / 'prompts_heldout.jsonl'}",
         ]
-        command = [sys.executable, "-m", "plumbline.cli", "run", "configs/quickstart.yaml"]
+        command = [sys.executable, "-m", "plumbline.cli", "run", "configs/ple.yaml"]
         command += ["--run-dir", str(options.run_dir), *(part for one in sets for part in ("--set", one))]
         subprocess.run(command, check=True, stdout=2)
     events = [json.loads(line) for line in (options.run_dir / "events.jsonl").read_text().splitlines()]
+    events = [event for event in events if event["pipeline"] == "ple"]
     print("| step | pipeline process, MiB | object store, MiB |\n|---:|---:|---:|")
     for event in events:
         if event["step"] == 1 or event["step"] % 20 == 0:

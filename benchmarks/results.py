@@ -2,7 +2,7 @@
 
     python benchmarks/results.py [--seeds 0 1 2] [--variants ple no-rank no-weighted-sft] [--out runs/results]
 
-Every run is `configs/quickstart.yaml` in a world of its own seed, through the command line and actors of any other.
+Every run is `configs/ple.yaml` in a world of its own seed, through the command line and actors of any other.
 Finished runs are read, not run again. Prints Markdown.
 """
 
@@ -37,7 +37,7 @@ def run(out: Path, seed: int, variant: str) -> dict[str, Any]:
             "evaluation.prompts": 512,
         }
         sets = [f"{key}={value}" for key, value in paths.items()] + VARIANTS[variant]
-        command = [sys.executable, "-m", "plumbline.cli", "run", "configs/quickstart.yaml", "--run-dir", str(directory)]
+        command = [sys.executable, "-m", "plumbline.cli", "run", "configs/ple.yaml", "--run-dir", str(directory)]
         subprocess.run([*command, *(part for one in sets for part in ("--set", one))], check=True, stdout=2)
     return json.loads((directory / "evaluation.json").read_text())
 
@@ -62,7 +62,8 @@ def row(seed: int, variant: str, figures: dict[str, Any]) -> str:
 
 
 def idle(directory: Path) -> str:
-    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()][2:]
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    events = [event for event in events if event["pipeline"] == "ple"][2:]
     mean = {k: statistics.fmean(e[k] for e in events) for k in ("seconds", "generator_idle", "learner_idle")}
     reward = statistics.fmean(e["reward_plain"] for e in events[-4:])
     return (
