@@ -1,7 +1,7 @@
 """The seam between a generator and what computes its tokens: vLLM, or plain transformers where no vLLM wheel exists.
 
-An engine serves one base model and any number of LoRA adapters beside it. The generator above it knows about policies,
-versions and proofs; an engine knows only about adapters.
+An engine serves one base model and any number of LoRA adapters beside it, or one model whose weights are replaced. The
+generator above it knows about policies, versions and proofs; an engine knows only about weights.
 """
 
 import importlib.util
@@ -23,7 +23,10 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """All that an engine needs to start; picklable. `kv_cache_gib` counts on CPUs, `memory_share` on GPUs."""
+    """All that an engine needs to start; picklable. `kv_cache_gib` counts on CPUs, `memory_share` on GPUs.
+
+    `max_adapters` is 0 for an engine that takes whole weights (`Engine.load_weights`), and no adapters.
+    """
 
     model_path: str
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -61,6 +64,10 @@ class Engine(Protocol):
     async def add_adapter(self, adapter: Adapter) -> None: ...
 
     async def remove_adapter(self, adapter: Adapter) -> None: ...
+
+    async def load_weights(self, path: str) -> None:
+        """Replace all weights by those of a model's directory, of the same shapes. No request may be under way."""
+        ...
 
     async def close(self) -> None: ...
 

@@ -24,14 +24,18 @@ class TransformersEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         torch.set_num_threads(spec.threads)
-        self._base: Any = AutoModelForCausalLM.from_pretrained(
-            spec.model_path, dtype=getattr(torch, spec.dtype), use_safetensors=True, trust_remote_code=False
-        )
-        self._base.to(spec.device).eval()
+        self._spec = spec
+        self._base = self._read(spec.model_path)
         self._model: PeftModel | None = None
         self._tokenizer = read_tokenizer(spec.model_path)
         self._max_len = spec.max_model_len
         self._lock = asyncio.Lock()
+
+    def _read(self, path: str) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, self._spec.dtype), use_safetensors=True, trust_remote_code=False
+        )
+        return model.to(self._spec.device).eval()
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
@@ -58,6 +62,10 @@ class TransformersEngine:
             # PEFT keeps its last adapter: a model without any is no PEFT model.
             if self._model is not None and len(self._model.peft_config) > 1:
                 self._model.delete_adapter(str(adapter.id))
+
+    async def load_weights(self, path: str) -> None:
+        async with self._lock:
+            self._base = await asyncio.to_thread(self._read, path)  # read as at the start: ties are the model's own
 
     async def close(self) -> None:
         self._model = None

@@ -1,16 +1,20 @@
 """vLLM's `AsyncLLM` behind the engine seam: continuous batching, prefix cache, base and adapters in one batch."""
 
+import asyncio
 import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from actors.engine import Adapter, EngineSpec
+from plumbline.errors import RunError
 from plumbline.prompting import decode, read_tokenizer
 from plumbline.records import Completion, Sampling
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can be started for; an adapter's may be smaller."""
+CACHE_TRIES = 50
+WORKER = "actors.engine_vllm_worker.ReplacesWeights"
 
 
 class VllmEngine:
@@ -36,13 +40,6 @@ class VllmEngine:
             "seed": spec.seed,
             "max_model_len": spec.max_model_len,
             "max_num_seqs": spec.max_num_seqs,
-            "enable_lora": True,
-            "max_loras": spec.max_adapters,
-            "max_cpu_loras": spec.max_adapters,
-            "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
-            # Without this vLLM prepares the LM head for adapters too, which PEFT's "all-linear" leaves out; on CPUs
-            # its prompt log-probs then crash.
-            "lora_target_modules": linear_names(spec.model_path),
             "disable_log_stats": True,
             "enforce_eager": on_cpu,
             "trust_remote_code": False,
@@ -56,6 +53,7 @@ class VllmEngine:
             }
         else:
             settings["gpu_memory_utilization"] = spec.memory_share
+        settings |= adapter_settings(spec) if spec.max_adapters else {"worker_extension_cls": WORKER}
         args = AsyncEngineArgs(**settings)
         self._llm = AsyncLLM.from_engine_args(args)
         self._tokenizer = read_tokenizer(spec.model_path)
@@ -127,8 +125,34 @@ class VllmEngine:
     async def remove_adapter(self, adapter: Adapter) -> None:
         await self._llm.remove_lora(adapter.id)
 
+    async def load_weights(self, path: str) -> None:
+        """From the directory into vLLM's workers, on CPUs and GPUs alike; what was cached of old weights is dropped.
+
+        Raises:
+            RunError: a request was under way.
+        """
+        await self._llm.collective_rpc("replace_weights", args=(path,))
+        for _ in range(CACHE_TRIES):
+            if await self._llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(0.1)  # blocks of the last request are still being freed
+        raise RunError("vLLM did not drop its prefix cache after its weights were replaced: a request was under way")
+
     async def close(self) -> None:
         self._llm.shutdown()
+
+
+def adapter_settings(spec: EngineSpec) -> dict[str, Any]:
+    """vLLM's arguments for adapters beside the base."""
+    return {
+        "enable_lora": True,
+        "max_loras": spec.max_adapters,
+        "max_cpu_loras": spec.max_adapters,
+        "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
+        # Without this vLLM prepares the LM head for adapters too, which PEFT's "all-linear" leaves out; on CPUs
+        # its prompt log-probs then crash.
+        "lora_target_modules": linear_names(spec.model_path),
+    }
 
 
 def linear_names(model_path: str) -> list[str]:

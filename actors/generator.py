@@ -1,23 +1,22 @@
-"""A generator: one engine, the policy versions that it serves, and the proof that each of them arrived.
+"""A generator: one engine, and the policy versions that it serves (`actors.versions`).
 
-Pipelines send it batches of requests that name a version. A version that it does not hold yet it fetches, loads beside
-the others under a new adapter id and proves; so a request ends on the version it began with, nothing is ever paused,
-and a generator that was restarted heals itself on the first request.
+Pipelines send it batches of requests that name a version. A version that it does not hold yet it fetches, loads and
+proves; so a request ends on the version it began with.
 """
 
 import asyncio
-import itertools
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal, TypeVar
 
 from actors.engine import Adapter, Engine, EngineSpec, start_engine
-from actors.weights import Proof, prove
-from plumbline.records import GenerateRequest, Generation, PolicyRef, Publication, TokenGroup
+from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersions, score
+from actors.weights import Proof
+from plumbline.records import GenerateRequest, Generation, PolicyRef, TokenGroup
+
+T = TypeVar("T")
 
 
 class Generator:
@@ -26,11 +25,11 @@ class Generator:
     Args:
         name: what errors and rollouts call this engine.
         choice: which engine.
-        spec: how to start it.
+        spec: how to start it. Without room for adapters, versions are whole weights.
         probe: token groups that versions are proved on.
         tolerance: nats (`actors.weights.TOLERANCE`).
         fetch: gets a published version with its files.
-        keep: versions of a policy that stay loaded, counted from the newest, beside those that requests still use.
+        keep: see `actors.versions.AdapterVersions`.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Generator:
         spec: EngineSpec,
         probe: Sequence[TokenGroup],
         tolerance: float,
-        fetch: Callable[[PolicyRef], Awaitable[Publication]],
+        fetch: Fetch,
         keep: int,
     ) -> None:
         self._name = name
@@ -52,12 +51,7 @@ class Generator:
         self._keep = keep
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
-        self._ids = itertools.count(1)
-        self._directory = Path(tempfile.mkdtemp(prefix="plumbline-adapters-"))
-        self._adapters: dict[PolicyRef, Adapter] = {}
-        self._loading: dict[PolicyRef, asyncio.Task[Proof]] = {}
-        self._measured: dict[PolicyRef, list[float]] = {}
-        self._users: dict[PolicyRef, int] = {}
+        self._versions: Versions
         self._active = 0
         self._busy_since = 0.0
         self._busy_s = 0.0
@@ -66,39 +60,47 @@ class Generator:
         """Load the engine, measure the base on the probe. Returns the process id. Calling again returns at once."""
         async with self._starting:
             if self._engine is None:
-                engine = start_engine(self._choice, self._spec)
-                self._measured[PolicyRef()] = await self._measure(engine, None)
-                self._engine = engine
+                await self._adopt(start_engine(self._choice, self._spec))
         return os.getpid()
+
+    async def _adopt(self, engine: Engine) -> None:
+        prober = Prober(self._name, engine, self._probe, self._tolerance)
+        prober.measured[PolicyRef()] = await prober.measure(None)
+        if self._spec.max_adapters:
+            self._versions = AdapterVersions(engine, prober, self._fetch, self._keep)
+        else:
+            self._versions = WholeVersions(engine, prober, self._fetch, self._spec.model_path)
+        self._engine = engine
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Sample all requests together; answers in the order of the requests. Raises SyncError (see `load`)."""
+        by_ref: dict[PolicyRef, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_ref.setdefault(request.ref, []).append(i)
+        answers: dict[int, Generation] = {}
+
+        async def under(ref: PolicyRef, indices: Sequence[int]) -> None:
+            async with self._serving(ref) as (engine, adapter):
+                done = await together(self._one(engine, adapter, requests[i]) for i in indices)
+                answers.update(zip(indices, done, strict=True))
+
         async with _Busy(self):
-            return list(await asyncio.gather(*map(self._one, requests)))
+            await together(under(ref, indices) for ref, indices in by_ref.items())
+        return [answers[i] for i in range(len(requests))]
 
     async def logprobs(self, groups: Sequence[TokenGroup], ref: PolicyRef) -> list[list[list[float]]]:
         """Per-token log-probs of every response of every group under `ref`."""
-        async with _Busy(self):
-            engine, adapter = await self._acquire(ref)
-            try:
-                return await asyncio.gather(*(self._score(engine, group, adapter) for group in groups))
-            finally:
-                self._release(ref)
+        async with _Busy(self), self._serving(ref) as (engine, adapter):
+            return await together(score(engine, group, adapter) for group in groups)
 
     async def load(self, ref: PolicyRef) -> Proof:
-        """Fetch, load and prove a version. Loading again returns the first proof.
+        """Fetch, load and prove a version. Loading again returns the first proof; whole weights may be replaced first.
 
         Raises:
             SyncError: the engine does not answer as that version; it will not be served.
         """
         await self.start()
-        if ref not in self._loading:
-            self._loading[ref] = asyncio.create_task(self._load(ref))
-        try:
-            return await asyncio.shield(self._loading[ref])
-        except Exception:
-            self._loading.pop(ref, None)
-            raise
+        return await self._versions.load(ref)
 
     async def busy_seconds(self) -> float:
         """Seconds, since the start, in which at least one request was being worked on."""
@@ -108,88 +110,33 @@ class Generator:
         """Stop the engine's processes and remove its files."""
         if self._engine is not None:
             await self._engine.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+            self._versions.close()
 
-    async def _one(self, request: GenerateRequest) -> Generation:
-        engine, adapter = await self._acquire(request.ref)
-        try:
-            completions = await engine.generate(
-                request.prompt_ids, request.sampling, seed=request.seed, n=request.n, adapter=adapter
-            )
-        finally:
-            self._release(request.ref)
-        return Generation(key=request.key, ref=request.ref, engine=self._name, completions=tuple(completions))
-
-    async def _acquire(self, ref: PolicyRef) -> tuple[Engine, Adapter | None]:
+    @asynccontextmanager
+    async def _serving(self, ref: PolicyRef) -> AsyncIterator[tuple[Engine, Adapter | None]]:
+        """The engine, which holds `ref` until the end; every request that was begun must have ended by then."""
         await self.start()
         assert self._engine is not None
-        if ref.version == 0:
-            return self._engine, None
-        self._users[ref] = self._users.get(ref, 0) + 1
+        adapter = await self._versions.acquire(ref)
         try:
-            await self.load(ref)
-        except BaseException:
-            self._release(ref)
-            raise
-        return self._engine, self._adapters[ref]
+            yield self._engine, adapter
+        finally:
+            self._versions.release(ref)
 
-    def _release(self, ref: PolicyRef) -> None:
-        if ref in self._users:
-            self._users[ref] -= 1
-            if self._users[ref] == 0:
-                del self._users[ref]
-
-    async def _load(self, ref: PolicyRef) -> Proof:
-        publication = await self._fetch(ref)
-        assert self._engine is not None
-        number = next(self._ids)
-        adapter = Adapter(id=number, name=str(ref), path=str(self._write(number, publication.files)))
-        await self._engine.add_adapter(adapter)
-        measured = await self._measure(self._engine, adapter)
-        previous = PolicyRef(policy=ref.policy, version=ref.version - 1)
-        reference = previous if previous in self._measured else PolicyRef()
-        proof = prove(
-            publication,
-            engine=self._name,
-            measured=measured,
-            reference=reference,
-            reference_measured=self._measured[reference],
-            tolerance=self._tolerance,
+    async def _one(self, engine: Engine, adapter: Adapter | None, request: GenerateRequest) -> Generation:
+        completions = await engine.generate(
+            request.prompt_ids, request.sampling, seed=request.seed, n=request.n, adapter=adapter
         )
-        self._measured[ref] = measured
-        self._adapters[ref] = adapter
-        await self._forget(ref)
-        return proof
+        return Generation(key=request.key, ref=request.ref, engine=self._name, completions=tuple(completions))
 
-    async def _forget(self, newest: PolicyRef) -> None:
-        """Drop the versions of a policy that are old and that no request uses."""
-        assert self._engine is not None
-        old = [r for r in self._adapters if r.policy == newest.policy and r.version <= newest.version - self._keep]
-        for ref in old:
-            if ref in self._adapters and ref not in self._users:  # another load may have dropped it meanwhile
-                adapter = self._adapters.pop(ref)
-                self._loading.pop(ref, None)
-                self._measured.pop(ref, None)
-                await self._engine.remove_adapter(adapter)
-                shutil.rmtree(adapter.path, ignore_errors=True)
 
-    def _write(self, number: int, files: Mapping[str, bytes]) -> Path:
-        directory = self._directory / str(number)  # not by version: the same one may be on its way out
-        directory.mkdir()
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
-        return directory
-
-    async def _measure(self, engine: Engine, adapter: Adapter | None) -> list[float]:
-        """Mean log-prob a token of every probe response, in order."""
-        scored = await asyncio.gather(*(self._score(engine, group, adapter) for group in self._probe))
-        return [sum(response) / len(response) for responses in scored for response in responses]
-
-    @staticmethod
-    async def _score(engine: Engine, group: TokenGroup, adapter: Adapter | None) -> list[list[float]]:
-        return await asyncio.gather(
-            *(engine.logprobs(group.prompt_ids, response, adapter=adapter) for response in group.response_ids)
-        )
+async def together(work: Iterable[Awaitable[T]]) -> list[T]:
+    """All results in order; where something failed, the first failure, once all have ended."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 class _Busy:

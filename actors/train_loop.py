@@ -32,7 +32,8 @@ from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
 class LearnerSpec:
     """All that a learner needs; picklable. `total` counts parts, checkpoints and versions go into `run_dir`.
 
-    `publishes`: every version as an adapter that generators take, or one whole model at the end.
+    `publishes`: every version as an adapter that generators take, or as a whole model that they take (`full`), or one
+    whole model at the end, for nobody (`final`).
     """
 
     section: Pipeline
@@ -43,7 +44,7 @@ class LearnerSpec:
     total: int
     seed: int
     run_dir: Path
-    publishes: Literal["adapter", "final"]
+    publishes: Literal["adapter", "full", "final"]
 
     @property
     def checkpoints(self) -> Path:
@@ -113,7 +114,7 @@ class Worker:
             self._publish()
         if self._rank == 0:
             self._feed.attach(holder, self._done)
-        every = self._settings.checkpoint_every or (1 if self._spec.publishes == "adapter" else 50)
+        every = self._settings.checkpoint_every or (50 if self._spec.publishes == "final" else 1)
         waited = time.monotonic()
         for step, samples in self._parts(holder):
             started = time.monotonic()
@@ -229,14 +230,14 @@ class Worker:
             base_probe_logps=self._base_probe,
             metrics=self._metrics,
         )
-        adapter = self._spec.publishes == "adapter"
-        written = adapter or self._done == self._spec.total
+        served = self._spec.publishes != "final"
+        written = served or self._done == self._spec.total
         weights = self._strategy.weights(trainable=self._through_adapter) if written else {}
         if self._rank != 0:
             return
         if written:
             directory = version_directory(self._spec.run_dir, publication.ref)
-            self._policy.save(directory, publication, weights, adapter=adapter)
-            if adapter:
+            self._policy.save(directory, publication, weights, adapter=self._spec.publishes == "adapter")
+            if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
         self._feed.publish(publication)

@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from plumbline.errors import PlumblineError, SyncError
+from plumbline.policies import is_adapter
 from plumbline.records import PolicyRef, Publication
 
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2.5e-1}
 """Nats a token by which a probe response's log-prob may differ between learner and engine. Measured: 1e-6 in float32,
 near 1e-2 in bfloat16 (STACK.md 7); the margin covers unlike kernels."""
+
+
+WHOLE_KEPT = 2
+"""Whole models of a policy that the store holds: the newest, and the one that requests under way were drawn for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +85,8 @@ class PolicyStore:
     """All policies of a run, by version.
 
     Args:
-        keep: versions of one policy whose files stay in memory, counted from the newest.
+        keep: versions of one policy whose files stay in memory, counted from the newest; of whole models at most
+            `WHOLE_KEPT`, for each is as large as the base.
     """
 
     def __init__(self, keep: int) -> None:
@@ -96,10 +102,13 @@ class PolicyStore:
             versions.setdefault(publication.ref.version, publication)
             for old in sorted(versions)[: -self._keep]:
                 del versions[old]
+            whole = sorted(v for v, held in versions.items() if held.files and not is_adapter(held.files))
+            for old in whole[:-WHOLE_KEPT]:
+                versions[old] = replace(versions[old], files={})
             self._changed.notify_all()
 
     async def fetch(self, ref: PolicyRef) -> Publication:
-        """A version with its files. Raises KeyError where it was never published, or forgotten."""
+        """A version with its files, or without those of an old whole model. Raises KeyError where there is none."""
         try:
             return self._versions[ref.policy][ref.version]
         except KeyError:

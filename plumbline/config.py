@@ -320,6 +320,11 @@ class Config(Section):
         if repeated := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"two pipelines are named {repeated.pop()!r}; give each a `name` of its own")
         for one in self.rolling:
+            if isinstance(one.policy, FullPolicy) and len(self.rolling) > 1:
+                raise ValueError(
+                    f"`policy: {{type: full}}` of {one.name!r} replaces the weights of all generators; "
+                    "give it a run of its own, or `type: lora`"
+                )
             if self.reward is None and isinstance(one, Ple | Raft):
                 raise ValueError(f"a `{one.type}` pipeline needs `reward` (type: classifier or type: program)")
             if self.model.init and self.sft is None:

@@ -6,12 +6,13 @@ transformers write, so that other tools load them as they are.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from plumbline.errors import ModelError
 from plumbline.records import PolicyRef, Publication
 
+ADAPTER_CONFIG = "adapter_config.json"
 _PROOF = "proof.json"
 _NAME = re.compile(r"v(\d{6,})")
 
@@ -56,6 +57,11 @@ def read_publication(run_dir: Path, ref: PolicyRef) -> Publication:
     return Publication(ref=ref, files=files, **probes)  # type: ignore[arg-type]
 
 
+def is_adapter(files: Container[str]) -> bool:
+    """Whether a publication's files are an adapter; else they are a whole model, or none."""
+    return ADAPTER_CONFIG in files
+
+
 def parse_ref(run_dir: Path, name: str) -> PolicyRef:
     """`base`, `ple` (its newest version) or `ple@12`. Raises ModelError naming what there is."""
     if name == "base":
@@ -78,4 +84,4 @@ def policies(run_dir: Path) -> list[str]:
 
 def _is_adapter(run_dir: Path, policy: str) -> bool:
     newest = PolicyRef(policy=policy, version=versions(run_dir, policy)[-1])
-    return (version_directory(run_dir, newest) / "adapter_config.json").exists()
+    return (version_directory(run_dir, newest) / ADAPTER_CONFIG).exists()

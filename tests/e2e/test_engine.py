@@ -14,6 +14,7 @@ import torch
 from actors.engine import Adapter, EngineSpec, start_engine
 from actors.generator import Generator
 from actors.policy import LearnedPolicy
+from actors.versions import AdapterVersions, WholeVersions
 from plumbline.config import Model, Ple
 from plumbline.dataset import read_prompts
 from plumbline.errors import SyncError
@@ -90,18 +91,18 @@ class World:
             return self.publications[ref.version]
 
         generator = Generator("generator-0", "vllm", self.spec, self.probe, 1e-3, fetch, keep=3)
-        generator._ids = self.ids  # an engine has one generator in its life; here it has several
-
-        async def begin() -> None:
-            generator._measured[PolicyRef()] = await generator._measure(engine, None)
-            generator._engine = engine
-
-        self.run(begin())
+        self.run(generator._adopt(engine))
+        adapters_of(generator).ids = self.ids  # an engine has one generator in its life; here it has several
         return generator
 
     def adapter(self, number: int, id: int) -> Adapter:
         path = version_directory(self.root, PolicyRef(policy="ple", version=number))
         return Adapter(id=id, name=f"direct-{id}", path=str(path))
+
+
+def adapters_of(generator: Generator) -> AdapterVersions:
+    assert isinstance(generator._versions, AdapterVersions)
+    return generator._versions
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +187,10 @@ def test_versions_are_proved_and_old_ones_forgotten(world: World) -> None:
         proof = world.run(generator.load(PolicyRef(policy="ple", version=number)))
         assert proof.difference < FLOAT32_PARITY
         assert proof.drift == pytest.approx(1, abs=0.01)
-    generator._keep = 1
-    world.run(generator._forget(PolicyRef(policy="ple", version=3)))
-    assert set(generator._adapters) == {PolicyRef(policy="ple", version=3)}
+    held = adapters_of(generator)
+    held._keep = 1
+    world.run(held.forget(PolicyRef(policy="ple", version=3)))
+    assert set(held.adapters) == {PolicyRef(policy="ple", version=3)}
 
 
 class Sabotaged:
@@ -208,8 +210,9 @@ class Sabotaged:
 
 def sabotaged_load(world: World, instead: Any, version: int = 2) -> SyncError:
     honest = world.generator(world.vllm)
-    world.run(honest.load(PolicyRef(policy="ple", version=version - 1)))
-    honest._engine = Sabotaged(world.vllm, instead)  # type: ignore[assignment]
+    world.run(honest.load(ple(version - 1)))
+    sabotaged: Any = Sabotaged(world.vllm, instead)
+    adapters_of(honest)._engine = adapters_of(honest)._prober._engine = sabotaged
     with pytest.raises(SyncError) as caught:
         world.run(honest.load(PolicyRef(policy="ple", version=version)))
     error = caught.value
@@ -264,3 +267,166 @@ def test_a_small_step_is_told_from_none(world: World) -> None:
         assert world.run(generator.load(PolicyRef(policy="ple", version=2))).drift == pytest.approx(1, abs=0.2)
     finally:
         world.publications[2] = kept
+
+
+# Whole weights
+
+
+class WholeWorld:
+    """One vLLM engine for whole weights, its oracle, and three versions of all weights."""
+
+    def __init__(self, root: Path, tied: bool) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.loop = asyncio.new_event_loop()
+        self.root, self.tied = root, tied
+        self.base = make_tiny_model(root / "model")
+        if tied:
+            config = LlamaConfig.from_pretrained(self.base)
+            config.tie_word_embeddings = True
+            torch.manual_seed(0)
+            LlamaForCausalLM(config).save_pretrained(self.base)
+        self.probe = [TokenGroup(list(range(30 + i, 50 + i)), [list(range(60 + i, 66 + i))]) for i in range(8)]
+        self.spec = EngineSpec(
+            model_path=str(self.base),
+            dtype="float32",
+            device="cpu",
+            max_model_len=192,
+            max_num_seqs=16,
+            max_lora_rank=8,
+            max_adapters=0,
+            threads=1,
+            kv_cache_gib=0.1,
+            memory_share=0.5,
+            seed=0,
+        )
+        self.publications = self._publish()
+        self.vllm = self.run(self._start("vllm"))
+        self.oracle = self.run(self._start("transformers"))
+
+    async def _start(self, kind: Any) -> Any:
+        return start_engine(kind, self.spec)
+
+    def run(self, coroutine: Any) -> Any:
+        return self.loop.run_until_complete(coroutine)
+
+    def _publish(self) -> dict[int, Publication]:
+        section = Ple.model_validate({"type": "ple", "policy": {"type": "full"}})
+        policy = LearnedPolicy(section, Model.model_validate({"path": str(self.base)}), "float32", "cpu", 0)
+        base = previous = policy.probe(self.probe)
+        found = {}
+        for number in (1, 2, 3):
+            torch.manual_seed(number)
+            with torch.no_grad():
+                for parameter in policy.trainable:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.01)
+            now = policy.probe(self.probe)
+            publication = Publication(
+                ref=ple(number), files={}, probe_logps=now, previous_probe_logps=previous, base_probe_logps=base
+            )
+            policy.save(version_directory(self.root, ple(number)), publication, adapter=False)
+            found[number] = read_publication(self.root, ple(number))
+            previous = now
+        return found
+
+    def generator(self) -> Generator:
+        """A generator over the engine, at its base."""
+
+        async def fetch(ref: PolicyRef) -> Publication:
+            return self.publications[ref.version]
+
+        generator = Generator("generator-0", "vllm", self.spec, self.probe, 1e-3, fetch, keep=1)
+        self.run(self.vllm.load_weights(str(self.base)))
+        self.run(generator._adopt(self.vllm))
+        return generator
+
+    def assert_parity(self, version: int) -> None:
+        """Log-probs, and a greedy answer to a prompt long enough to be in the prefix cache, are transformers'."""
+        path = version_directory(self.root, ple(version)) if version else self.base
+        self.run(self.oracle.load_weights(str(path)))
+        [response] = self.probe[0].response_ids
+        ours, theirs = (
+            self.run(engine.logprobs(self.probe[0].prompt_ids, response, adapter=None))
+            for engine in (self.vllm, self.oracle)
+        )
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < FLOAT32_PARITY
+        prompt = [30 + (7 * i) % 200 for i in range(160)]
+        greedy = Sampling(max_tokens=16, temperature=0.0)
+        answers = [
+            self.run(engine.generate(prompt, greedy, seed=0, n=1, adapter=None))[0].ids
+            for engine in (self.vllm, self.oracle)
+        ]
+        assert answers[0] == answers[1]
+
+
+def ple(version: int) -> PolicyRef:
+    return PolicyRef(policy="ple", version=version)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeWorld]:
+    one = WholeWorld(tmp_path_factory.mktemp("whole"), request.param)
+    yield one
+    one.run(one.vllm.close())
+
+
+def test_whole_weights_arrive_and_are_proved(whole: WholeWorld) -> None:
+    generator = whole.generator()
+    whole.assert_parity(0)
+    for version in (1, 2, 3):
+        proof = whole.run(generator.load(ple(version)))
+        assert proof.difference < FLOAT32_PARITY
+        assert proof.drift == pytest.approx(1, abs=0.01)
+        whole.assert_parity(version)
+    ask = GenerateRequest(key="a", prompt_ids=[40, 41], ref=ple(0), sampling=Sampling(max_tokens=4), seed=0)
+    [answer] = whole.run(generator.generate([ask]))
+    assert answer.ref.version == 0
+    whole.assert_parity(0)
+
+
+class DeafWorkers:
+    """A real engine that loads other weights than it was told, or none."""
+
+    kind = "vllm"
+
+    def __init__(self, engine: Any, path: Path | None) -> None:
+        self._engine, self._path = engine, path
+
+    async def load_weights(self, path: str) -> None:
+        if self._path is not None:
+            await self._engine.load_weights(str(self._path))
+
+
+class ForgetfulWorkers(DeafWorkers):
+    """A real engine that is reloaded as vLLM alone does it."""
+
+    async def load_weights(self, path: str) -> None:
+        await self._engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+
+def sabotaged_weights(whole: WholeWorld, engine: Any) -> SyncError:
+    generator = whole.generator()
+    whole.run(generator.load(ple(1)))
+    assert isinstance(generator._versions, WholeVersions)
+    generator._versions._engine = engine
+    with pytest.raises(SyncError) as caught:
+        whole.run(generator.load(ple(2)))
+    assert "ple v000002" in str(caught.value) and "generator-0" in str(caught.value)
+    return caught.value
+
+
+def test_a_generator_that_keeps_the_old_weights_is_caught(whole: WholeWorld) -> None:
+    assert "still answers as ple@1" in str(sabotaged_weights(whole, DeafWorkers(whole.vllm, None)))
+
+
+@pytest.mark.parametrize("wrong", [3, 0])
+def test_a_generator_that_loads_wrong_weights_is_caught(whole: WholeWorld, wrong: int) -> None:
+    """Another version's, and those of the base: a no-op."""
+    path = version_directory(whole.root, ple(wrong)) if wrong else whole.base
+    sabotaged_weights(whole, DeafWorkers(whole.vllm, path))
+
+
+def test_a_tied_head_that_keeps_its_packed_weights_is_caught(whole: WholeWorld) -> None:
+    if not whole.tied:
+        pytest.skip("the trap is that of tied embeddings")
+    assert sabotaged_weights(whole, ForgetfulWorkers(whole.vllm, None)).difference > 0.01

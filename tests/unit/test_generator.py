@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from actors import generator as module
 from actors.engine import Adapter, EngineSpec
 from actors.generator import Generator
-from plumbline.errors import SyncError
+from actors.versions import AdapterVersions
+from actors.weights import PolicyStore
+from plumbline.errors import RunError, SyncError
 from plumbline.records import Completion, GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
 
 SPEC = EngineSpec(
@@ -33,12 +36,15 @@ BASE_LOGP = -2.0  # of every token under the base; version v adds v / 10
 
 
 class FakeEngine:
-    """Adapters are files that hold a number, which is added to every log-prob. Sampling waits until it is allowed."""
+    """Weights are files that hold a number, which is added to every log-prob. Sampling waits until it is allowed."""
 
     kind = "fake"
 
     def __init__(self) -> None:
         self.loaded: dict[int, float] = {}
+        self.whole = 0.0
+        self.replaced: list[str] = []
+        self.deaf = False
         self.added: list[Adapter] = []
         self.removed: list[Adapter] = []
         self.allowed = asyncio.Event()
@@ -50,14 +56,14 @@ class FakeEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
     ) -> list[Completion]:
         await self.allowed.wait()
-        shift = self.loaded[adapter.id] if adapter else 0.0
+        shift = self.loaded[adapter.id] if adapter else self.whole
         return [Completion(text=f"{shift:.1f}/{seed + i}", ids=[9], finish_reason="stop") for i in range(n)]
 
     async def logprobs(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, adapter: Adapter | None
     ) -> list[float]:
         await asyncio.sleep(0)
-        return [BASE_LOGP + (self.loaded[adapter.id] if adapter else 0.0)] * len(response_ids)
+        return [BASE_LOGP + (self.loaded[adapter.id] if adapter else self.whole)] * len(response_ids)
 
     async def add_adapter(self, adapter: Adapter) -> None:
         await asyncio.sleep(0)
@@ -70,6 +76,12 @@ class FakeEngine:
         self.removed.append(adapter)
         del self.loaded[adapter.id]
 
+    async def load_weights(self, path: str) -> None:
+        await asyncio.sleep(0)
+        self.replaced.append(path)
+        if not self.deaf:
+            self.whole = 0.0 if path == SPEC.model_path else float((Path(path) / "shift").read_text())
+
     async def close(self) -> None:
         self.closed = True
 
@@ -77,12 +89,13 @@ class FakeEngine:
 class Bench:
     """A generator, its engine, and the store that it fetches from; `arrives` is what a version's files really hold."""
 
-    def __init__(self, keep: int = 2) -> None:
+    def __init__(self, keep: int = 2, whole: bool = False) -> None:
         self.engine = FakeEngine()
         self.starts = 0
         self.fetched: list[PolicyRef] = []
         self.arrives: Callable[[int], float] = lambda version: version / 10
-        self.generator = Generator("generator-0", "transformers", SPEC, PROBE, 1e-3, self.fetch, keep)
+        spec = replace(SPEC, max_adapters=0) if whole else SPEC
+        self.generator = Generator("generator-0", "transformers", spec, PROBE, 1e-3, self.fetch, keep)
 
     async def fetch(self, ref: PolicyRef) -> Publication:
         self.fetched.append(ref)
@@ -118,21 +131,26 @@ def request(version: int, key: str = "a", seed: int = 5, n: int = 1) -> Generate
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a scenario on a bench of its own and closes the generator."""
 
-    def run(scenario: Callable[[Bench], Coroutine[Any, Any, None]], keep: int = 2) -> None:
-        async def whole() -> None:
-            bench = Bench(keep)
+    def run(scenario: Callable[[Bench], Coroutine[Any, Any, None]], keep: int = 2, whole: bool = False) -> None:
+        async def played() -> None:
+            bench = Bench(keep, whole)
             monkeypatch.setattr(module, "start_engine", bench.start)
             try:
                 await scenario(bench)
             finally:
                 await bench.generator.close()
 
-        asyncio.run(whole())
+        asyncio.run(played())
 
     return run
 
 
 Play = Callable[..., None]
+
+
+def adapters_of(bench: Bench) -> dict[PolicyRef, Adapter]:
+    assert isinstance(bench.generator._versions, AdapterVersions)
+    return bench.generator._versions.adapters
 
 
 async def settle() -> None:
@@ -265,7 +283,7 @@ def test_a_version_asked_for_while_it_is_being_forgotten(play: Play) -> None:
             await bench.generator.load(ple(version))
         bench.engine.slow_removal = 20
         newest = asyncio.create_task(bench.generator.load(ple(3)))
-        while ple(1) in bench.generator._adapters:
+        while ple(1) in adapters_of(bench):
             await asyncio.sleep(0)
         [generation] = await bench.generator.generate([request(1)])
         await newest
@@ -371,3 +389,120 @@ def test_closing_stops_the_engine_and_removes_its_files(play: Play) -> None:
         assert not path.parent.exists()
 
     play(scenario)
+
+
+# Whole weights: one version at a time
+
+
+def texts(answers: Sequence[Any]) -> list[str]:
+    return [answer.completions[0].text for answer in answers]
+
+
+def test_whole_weights_replace_each_other_and_each_is_proved(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        for version in (1, 2, 3):
+            proof = await bench.generator.load(ple(version))
+            assert (proof.ref, proof.drift) == (ple(version), pytest.approx(1.0))
+            assert bench.engine.whole == version / 10
+            assert await bench.generator.load(ple(version)) == proof
+        assert texts(await bench.generator.generate([request(3)] * 2)) == ["0.3/5", "0.3/5"]
+        assert len(bench.engine.replaced) == 3
+        assert not any(Path(path).parent.exists() for path in bench.engine.replaced), "files go once they are loaded"
+
+    play(scenario, whole=True)
+
+
+def test_whole_weights_wait_until_the_requests_under_way_have_ended(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.load(ple(1))
+        bench.engine.allowed.clear()
+        under_way = asyncio.create_task(bench.generator.generate([request(1, n=1)]))
+        await settle()
+        newer = asyncio.create_task(bench.generator.load(ple(2)))
+        await settle()
+        late = asyncio.create_task(bench.generator.generate([request(1)]))  # of the old one, but after the newer
+        await settle()
+        assert bench.engine.whole == 0.1
+        bench.engine.allowed.set()
+        assert texts(await under_way) == ["0.1/5"]
+        assert (await newer).ref == ple(2)
+        assert texts(await late) == ["0.1/5"], "it is loaded again"
+        assert bench.fetched == [ple(1), ple(2), ple(1)]
+
+    play(scenario, whole=True)
+
+
+def test_a_batch_of_several_whole_versions_mixes_none(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        asked = [request(version, str(i)) for i, version in enumerate((2, 0, 1, 2))]
+        answers = await bench.generator.generate(asked)
+        assert [answer.key for answer in answers] == ["0", "1", "2", "3"]
+        assert texts(answers) == ["0.2/5", "0.0/5", "0.1/5", "0.2/5"]
+        assert len(bench.engine.replaced) == 3
+
+    play(scenario, whole=True)
+
+
+def test_the_base_of_whole_weights_is_read_from_its_directory_and_proved(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert texts(await bench.generator.generate([request(0)])) == ["0.0/5"]
+        assert bench.engine.replaced == [], "it is there already"
+        await bench.generator.load(ple(1))
+        assert texts(await bench.generator.generate([request(0)])) == ["0.0/5"]
+        assert bench.engine.replaced[1] == SPEC.model_path
+        await bench.generator.load(ple(1))
+        bench.engine.deaf = True
+        with pytest.raises(SyncError, match=r"base v000000 did not arrive at engine generator-0: it still answers as"):
+            await bench.generator.generate([request(0)])
+
+    play(scenario, whole=True)
+
+
+def test_whole_weights_that_were_not_proved_are_never_served(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.load(ple(1))
+        bench.engine.deaf = True
+        with pytest.raises(SyncError, match=r"ple v000002 did not arrive at engine generator-0: it still answers as"):
+            await bench.generator.load(ple(2))
+        with pytest.raises(SyncError):
+            await bench.generator.generate([request(2)])
+        bench.engine.deaf = False
+        assert texts(await bench.generator.generate([request(1)])) == ["0.1/5"]
+        assert len(bench.engine.replaced) == 4, "version 1 is loaded anew: what was there was not proved"
+
+    play(scenario, whole=True)
+
+
+def test_whole_weights_that_the_store_holds_no_more(play: Play) -> None:
+    """It keeps the two newest whole models, of adapters all that it was told to; and every version's figures."""
+
+    async def scenario(bench: Bench) -> None:
+        store = PolicyStore(keep=9)
+        for version in (1, 2, 3):
+            await store.publish(await bench.fetch(ple(version)))
+            adapter = replace(await bench.fetch(ple(version)), files={"adapter_config.json": b"{}"})
+            await store.publish(replace(adapter, ref=PolicyRef(policy="dlma", version=version)))
+        assert (await store.wait(ple(1))).probe_logps == [BASE_LOGP + 0.1] * 3
+        assert (await store.fetch(PolicyRef(policy="dlma", version=1))).files
+        bench.generator._fetch = store.fetch
+        for version in (2, 3):
+            assert (await bench.generator.load(ple(version))).ref == ple(version)
+        with pytest.raises(RunError, match=r"the weights of ple@1 are no longer held; ask for a newer version"):
+            await bench.generator.load(ple(1))
+        assert texts(await bench.generator.generate([request(3)])) == ["0.3/5"]
+        assert len(bench.engine.replaced) == 2
+
+    play(scenario, whole=True)
+
+
+def test_whole_weights_are_not_replaced_twice_at_once_where_a_waiter_gives_up(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.start()
+        impatient = asyncio.create_task(bench.generator.load(ple(1)))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        impatient.cancel()
+        assert texts(await bench.generator.generate([request(1)])) == ["0.1/5"]
+        assert bench.fetched == [ple(1)]
+
+    play(scenario, whole=True)

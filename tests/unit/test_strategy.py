@@ -1,10 +1,10 @@
-"""How an update is cut into micro-batches, and what a checkpoint's optimiser tensors mean."""
+"""How an update is cut into micro-batches, what a checkpoint's tensors mean, and what a config may ask of learners."""
 
 import pytest
 import torch
 
 from actors.strategy import micro_batches, optimizer_state
-from plumbline.config import Learner
+from plumbline.config import Config, Learner
 from plumbline.records import Sample, TokenGroup
 
 
@@ -48,3 +48,22 @@ def test_zero_belongs_to_deepspeed() -> None:
     assert Learner.model_validate({"strategy": "deepspeed", "zero": 3}).zero == 3
     with pytest.raises(ValueError, match="`zero` needs `strategy: deepspeed` beside it"):
         Learner.model_validate({"zero": 3})
+
+
+def test_a_full_policy_has_the_generators_to_itself() -> None:
+    def config(*pipelines: dict) -> Config:
+        return Config.model_validate(
+            {
+                "name": "a",
+                "model": {"path": "m"},
+                "data": {"train": {"path": "d"}},
+                "reward": {"type": "program", "function": "a:b"},
+                "pipelines": list(pipelines),
+            }
+        )
+
+    full = {"type": "ple", "policy": {"type": "full"}}
+    config(full, {"type": "sft"}, {"type": "reward"})
+    config({"type": "ple"}, {"type": "raft"})
+    with pytest.raises(ValueError, match="of 'ple' replaces the weights of all generators; give it a run of its own"):
+        config(full, {"type": "raft"})

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,26 @@ def test_every_part_makes_a_version_with_what_proves_it(run_dir: Path, tiny_mode
         on_disk = read_publication(run_dir, published.ref)
         assert on_disk.files == published.files
         assert on_disk.probe_logps == published.probe_logps
+
+
+def test_every_version_of_a_full_policy_is_a_whole_model(run_dir: Path, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from plumbline.modeling import group_logps
+
+    learner = {"lr": 1e-3, "batch_size": 4}
+    section = Ple.model_validate({"type": "ple", "policy": {"type": "full"}, "replay_window": 2, "learner": learner})
+    feed = MemoryFeed(parts_of(run_dir))
+    train(replace(spec(run_dir, tiny_model, section), probe=PROBE, publishes="full"), feed, rank=0, world=1)
+    assert feed.failures == []
+    assert feed.acked == [1, 2, 3, 4], "each is saved before it is served"
+    assert versions(run_dir, "ple") == [1, 2, 3, 4]
+    for published in feed.published:
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(published.files)
+        model = AutoModelForCausalLM.from_pretrained(version_directory(run_dir, published.ref), dtype=torch.float32)
+        with torch.no_grad():
+            logps, tokens = group_logps(model, PROBE)
+        assert (logps / tokens)[tokens > 0].tolist() == pytest.approx(list(published.probe_logps), abs=1e-5)
 
 
 def test_the_events_figures(run_dir: Path, tiny_model: Path) -> None:

@@ -1,0 +1,241 @@
+"""Which versions of policies an engine holds, and the proof that each of them arrived. Used by `actors.generator`.
+
+Adapters lie side by side (`AdapterVersions`); of whole weights an engine holds one version at a time (`WholeVersions`).
+Both fetch a version when it is first asked for, so that a generator that was restarted heals itself.
+"""
+
+import asyncio
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from actors.engine import Adapter, Engine
+from actors.weights import Proof, prove
+from plumbline.errors import RunError
+from plumbline.records import PolicyRef, Publication, TokenGroup
+
+Fetch = Callable[[PolicyRef], Awaitable[Publication]]
+
+
+class Versions(Protocol):
+    """The versions that one engine holds."""
+
+    async def load(self, ref: PolicyRef) -> Proof:
+        """Fetch, load and prove a version. Raises SyncError."""
+        ...
+
+    async def acquire(self, ref: PolicyRef) -> Adapter | None:
+        """Wait until requests may be answered by `ref`, which stays until `release`; returns what names it."""
+        ...
+
+    def release(self, ref: PolicyRef) -> None: ...
+
+    def close(self) -> None:
+        """Remove files."""
+        ...
+
+
+class Prober:
+    """Measures one engine on the probe, and keeps what each version measured: the next is proved against it."""
+
+    def __init__(self, name: str, engine: Engine, probe: Sequence[TokenGroup], tolerance: float) -> None:
+        self.name, self._engine, self._probe, self._tolerance = name, engine, list(probe), tolerance
+        self.measured: dict[PolicyRef, list[float]] = {}
+
+    async def measure(self, adapter: Adapter | None) -> list[float]:
+        """Mean log-prob a token of every probe response, in order."""
+        scored = await asyncio.gather(*(score(self._engine, group, adapter) for group in self._probe))
+        return [sum(response) / len(response) for responses in scored for response in responses]
+
+    async def prove(self, publication: Publication, adapter: Adapter | None) -> Proof:
+        """See `actors.weights.prove`."""
+        measured = await self.measure(adapter)
+        previous = PolicyRef(policy=publication.ref.policy, version=publication.ref.version - 1)
+        reference = previous if previous in self.measured else PolicyRef()
+        proof = prove(
+            publication,
+            engine=self.name,
+            measured=measured,
+            reference=reference,
+            reference_measured=self.measured[reference],
+            tolerance=self._tolerance,
+        )
+        self.measured[publication.ref] = measured
+        return proof
+
+    async def prove_base(self, left: PolicyRef) -> Proof:
+        """Prove that the engine is back at its base, from the version `left`: what it measured first is expected."""
+        base, before = self.measured[PolicyRef()], self.measured.get(left, self.measured[PolicyRef()])
+        publication = Publication(
+            ref=PolicyRef(), files={}, probe_logps=base, previous_probe_logps=before, base_probe_logps=before
+        )
+        return prove(
+            publication,
+            engine=self.name,
+            measured=await self.measure(None),
+            reference=left,
+            reference_measured=before,
+            tolerance=self._tolerance,
+        )
+
+
+class AdapterVersions:
+    """Adapters beside the base: a request ends on the version it began with, and nothing is ever paused.
+
+    Args:
+        keep: versions of a policy that stay loaded, counted from the newest, beside those that requests still use.
+    """
+
+    def __init__(self, engine: Engine, prober: Prober, fetch: Fetch, keep: int) -> None:
+        self._engine, self._prober, self._fetch, self._keep = engine, prober, fetch, keep
+        self._directory = Path(tempfile.mkdtemp(prefix="plumbline-adapters-"))
+        self._loading: dict[PolicyRef, asyncio.Task[Proof]] = {}
+        self._users: dict[PolicyRef, int] = {}
+        self.ids = itertools.count(1)
+        self.adapters: dict[PolicyRef, Adapter] = {}
+
+    async def load(self, ref: PolicyRef) -> Proof:
+        if ref not in self._loading:
+            self._loading[ref] = asyncio.create_task(self._load(ref))
+        try:
+            return await asyncio.shield(self._loading[ref])
+        except Exception:
+            self._loading.pop(ref, None)
+            raise
+
+    async def acquire(self, ref: PolicyRef) -> Adapter | None:
+        if ref.version == 0:
+            return None
+        self._users[ref] = self._users.get(ref, 0) + 1
+        try:
+            await self.load(ref)
+        except BaseException:
+            self.release(ref)
+            raise
+        return self.adapters[ref]
+
+    def release(self, ref: PolicyRef) -> None:
+        if ref in self._users:
+            self._users[ref] -= 1
+            if self._users[ref] == 0:
+                del self._users[ref]
+
+    def close(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _load(self, ref: PolicyRef) -> Proof:
+        publication = await self._fetch(ref)
+        number = next(self.ids)
+        directory = self._directory / str(number)  # not by version: the same one may be on its way out
+        write_files(directory, publication.files)
+        adapter = Adapter(id=number, name=str(ref), path=str(directory))
+        await self._engine.add_adapter(adapter)
+        proof = await self._prober.prove(publication, adapter)
+        self.adapters[ref] = adapter
+        await self.forget(ref)
+        return proof
+
+    async def forget(self, newest: PolicyRef) -> None:
+        """Drop the versions of a policy that are old and that no request uses."""
+        old = [r for r in self.adapters if r.policy == newest.policy and r.version <= newest.version - self._keep]
+        for ref in old:
+            if ref in self.adapters and ref not in self._users:  # another load may have dropped it meanwhile
+                adapter = self.adapters.pop(ref)
+                self._loading.pop(ref, None)
+                self._prober.measured.pop(ref, None)
+                await self._engine.remove_adapter(adapter)
+                shutil.rmtree(adapter.path, ignore_errors=True)
+
+
+class WholeVersions:
+    """All weights of an engine, one version at a time; version 0 is the model that the engine started with.
+
+    Requests and loads are let in, in the order they came: one that needs another version than is there waits until the
+    requests under way have ended, and has the weights replaced. So no answer mixes versions. Two versions that are
+    asked for in turn are loaded in turn: a pipeline asks for the newest.
+
+    Args:
+        base: directory of version 0.
+    """
+
+    def __init__(self, engine: Engine, prober: Prober, fetch: Fetch, base: str) -> None:
+        self._engine, self._prober, self._fetch, self._base = engine, prober, fetch, base
+        self._turn = asyncio.Lock()  # first come, first served
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._users = 0
+        self._replacing: asyncio.Task[None] | None = None
+        self._proofs = {PolicyRef(): Proof(ref=PolicyRef(), engine=prober.name, difference=0.0, drift=math.nan)}
+        self.serves: PolicyRef | None = PolicyRef()  # None: what is loaded was not proved
+
+    async def load(self, ref: PolicyRef) -> Proof:
+        await self.acquire(ref)
+        self.release(ref)
+        return self._proofs[of_base(ref)]
+
+    async def acquire(self, ref: PolicyRef) -> None:
+        async with self._turn:
+            if self._replacing is not None:  # begun for a request that was given up meanwhile
+                await asyncio.wait([self._replacing])
+            if of_base(ref) != self.serves:
+                await self._idle.wait()
+                self._replacing = asyncio.create_task(self._replace(of_base(ref)))
+                await asyncio.shield(self._replacing)
+            self._users += 1
+            self._idle.clear()
+
+    def release(self, ref: PolicyRef) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._idle.set()
+
+    def close(self) -> None:
+        pass
+
+    async def _replace(self, ref: PolicyRef) -> None:
+        publication = await self._fetch(ref) if ref.version else None
+        if publication is not None and not publication.files:
+            raise RunError(f"the weights of {ref} are no longer held; ask for a newer version")
+        left, self.serves = self.serves, None
+        if publication is None:
+            await self._engine.load_weights(self._base)
+            self._proofs[ref] = await self._prober.prove_base(left or ref)
+        else:
+            directory = Path(tempfile.mkdtemp(prefix="plumbline-weights-", dir=scratch(publication.files))) / "model"
+            try:
+                await asyncio.to_thread(write_files, directory, publication.files)
+                await self._engine.load_weights(str(directory))
+            finally:
+                shutil.rmtree(directory.parent, ignore_errors=True)
+            self._proofs[ref] = await self._prober.prove(publication, None)
+        self.serves = ref
+
+
+async def score(engine: Engine, group: TokenGroup, adapter: Adapter | None) -> list[list[float]]:
+    """Per-token log-probs of every response of a group."""
+    return await asyncio.gather(
+        *(engine.logprobs(group.prompt_ids, response, adapter=adapter) for response in group.response_ids)
+    )
+
+
+def of_base(ref: PolicyRef) -> PolicyRef:
+    """The one name of version 0, which is the base whatever the policy."""
+    return ref if ref.version else PolicyRef()
+
+
+def scratch(files: Mapping[str, bytes]) -> str | None:
+    """Shared memory where it has room twice over, else None: the directory of temporary files."""
+    memory = Path("/dev/shm")
+    size = sum(map(len, files.values()))
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 2 * size else None
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Files of a publication, into a new directory."""
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
