@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from actors.spawn import Fleet
 from actors.train_loop import LearnerSpec
 from pipelines.pool import Pool
-from plumbline.config import Config, Pipeline
+from plumbline.config import Config, FullPolicy, Pipeline
 from plumbline.records import Prompt, TokenGroup
 
 if TYPE_CHECKING:
@@ -82,8 +82,13 @@ class Context:
         """One of an actor's replicas, each in turn."""
         return replicas[next(self._turns) % len(replicas)]
 
-    def learner_spec(self, section: Pipeline, total: int, publishes: Literal["adapter", "final"]) -> LearnerSpec:
-        """A learner that starts from π0, or from the config's model where π0 is yet to be made."""
+    def learner_spec(self, section: Pipeline, total: int, *, serves: bool) -> LearnerSpec:
+        """A learner that starts from π0, or from the config's model where π0 is yet to be made.
+
+        Args:
+            serves: its versions go to generators; else there is one model at the end.
+        """
+        whole = isinstance(getattr(section, "policy", None), FullPolicy)
         model = self.config.model
         if self.model_path and self.model_path != model.path:
             model = model.model_copy(update={"path": self.model_path, "init": None, "tokenizer": None})
@@ -92,9 +97,9 @@ class Context:
             model=model,
             dtype=self.dtype,
             device=self.device,
-            probe=self.probe if publishes == "adapter" else (),
+            probe=self.probe if serves else (),
             total=total,
             seed=self.config.seed,
             run_dir=self.run_dir,
-            publishes=publishes,
+            publishes=("full" if whole else "adapter") if serves else "final",
         )

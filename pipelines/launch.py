@@ -31,6 +31,7 @@ from pipelines.watch import watch_pool
 from plumbline.config import (
     ClassifierReward,
     Config,
+    FullPolicy,
     LoraPolicy,
     Pipeline,
     Ple,
@@ -44,7 +45,7 @@ from plumbline.config import (
 from plumbline.config_file import load_config as read_config
 from plumbline.doctor import check, model_directory, resolve_device, resolve_dtype, run_tokenizer
 from plumbline.errors import ConfigError, PlumblineError, RunError
-from plumbline.policies import model_path, parse_ref, policies, read_publication, version_directory, versions
+from plumbline.policies import model_path, parse_ref, read_publication, version_directory, versions
 from plumbline.prompting import encode_response, render
 from plumbline.records import PolicyRef, Prompt, TokenGroup
 from plumbline.run_dir import open_run_dir
@@ -155,7 +156,7 @@ async def run_pipelines(
 async def run_one(context: Context, section: Pipeline) -> None:
     """One pipeline, by its type."""
     if isinstance(section, Sft):
-        await run_sft(context, section, serves=isinstance(section.policy, LoraPolicy))
+        await run_sft(context, section, serves=serves_adapter(section))
     elif isinstance(section, RewardModel):
         await run_reward(context, section)
     else:
@@ -184,11 +185,10 @@ def the_failure(config: Config, failed: Mapping[str, BaseException]) -> BaseExce
 
 async def evaluate_newest(context: Context) -> dict[str, Any]:
     """π0 against the newest version of every policy that generators can load; nothing where there is none."""
-    there = policies(context.run_dir)
-    served = [p.name for p in context.config.pipelines if p.name in there]
-    if not (served and context.fleet.generators):
+    there = {p.name: versions(context.run_dir, p.name) for p in served(context.config)}
+    newest = {name: PolicyRef(policy=name, version=numbers[-1]) for name, numbers in there.items() if numbers}
+    if not newest or not context.fleet.generators:
         return {}
-    newest = {name: PolicyRef(policy=name, version=versions(context.run_dir, name)[-1]) for name in served}
     for ref in newest.values():  # an older run's version is not in this run's store
         await context.fleet.store.publish.remote(read_publication(context.run_dir, ref))
     heldout = heldout_prompts(context)
@@ -266,6 +266,7 @@ async def fill_fleet(context: Context, *, train: bool) -> None:
     choice = resolve_engine(config.fleet.engine)
     settings = config.fleet.generator
     ranks = [p.policy.r for p in served(config) if isinstance(p.policy, LoraPolicy)]
+    whole = any(isinstance(p.policy, FullPolicy) for p in config.rolling)
     spec = EngineSpec(
         model_path=context.model_path,
         dtype=context.dtype,
@@ -273,7 +274,7 @@ async def fill_fleet(context: Context, *, train: bool) -> None:
         max_model_len=config.model.max_len,
         max_num_seqs=settings.max_num_seqs,
         max_lora_rank=max(ranks, default=8),
-        max_adapters=kept_versions(config) * max(1, len(ranks)),
+        max_adapters=0 if whole else kept_versions(config) * max(1, len(ranks)),
         threads=settings.cpus,
         kv_cache_gib=settings.kv_cache_gib,
         memory_share=settings.memory_share,
@@ -303,8 +304,13 @@ async def fill_fleet(context: Context, *, train: bool) -> None:
 
 
 def served(config: Config) -> list[Rolled | Sft]:
-    """The pipelines whose versions generators load."""
-    return [*config.rolling, *(p for p in config.pipelines if isinstance(p, Sft))]
+    """The pipelines whose versions generators load: all that generate, and `sft` with an adapter."""
+    return [*config.rolling, *(p for p in config.pipelines if isinstance(p, Sft) and serves_adapter(p))]
+
+
+def serves_adapter(section: Sft) -> bool:
+    """Whether generators can load its versions beside the others'."""
+    return isinstance(section.policy, LoraPolicy)
 
 
 def add_reference(context: Context) -> None:

@@ -34,11 +34,12 @@ from plumbline.records import PolicyRef, Sample
 @dataclass(slots=True)
 class Progress:
     """Where a method stands: it goes on after step `resumed`, of which `logged` have their event; `proved` is the
-    version that all generators serve."""
+    version that all generators serve; `undrawn` parts will still be asked of them."""
 
     resumed: int
     logged: int
     proved: int
+    undrawn: int
     tokens: dict[int, int] = field(default_factory=dict)
 
 
@@ -54,9 +55,11 @@ async def run_method(context: Context, method: RollingMethod, section: Rolled) -
     if isinstance(section, Frozen) and not section.train:
         await make_parts(context, method)
         return
-    spec = context.learner_spec(section, method.total, "adapter")
+    spec = context.learner_spec(section, method.total, serves=True)
     done = latest_step(spec.checkpoints)
-    progress = Progress(resumed=done, logged=context.events.keep(method.name, done), proved=done)
+    logged = context.events.keep(method.name, done)
+    undrawn = method.part_count - len(method.parts.steps())
+    progress = Progress(resumed=done, logged=logged, proved=done, undrawn=undrawn)
     if progress.logged >= method.total:
         return
     channel = context.fleet.add_channel(method.slots)
@@ -132,7 +135,7 @@ def first_failure(error: BaseException) -> BaseException:
 
 async def produce(context: Context, method: RollingMethod, channel: Any, progress: Progress) -> None:
     """Consumes prompts and slots; produces parts and, through the channel, boxed samples. Waits for slots."""
-    if progress.resumed:
+    if progress.resumed and not (method.displaces_base and progress.undrawn):
         await prove_everywhere(context, PolicyRef(policy=method.name, version=progress.resumed))
     committed = set(method.parts.steps())
     drawn: dict[int, asyncio.Task[None]] = {}
@@ -141,6 +144,7 @@ async def produce(context: Context, method: RollingMethod, channel: Any, progres
         rollout = await method.roll_out(part, ref)
         await commit(method, part, rollout)
         progress.tokens[part] = rollout.tokens
+        progress.undrawn -= 1
 
     async def one(step: int, part: int) -> None:
         if part in drawn:
@@ -175,7 +179,8 @@ async def advance(context: Context, method: RollingMethod, channel: Any, progres
     for step in range(progress.logged + 1, method.total + 1):
         ref = PolicyRef(policy=method.name, version=step)
         publication = await ask(context.fleet.store.wait.remote(ref))
-        proofs = await prove_everywhere(context, ref)
+        # Whole weights would take π0's place, which is still being drawn from: they are proved once it no longer is.
+        proofs = [] if method.displaces_base and progress.undrawn else await prove_everywhere(context, ref)
         progress.proved = max(step, progress.proved)
         if step > progress.resumed:
             await ask(channel.release.remote())

@@ -27,7 +27,7 @@ async def run_reward(context: Context, section: RewardModel) -> Path:
         section.epochs,
         context.config.seed,
     )
-    spec = context.learner_spec(section, len(batches), "final")
+    spec = context.learner_spec(section, len(batches), serves=False)
     await train_on(context, spec, batches)
     directory = version_directory(context.run_dir, PolicyRef(policy=section.name, version=len(batches)))
     accuracy = await heldout_accuracy(context, section, directory, heldout)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from actors.scorer import Query
 from actors.spawn import ask
 from pipelines.context import Context
-from plumbline.config import Frozen, Rolled
+from plumbline.config import Frozen, FullPolicy, Rolled
 from plumbline.errors import RunError
 from plumbline.lengths import needs_target, section_lengths, sft_group
 from plumbline.parts import Parts, Rejected
@@ -71,6 +71,7 @@ class RollingMethod(ABC):
         per_pass = batch_count(len(self._prompts), section.batch_size)
         self.part_count = section.steps or per_pass
         self.total = self.part_count * (section.epochs if isinstance(section, Frozen) else 1)
+        self.displaces_base = isinstance(section, Frozen) and isinstance(section.policy, FullPolicy)
         self.slots = section.ahead if isinstance(section, Frozen) else 1  # steps that may be between draw and proof
         settings = section.generation
         self._sampling = Sampling(

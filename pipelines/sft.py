@@ -19,7 +19,7 @@ async def run_sft(context: Context, section: Sft, *, serves: bool) -> str:
     """
     samples = sft_samples(context)
     batches = shuffled_batches(samples, section.learner.batch_size, section.epochs, context.config.seed)
-    spec = context.learner_spec(section, len(batches), "adapter" if serves else "final")
+    spec = context.learner_spec(section, len(batches), serves=serves)
     await train_on(context, spec, batches)
     final = PolicyRef(policy=section.name, version=len(batches))
     assert final.version in versions(context.run_dir, section.name), latest_step(spec.checkpoints)

@@ -156,3 +156,24 @@ def test_a_run_survives_a_learner_worker_killed(tmp_path: Path) -> None:
     assert_each_prompt_once(tmp_path)
     versions = sorted(p.name for p in (tmp_path / "run" / "policies" / "ple").iterdir())
     assert versions == [f"v{i:06d}" for i in range(1, 9)]
+
+
+@pytest.mark.parametrize("method", ["ple", "dlma"])
+def test_whole_weights_are_published_proved_and_compared(tmp_path: Path, method: str) -> None:
+    config = tiny_config(tmp_path, policy={"type": "full"})
+    config["fleet"] = {"engine": "transformers"}
+    config["data"]["heldout"] = config["data"]["train"]
+    config["evaluation"] = {"prompts": 8}
+    [section] = config["pipelines"]
+    if method == "dlma":
+        config["pipelines"] = [
+            {k: section[k] for k in ("policy", "batch_size", "generation", "learner")} | {"type": method}
+        ]
+    code, _, err = finish(start(tmp_path, config))
+    assert code == 0, err
+    steps = events(tmp_path, method)
+    assert [e["step"] for e in steps] == list(range(1, 9))
+    assert 0 < steps[-1]["proof_difference"] < 1e-3
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["before", method]
+    assert rows[0]["PPL"] != rows[1]["PPL"], "the base was asked first, then the new weights"
