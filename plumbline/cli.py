@@ -73,6 +73,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--split", default="train")
     one.add_argument("--kind", choices=("prompts", "labelled", "preferences"), default="prompts")
     one.set_defaults(command=validate_command)
+
+    one = commands.add_parser("theory", help="estimate how many negatives on one positive match balanced pairs")
+    one.add_argument("model_dir", metavar="MODEL_DIR", help="policy and reference in one, as DPO starts")
+    one.add_argument("data", metavar="DATA", help="a preference file or dataset, or a run's directory of pairs")
+    one.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    one.add_argument("--prompts", type=int, default=64, help="drawn at random; at least 8 (default: 64)")
+    one.add_argument("--pairs", type=float, nargs="+", default=[2, 3, 4], metavar="L", help="default: 2 3 4")
+    one.add_argument("--beta", type=float, default=0.1, help="DPO's; scales the variances alone (default: 0.1)")
+    one.add_argument("--max-len", type=int, default=512, help="longer answers are left out, in tokens (default: 512)")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(command=theory_command)
     return top
 
 
@@ -164,12 +175,7 @@ def validate_command(options: argparse.Namespace) -> int:
     """`plumbline validate`."""
     from plumbline.dataset import read_labelled, read_preferences, read_prompts, summarize
 
-    columns = {}
-    for pair in options.column:
-        ours, equals, theirs = pair.partition("=")
-        if not equals:
-            raise UserError(f"--column {pair}: write OURS=THEIRS, such as --column prompt=question")
-        columns[ours] = theirs
+    columns = _columns(options.column)
     if options.kind == "labelled":
         rows = read_labelled(options.data, columns=columns, split=options.split)
         print(f"{options.data}: {len(rows)} labelled texts, {sum(r.label for r in rows):.0f} of them wanted ones")
@@ -178,6 +184,37 @@ def validate_command(options: argparse.Namespace) -> int:
     for key, value in summarize(read(options.data, columns=columns, split=options.split)).items():
         print(f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}")
     return 0
+
+
+def theory_command(options: argparse.Namespace) -> int:
+    """`plumbline theory`."""
+    if wrong := [count for count in options.pairs if not count >= 1]:
+        raise UserError(f"--pairs {wrong[0]:g}: it should be 1 or more, a number of balanced pairs")
+
+    from plumbline.theory import measure, theory_text
+
+    theory = measure(
+        options.model_dir,
+        options.data,
+        columns=_columns(options.column),
+        prompts=options.prompts,
+        beta=options.beta,
+        max_len=options.max_len,
+        seed=options.seed,
+    )
+    print(theory_text(theory, options.pairs))
+    return 0
+
+
+def _columns(pairs: Sequence[str]) -> dict[str, str]:
+    """`--column OURS=THEIRS`, all of them."""
+    columns = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not equals:
+            raise UserError(f"--column {pair}: write OURS=THEIRS, such as --column prompt=question")
+        columns[ours] = theirs
+    return columns
 
 
 def tell_resume(options: argparse.Namespace) -> None:
