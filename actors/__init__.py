@@ -2,6 +2,6 @@
 
 import os
 
-# Several learners on a small machine are more processes than Ray expects there, and it would say so on the user's screen,
-# again and again. Ray reads this when it is imported, hence its place.
+# Several learners on a small machine are more processes than Ray expects there, and it would say so on the user's
+# screen, again and again. Ray reads this when it is imported, hence its place.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")

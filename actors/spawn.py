@@ -134,8 +134,8 @@ class Fleet:
         with contextlib.suppress(RayError):
             closing = [g.close.options(max_task_retries=0).remote() for g in self.generators]
             ray.wait(closing, num_returns=len(closing), timeout=5)
-        helpers = [*self.scorer, *self.judge, *self.reference, *self.embedder, *self.others]
-        for handle in [*self.generators, *helpers, self.store]:
+        beside = [*self.scorer, *self.judge, *self.reference, *self.embedder, *self.others]
+        for handle in [*self.generators, *beside, self.store]:
             with contextlib.suppress(RayError):
                 ray.kill(handle)
 

@@ -1,6 +1,6 @@
 """Numbers that say whether a policy got better (METHODS.md §5). Pure: lists of numbers in, records out, no models.
 
-Called by `pipelines.evaluate`, the report and the benchmarks. Importing this module imports neither numpy, scipy nor pandas.
+Called by `pipelines.evaluate`, the report and the benchmarks. Importing it imports neither numpy, scipy nor pandas.
 """
 
 import math

@@ -23,7 +23,7 @@ def make_embedder(directory: Path, tokenizer: "PreTrainedTokenizerFast", texts: 
     """
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     counts = Counter(token for text in texts for token in set(tokenizer.encode(text, add_special_tokens=False)))
     frequencies = [math.log((1 + len(texts)) / (1 + counts[token])) for token in range(len(tokenizer))]
