@@ -135,12 +135,13 @@ async def run_pipelines(
             context.model_path = await run_sft(context, config.sft, serves=False)
         if config.rolling:
             await fill_fleet(context, train=True)
-        watching = asyncio.create_task(watch_pool(context)) if config.rolling else None
-        ended = await asyncio.gather(*(run_one(context, p) for p in config.pipelines), return_exceptions=True)
+        ended = asyncio.Event()
+        watching = asyncio.create_task(watch_pool(context, ended)) if config.rolling else None
+        results = await asyncio.gather(*(run_one(context, p) for p in config.pipelines), return_exceptions=True)
         if watching:
-            watching.cancel()
+            ended.set()
             await watching
-        failed = {p.name: e for p, e in zip(config.pipelines, ended, strict=True) if isinstance(e, BaseException)}
+        failed = {p.name: e for p, e in zip(config.pipelines, results, strict=True) if isinstance(e, BaseException)}
         for name, error in failed.items():
             report_failure(context, name, error)
         result = {}

@@ -1,6 +1,7 @@
 """What a run sees of the machinery that its pipelines share: how busy the pool is, who had it, what the caches gave."""
 
 import asyncio
+import contextlib
 import time
 
 import psutil
@@ -13,15 +14,12 @@ EVERY = 5.0
 """Seconds between two lines of the pool."""
 
 
-async def watch_pool(context: Context) -> None:
-    """Write a line of the pool now and then, and a last one when cancelled: its totals are the whole run's."""
+async def watch_pool(context: Context, ended: asyncio.Event) -> None:
+    """Write a line of the pool now and then, and a last one once `ended` is set: its totals are the whole run's."""
     clock, busy, sampled = time.monotonic(), 0.0, 0
     while True:
-        ended = False
-        try:
-            await asyncio.sleep(EVERY)
-        except asyncio.CancelledError:
-            ended = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), EVERY)
         pool, now, now_busy = context.pool, time.monotonic(), await busy_seconds(context)
         total = sum(account.sampled for account in pool.accounts.values())
         context.events.write(
@@ -35,7 +33,7 @@ async def watch_pool(context: Context) -> None:
                 **await counts(context),
             }
         )
-        if ended:
+        if ended.is_set():
             return
         clock, busy, sampled = now, now_busy, total
 

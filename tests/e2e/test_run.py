@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     pressed = time.monotonic()
     code, _, err = finish(process)
-    assert code == 130
+    assert code == 130, err
     assert time.monotonic() - pressed < 10
     assert "plumbline resume" in err and "Traceback" not in err
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "rollouts").rglob("step-*.parquet")}
