@@ -112,8 +112,10 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         return await work()
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    except BaseException:
+        if task.cancelling():  # whatever a stage made of being cancelled, the user interrupted the run
+            raise KeyboardInterrupt from None
+        raise
     finally:
         stop_ray()
 
