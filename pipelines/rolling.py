@@ -17,7 +17,7 @@ import pyarrow as pa
 from actors.scorer import Query
 from actors.spawn import ask
 from pipelines.context import Context
-from plumbline.config import Frozen, FullPolicy, Rolled
+from plumbline.config import Frozen, FullPolicy, Raft, Rolled, SelfContrast
 from plumbline.errors import RunError
 from plumbline.lengths import needs_target, section_lengths, sft_group
 from plumbline.parts import Parts, Rejected
@@ -25,8 +25,8 @@ from plumbline.prompting import render
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
 from plumbline.rollouts import prompt_text
 
-CHUNK = 16
-"""Prompts of one batch of requests: what pipelines take turns with."""
+CHUNK = 64
+"""Answers of one batch of requests: what pipelines take turns with, so it has to be alike for all."""
 
 
 Row = Mapping[str, Any]
@@ -63,6 +63,7 @@ class RollingMethod(ABC):
         self._section = section
         directory = context.run_dir / room / section.name
         self.name = section.name
+        self._answers = section.samples if isinstance(section, SelfContrast | Raft) else 2  # a prompt
         self.parts = Parts(str(directory), schema)
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self._prompts = list(prompts)
@@ -91,11 +92,11 @@ class RollingMethod(ABC):
 
     async def roll_out(self, step: int, ref: PolicyRef) -> Rollout:
         """Draw the step's prompts and answers, a chunk at a time, all chunks at once."""
-        prompts = self._draw(step)
+        prompts, size = self._draw(step), max(1, CHUNK // self._answers)
         async with asyncio.TaskGroup() as chunks:
             tasks = [
-                chunks.create_task(self._roll_chunk(step, ref, prompts[i : i + CHUNK]))
-                for i in range(0, len(prompts), CHUNK)
+                chunks.create_task(self._roll_chunk(step, ref, prompts[i : i + size]))
+                for i in range(0, len(prompts), size)
             ]
         done = [task.result() for task in tasks]
         return Rollout(
