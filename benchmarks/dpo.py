@@ -29,8 +29,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIB
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from small_model import EOS, PAD, VOCABULARY, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2ForCausalLM, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -41,8 +42,6 @@ from plumbline.records import TokenGroup
 
 TARGETS = {(146, 256, 8): 3.0, (146, 64, 8): 6.0, (400, 64, 8): 10.0, (64, 128, 1): 1.3}  # prompt, response, negatives
 PAIRS = 8  # an optimiser step: one prompt with eight negatives, or eight prompts with one
-VOCABULARY = 4096
-PAD, EOS = 0, 1
 LR, BETA, CLIP = 1e-4, 0.1, 1.0
 TOLERANCE = 1e-3  # of a loss
 
@@ -63,23 +62,10 @@ class Measured:
         return PAIRS / min(self.seconds)
 
 
-def make_model(noise: float) -> Qwen2ForCausalLM:
-    """The shape of a 5M-parameter chat model, with random weights; `noise` sets the policy apart from the reference."""
+def make_policy(noise: float) -> Qwen2ForCausalLM:
+    """`noise` sets the policy apart from the reference."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        initializer_range=0.06,  # at the usual .02 attention is nearly uniform and a wrong one would not show
-    )
-    model = Qwen2ForCausalLM(config)
+    model = make_model(tied=False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=noise)
@@ -102,7 +88,7 @@ def make_groups(shape: Shape, steps: int) -> list[list[TokenGroup]]:
 
 def ours(shape: Shape, repeat: int, batch: int) -> Measured:
     """One shared-prefix forward of `batch` pairs by the policy, and one by the reference."""
-    policy, reference = make_model(0.01), make_model(0.0).requires_grad_(False)
+    policy, reference = make_policy(0.01), make_policy(0.0).requires_grad_(False)
     steps = make_groups(shape, repeat + 1)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
     before = peak()
@@ -170,8 +156,8 @@ def trl(shape: Shape, repeat: int, batch: int) -> Measured:
             disable_tqdm=True,
         )
         trainer = Trainer(
-            make_model(0.01),
-            ref_model=make_model(0.0),
+            make_policy(0.01),
+            ref_model=make_policy(0.0),
             args=config,
             train_dataset=Dataset.from_list([row for groups in steps for g in groups for row in texts(g)]),
             processing_class=make_tokenizer(),

@@ -18,15 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from small_model import VOCABULARY, make_model
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from plumbline.modeling import group_logps, pack
 from plumbline.records import TokenGroup
 
 SHAPES = [(146, 64, 8), (400, 64, 8), (146, 256, 8), (64, 128, 1)]  # prompt, response, negatives
-VOCABULARY = 4096
 
 
 def shared(model: Qwen2ForCausalLM, groups: list[TokenGroup]) -> Tensor:
@@ -61,18 +61,8 @@ def measure(
     """Fastest seconds of a forward and backward (others may use the machine), and peak MiB above the model's own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
     with torch.device(device):
-        model = Qwen2ForCausalLM(config)
+        model = make_model(tied=True)
     prompt, response, negatives = shape
     # The same in every case of a shape: the seed is set above.
     groups = [TokenGroup(_ids(prompt), [_ids(response) for _ in range(1 + negatives)]) for _ in range(prompts)]

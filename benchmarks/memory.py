@@ -6,10 +6,11 @@ A run of `configs/ple.yaml` with eight prompts a step; the figures are those of 
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from worlds import events, make_world
 
 
 def main() -> None:
@@ -19,8 +20,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/memory"))
     options = parser.parse_args()
     if not (options.run_dir / "events.jsonl").exists():
-        if not (options.world / "world.json").exists():
-            subprocess.run([sys.executable, "-m", "plumbline.miniature", str(options.world)], check=True, stdout=2)
+        make_world(options.world, seed=0)
         sets = [
             f"pipelines.0.steps={options.steps}",
             "pipelines.0.batch_size=8",
@@ -30,16 +30,15 @@ def main() -> None:
             f"data.train.path={options.world.absolute() / 'prompts_train.jsonl'}",
             f"data.heldout.path={options.world.absolute() / 'prompts_heldout.jsonl'}",
         ]
-        command = [sys.executable, "-m", "plumbline.cli", "run", "configs/ple.yaml"]
+        command = [sys.executable, "-m", "cli", "run", "configs/ple.yaml"]
         command += ["--run-dir", str(options.run_dir), *(part for one in sets for part in ("--set", one))]
         subprocess.run(command, check=True, stdout=2)
-    events = [json.loads(line) for line in (options.run_dir / "events.jsonl").read_text().splitlines()]
-    events = [event for event in events if event["pipeline"] == "ple"]
+    steps = events(options.run_dir, "ple")
     print("| step | pipeline process, MiB | object store, MiB |\n|---:|---:|---:|")
-    for event in events:
+    for event in steps:
         if event["step"] == 1 or event["step"] % 20 == 0:
             print(f"| {event['step']} | {event['resident_mib']:.1f} | {event['object_store_mib']:.2f} |")
-    late = [e["resident_mib"] for e in events if e["step"] >= 20]
+    late = [e["resident_mib"] for e in steps if e["step"] >= 20]
     print(f"\nafter step 20: {late[0]:.1f} -> {late[-1]:.1f} MiB, ratio {late[-1] / late[0]:.3f}")
 
 

@@ -1,11 +1,14 @@
 """A random model of a few thousand weights with the miniature world's tokenizer, and a config that runs PLE on it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import yaml
+
+from actors.engine import EngineSpec
 
 PRINCIPLE = "Answer by these rules. Refuse harmful requests."
 
@@ -35,6 +38,24 @@ def make_tiny_model(directory: Path, seed: int = 0) -> Path:
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def engine_spec(model: Path | str, **changes: Any) -> EngineSpec:
+    """An engine on this machine's CPU that is small in all ways."""
+    spec = EngineSpec(
+        model_path=str(model),
+        dtype="float32",
+        device="cpu",
+        max_model_len=192,
+        max_num_seqs=64,
+        max_lora_rank=8,
+        max_adapters=4,
+        threads=1,
+        kv_cache_gib=0.25,
+        memory_share=0.5,
+        seed=0,
+    )
+    return replace(spec, **changes)
 
 
 def make_tiny_embedder(directory: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.engine import Adapter, EngineSpec, start_engine
+from actors.engine import Adapter, start_engine
 from actors.generator import Generator
 from actors.policy import LearnedPolicy
 from actors.versions import AdapterVersions, WholeVersions
@@ -21,7 +21,7 @@ from plumbline.errors import SyncError
 from plumbline.policies import read_publication, version_directory
 from plumbline.prompting import encode_response, load_tokenizer, render
 from plumbline.records import GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
-from tests.tiny import make_prompts, make_tiny_model
+from tests.tiny import engine_spec, make_prompts, make_tiny_model
 
 pytest.importorskip("vllm")
 FLOAT32_PARITY = 1e-4
@@ -41,19 +41,7 @@ class World:
             TokenGroup(render(self.tokenizer, p.messages), [encode_response(self.tokenizer, p.target or "")])
             for p in prompts
         ]
-        self.spec = EngineSpec(
-            model_path=str(model),
-            dtype="float32",
-            device="cpu",
-            max_model_len=192,
-            max_num_seqs=64,
-            max_lora_rank=8,
-            max_adapters=4,
-            threads=1,
-            kv_cache_gib=0.25,
-            memory_share=0.5,
-            seed=0,
-        )
+        self.spec = engine_spec(model)
         self.publications = self._publish(model, versions=3)
         self.vllm = self.loop.run_until_complete(self._start("vllm"))
         self.oracle = self.loop.run_until_complete(self._start("transformers"))
@@ -287,19 +275,7 @@ class WholeWorld:
             torch.manual_seed(0)
             LlamaForCausalLM(config).save_pretrained(self.base)
         self.probe = [TokenGroup(list(range(30 + i, 50 + i)), [list(range(60 + i, 66 + i))]) for i in range(8)]
-        self.spec = EngineSpec(
-            model_path=str(self.base),
-            dtype="float32",
-            device="cpu",
-            max_model_len=192,
-            max_num_seqs=16,
-            max_lora_rank=8,
-            max_adapters=0,
-            threads=1,
-            kv_cache_gib=0.1,
-            memory_share=0.5,
-            seed=0,
-        )
+        self.spec = engine_spec(self.base, max_num_seqs=16, max_adapters=0, kv_cache_gib=0.1)
         self.publications = self._publish()
         self.vllm = self.run(self._start("vllm"))
         self.oracle = self.run(self._start("transformers"))

@@ -43,7 +43,7 @@ class Run:
 
 def launch(directory: Path, config: dict[str, Any], name: str) -> Run:
     path = write_config(directory, config)
-    command = [sys.executable, "-m", "plumbline.cli", "run", str(path), "--run-dir", str(directory / name)]
+    command = [sys.executable, "-m", "cli", "run", str(path), "--run-dir", str(directory / name)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["XDG_CACHE_HOME"] = str(directory / "cache")
     done = subprocess.run(

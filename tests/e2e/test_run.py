@@ -23,7 +23,7 @@ MARK = "PLUMBLINE_TEST_RUN"
 
 def start(directory: Path, config: dict[str, Any]) -> subprocess.Popen[str]:
     path = write_config(directory, config)
-    command = [sys.executable, "-m", "plumbline.cli", "run", str(path), "--run-dir", str(directory / "run")]
+    command = [sys.executable, "-m", "cli", "run", str(path), "--run-dir", str(directory / "run")]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: str(directory)}
     return subprocess.Popen(
         command, cwd=directory, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -121,7 +121,7 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> Non
     assert 3 <= done < 8
     command = err.split("continue with: plumbline ")[1].split()
     resumed = subprocess.run(
-        [sys.executable, "-m", "plumbline.cli", *command],
+        [sys.executable, "-m", "cli", *command],
         cwd=tmp_path,
         env=os.environ | {MARK: str(tmp_path)},
         text=True,

@@ -11,7 +11,7 @@ from plumbline.dataset import read_prompts
 from plumbline.modeling import group_logps, sequence_logps
 from plumbline.prompting import encode_response, load_tokenizer, render
 from plumbline.records import TokenGroup
-from tests.tiny import make_prompts, make_tiny_model
+from tests.tiny import engine_spec, make_prompts, make_tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +44,7 @@ def test_group_logps_match_one_sequence_at_a_time(tmp_path: Path, dtype: str, to
 
 def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    from actors.engine import EngineSpec, start_engine
+    from actors.engine import start_engine
     from actors.policy import LearnedPolicy
     from actors.weights import TOLERANCE
 
@@ -52,19 +52,7 @@ def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
     groups = groups_of(tmp_path)
     policy = LearnedPolicy(Ple(type="ple"), Model.model_validate({"path": str(model)}), "bfloat16", "cuda", 0)
     expected = policy.probe(groups)
-    spec = EngineSpec(
-        model_path=str(model),
-        dtype="bfloat16",
-        device="cuda",
-        max_model_len=192,
-        max_num_seqs=16,
-        max_lora_rank=8,
-        max_adapters=2,
-        threads=1,
-        kv_cache_gib=0.25,
-        memory_share=0.3,
-        seed=0,
-    )
+    spec = engine_spec(model, dtype="bfloat16", device="cuda", memory_share=0.3)
 
     async def measure() -> list[float]:
         engine = start_engine("vllm", spec)

@@ -1,9 +1,7 @@
 """Real actors on a local Ray: refs that pass unread, leases of a dead holder, our errors through Ray's."""
 
 import asyncio
-import os
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,20 +9,10 @@ import ray
 
 from actors.channel import Box, Channel
 from actors.scorer import Query, ScorerSpec
-from actors.spawn import ask, start_fleet, start_ray, stop_ray
+from actors.spawn import ask, start_fleet
 from plumbline.errors import ConfigError, LossError, RunError, SyncError
 from plumbline.fleet import ScorerFleet
 from plumbline.records import Completion, Generation, Message, PolicyRef, Publication
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    address = os.environ.pop("RAY_ADDRESS", None)
-    start_ray(cpus=2)
-    yield
-    stop_ray()
-    if address:
-        os.environ["RAY_ADDRESS"] = address
 
 
 def get(ref: Any) -> Any:

@@ -1,8 +1,6 @@
 """Ray Train with DeepSpeed: ZeRO 1, 2 and 3 on two workers learn what one plain worker does, and resume each other."""
 
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,7 +13,6 @@ from safetensors.torch import load_file
 
 from actors.channel import Box, Channel
 from actors.learner import run_learner
-from actors.spawn import start_ray, stop_ray
 from actors.train_loop import LearnerSpec, train
 from actors.weights import PolicyStore
 from plumbline.checkpoint import latest_step
@@ -45,16 +42,6 @@ CASES = {
     2: Case("lora", COSINE),
     3: Case("full", {"gradient_checkpointing": True}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    address = os.environ.pop("RAY_ADDRESS", None)
-    start_ray(cpus=2)
-    yield
-    stop_ray()
-    if address:
-        os.environ["RAY_ADDRESS"] = address
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cli.main import main
 from plumbline import doctor
-from plumbline.cli import main
 from plumbline.logp_cache import model_fingerprint
 from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows
 from plumbline.parts import Parts
@@ -765,7 +765,7 @@ def test_a_process_of_its_own(world: World, arguments: list[str], part: str) -> 
     """Nothing else is on its stderr, and what is slow to import is not imported in vain."""
     path, before = world.write(), world.files()
     code = (
-        "import sys\nfrom plumbline.cli import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom cli.main import main\ncode = main(sys.argv[1:])\n"
         "print(*sorted({'ray', 'vllm', 'torch', 'transformers'} & set(sys.modules)))\nsys.exit(code)"
     )
     done = subprocess.run(

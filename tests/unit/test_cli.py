@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from plumbline import cli
-from plumbline.cli import main
+from cli import main as command_line
+from cli.main import main
 from plumbline.display import Display, duration, pool_line, result_text, step_line
 from plumbline.errors import DataError, LossError, RunError, SyncError, UserError
 
@@ -27,9 +27,7 @@ def test_help_answers_within_half_a_second() -> None:
 
     def once() -> float:
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "plumbline.cli", "--help"], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-m", "cli", "--help"], capture_output=True, text=True, check=True)
         assert all(name in done.stdout for name in ("run", "resume", "evaluate", "doctor", "validate"))
         return time.perf_counter() - started
 
@@ -40,7 +38,7 @@ def test_help_answers_within_half_a_second() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["doctor", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom plumbline.cli import main\n"
+        "import sys\nfrom cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
         f"print('heavy:', sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
@@ -86,7 +84,7 @@ def ends_in(monkeypatch: pytest.MonkeyPatch, error: BaseException | None, run_di
             raise error
         return 0
 
-    monkeypatch.setattr(cli, "run_command", run_command)
+    monkeypatch.setattr(command_line, "run_command", run_command)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +158,7 @@ def test_the_resume_command_names_the_directory_from_anywhere(
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run", interrupted)
+    monkeypatch.setattr(command_line, "_run", interrupted)
     monkeypatch.chdir(run_dir.parent)
     assert main(["resume", "run"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == f"plumbline: continue with: plumbline resume {run_dir}"

@@ -17,20 +17,9 @@ from actors.versions import AdapterVersions
 from actors.weights import PolicyStore
 from plumbline.errors import RunError, SyncError
 from plumbline.records import Completion, GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
+from tests.tiny import engine_spec
 
-SPEC = EngineSpec(
-    model_path="model",
-    dtype="float32",
-    device="cpu",
-    max_model_len=64,
-    max_num_seqs=8,
-    max_lora_rank=8,
-    max_adapters=4,
-    threads=1,
-    kv_cache_gib=0.1,
-    memory_share=0.5,
-    seed=0,
-)
+SPEC = engine_spec("model", max_model_len=64)
 PROBE = [TokenGroup([1, 2], [[3, 4]]), TokenGroup([1], [[5], [6, 7, 8]])]
 BASE_LOGP = -2.0  # of every token under the base; version v adds v / 10
 

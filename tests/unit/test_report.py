@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from plumbline.cli import main
+from cli.main import main
 from plumbline.errors import ConfigError, DataError, UserError
 from plumbline.parts import Rejected
 from plumbline.report import write_report

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from cli.main import main
 from plumbline import theory
-from plumbline.cli import main
 from plumbline.errors import DataError, ModelError
 from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows
 from plumbline.prompting import encode_response, load_tokenizer, render

@@ -222,7 +222,3 @@ def tell_resume(options: argparse.Namespace) -> None:
     run_dir = getattr(options, "run_dir", None)
     if run_dir is not None and (run_dir / "config.yaml").exists():
         print(f"plumbline: continue with: plumbline resume {run_dir}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Runs of shipped configs in miniature worlds of their own seeds, through the command line; benchmarks read what they
+leave, and finished ones are not run again."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plumbline.config_file import load_config
+
+HELDOUT = 512  # prompts that every version is compared on
+
+
+def make_world(directory: Path, seed: int) -> Path:
+    """The miniature world of a seed."""
+    if not (directory / "world.json").exists():
+        make = [sys.executable, "-m", "plumbline.miniature", str(directory), "--seed", str(seed)]
+        subprocess.run(make, check=True, stdout=2)
+    return directory
+
+
+def run(out: Path, config: str, seed: int, overrides: Sequence[str] = (), name: str | None = None) -> Path:
+    """Run `configs/CONFIG.yaml` in the world of `seed`; returns the run directory, `out/NAME-SEED`."""
+    directory = out.absolute() / f"{name or config}-{seed}"
+    if not (directory / "evaluation.json").exists():
+        world = make_world(out.absolute() / f"world-{seed}", seed)
+        path = f"configs/{config}.yaml"
+        read = load_config(path, overrides)
+        paths = {
+            "model.path": world / "model",
+            "data.train.path": world / "prompts_train.jsonl",
+            "data.heldout.path": world / "prompts_heldout.jsonl",
+            "seed": seed,
+            "evaluation.prompts": HELDOUT,
+        }
+        if read.embedder:
+            paths["embedder.path"] = world / "embedder"
+        for i, section in enumerate(read.pipelines):
+            if getattr(section, "pairs", None):
+                paths[f"pipelines.{i}.pairs.path"] = world / "preferences.jsonl"
+        sets = [*overrides, *(f"{key}={value}" for key, value in paths.items())]
+        command = [sys.executable, "-m", "cli", "run", path, "--run-dir", str(directory)]
+        subprocess.run([*command, *(part for one in sets for part in ("--set", one))], check=True, stdout=2)
+    return directory
+
+
+def comparison(directory: Path) -> list[dict[str, Any]]:
+    """A run's policies on the held-out prompts, the base first."""
+    return json.loads((directory / "evaluation.json").read_text())["rows"]
+
+
+def events(directory: Path, pipeline: str) -> list[dict[str, Any]]:
+    """What a run said of a pipeline, in order."""
+    lines = (json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["pipeline"] == pipeline]
+
+
+def interval(value: dict[str, float]) -> str:
+    """A mean with its 95 % interval."""
+    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def optional(figures: dict[str, Any], key: str) -> str:
+    """A figure that not every policy has."""
+    return f"{figures[key]:.3f}" if key in figures else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,1 @@
+"""The command line: the room above all others, which starts what they do."""
