@@ -303,7 +303,8 @@ async def fill_fleet(context: Context, *, train: bool) -> None:
         context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
     longest = max(p.generation.max_tokens for p in config.rolling)
     # A quarter more than all engines decode at once: a free place is filled at once, and no queue builds up in them.
-    context.pool = Pool(fleet.generators, capacity=settings.replicas * settings.max_num_seqs * longest * 5 // 4)
+    capacity = settings.replicas * settings.max_num_seqs * longest * 5 // 4
+    context.pool = Pool(fleet.generators, capacity=capacity, batch=max(1, settings.max_num_seqs // 4))
 
 
 def served(config: Config) -> list[Rolled | Sft]:

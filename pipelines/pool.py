@@ -1,8 +1,10 @@
 """The one pool of generators that all pipelines of a run share, fairly.
 
-A pipeline asks for admission before each batch of requests. The pool admits tokens up to a bound, and gives a free
-place to the waiting pipeline that has the least outstanding for its weight: none starves, and what a finished one
-leaves goes to the others at once.
+A pipeline asks for admission before each batch of requests. The pool bounds the tokens that are outstanding, and lets
+batches in by start-time fair queueing (Goyal, Vin and Cheng, 1996): each batch gets a start on a clock that runs on
+tokens over weight, behind the pipeline's batch before it and never before now, and the earliest start goes first. So a
+newcomer does not wait behind another's queue, nobody saves up what it did not use, and what a finished pipeline leaves
+goes to the others at once.
 """
 
 import asyncio
@@ -15,19 +17,19 @@ from typing import Any
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Ticket:
-    """A batch that waits: `tokens` it may sample, for `pipeline` with weight `share`."""
+    """A batch that waits: the `tokens` it may sample, for `pipeline`, and its `start` on the pool's clock."""
 
     pipeline: str
     tokens: int
-    share: float
+    start: float
     turn: "asyncio.Future[int]"
 
 
 @dataclass(slots=True)
 class Account:
-    """What one pipeline had of the pool: tokens asked for and not yet answered, tokens sampled, seconds waited."""
+    """What one pipeline had of the pool: tokens sampled, seconds waited; and the start of its next batch."""
 
-    outstanding: int = 0
+    next_start: float = 0.0
     sampled: int = 0
     waited: float = 0.0
     longest_wait: float = 0.0
@@ -40,20 +42,26 @@ class Pool:
     Args:
         generators: handles; a batch goes to the one with the least outstanding.
         capacity: tokens that may be outstanding over all of them. A larger batch is admitted alone.
+        batch: answers that pipelines should ask for at a time, alike for all: what they take turns with.
     """
 
     generators: Sequence[Any]
     capacity: int
+    batch: int = 1
     accounts: dict[str, Account] = field(default_factory=dict)
     _waiting: list[Ticket] = field(default_factory=list)
     _loads: list[int] = field(default_factory=list)
+    _clock: float = 0.0  # start of the batch that was admitted last
 
     @asynccontextmanager
     async def admit(self, pipeline: str, tokens: int, share: float = 1.0) -> AsyncIterator[Any]:
         """Wait for a place of `tokens`; yields the generator to ask, and frees the place at the end."""
         account = self.accounts.setdefault(pipeline, Account())
         started = time.monotonic()
-        ticket = Ticket(pipeline=pipeline, tokens=tokens, share=share, turn=asyncio.get_running_loop().create_future())
+        start = max(self._clock, account.next_start)
+        account.next_start = start + tokens / share
+        turn = asyncio.get_running_loop().create_future()
+        ticket = Ticket(pipeline=pipeline, tokens=tokens, start=start, turn=turn)
         self._waiting.append(ticket)
         self._serve()
         try:
@@ -92,22 +100,21 @@ class Pool:
         return {name: account.sampled / total for name, account in self.accounts.items()} if total else {}
 
     def _serve(self) -> None:
-        """Admit while there is room, the pipeline with the least outstanding for its weight first.
+        """Admit while there is room, the earliest start first.
 
         Whoever is next waits for room, and is not overtaken by a smaller batch: a large one would starve.
         """
         self._loads = self._loads or [0] * len(self.generators)
         while self._waiting:
-            ticket = min(self._waiting, key=lambda one: self.accounts[one.pipeline].outstanding / one.share)
+            ticket = min(self._waiting, key=lambda one: one.start)
             if self.outstanding and self.outstanding + ticket.tokens > self.capacity:
                 return
             self._waiting.remove(ticket)
             index = self._loads.index(min(self._loads))
             self._loads[index] += ticket.tokens
-            self.accounts[ticket.pipeline].outstanding += ticket.tokens
+            self._clock = ticket.start
             ticket.turn.set_result(index)
 
     def _free(self, ticket: Ticket, index: int) -> None:
         self._loads[index] -= ticket.tokens
-        self.accounts[ticket.pipeline].outstanding -= ticket.tokens
         self._serve()

@@ -25,10 +25,6 @@ from plumbline.prompting import render
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
 from plumbline.rollouts import prompt_text
 
-CHUNK = 64
-"""Answers of one batch of requests: what pipelines take turns with, so it has to be alike for all."""
-
-
 Row = Mapping[str, Any]
 
 
@@ -92,7 +88,7 @@ class RollingMethod(ABC):
 
     async def roll_out(self, step: int, ref: PolicyRef) -> Rollout:
         """Draw the step's prompts and answers, a chunk at a time, all chunks at once."""
-        prompts, size = self._draw(step), max(1, CHUNK // self._answers)
+        prompts, size = self._draw(step), max(1, self._context.pool.batch // self._answers)
         async with asyncio.TaskGroup() as chunks:
             tasks = [
                 chunks.create_task(self._roll_chunk(step, ref, prompts[i : i + size]))

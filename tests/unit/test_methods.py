@@ -74,7 +74,7 @@ def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: in
         events=EventLog(tmp_path / "events.jsonl", lambda event: None),
         fleet=SimpleNamespace(**actors),  # type: ignore[arg-type]
         fingerprint="f" * 64,
-        pool=Pool([generator], capacity=10_000),
+        pool=Pool([generator], capacity=10_000, batch=64),
     )
 
 

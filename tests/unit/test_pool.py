@@ -45,6 +45,21 @@ def test_places_go_by_weight_while_both_wait() -> None:
     run(work())
 
 
+def test_a_deep_queue_gets_no_more_than_who_asks_for_little_at_a_time() -> None:
+    """Where one batch fills the pool, nobody has anything outstanding when it is free."""
+
+    async def work() -> None:
+        pool, order = Pool(["g"], capacity=10), []
+        deep = [asyncio.create_task(asks(pool, order, "deep")) for _ in range(60)]
+        for _ in range(10):  # as an online method: the next two once those before are answered
+            await asyncio.gather(asks(pool, order, "online"), asks(pool, order, "online"))
+        assert order.count("online") == 20
+        assert order.count("deep") <= 22
+        await asyncio.gather(*deep)
+
+    run(work())
+
+
 def test_a_finished_pipeline_gives_its_share_back() -> None:
     async def work() -> None:
         pool, order = Pool(["g"], capacity=40), []
