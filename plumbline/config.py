@@ -48,7 +48,10 @@ class Source(Section):
     path: str
     split: str = "train"
     columns: dict[str, str] = Field(default={}, description="our column name -> the file's, such as {prompt: question}")
-    limit: Count | None = Field(default=None, description="use the first rows only")
+    where: dict[str, str | int | float | bool] = Field(
+        default={}, description="a column of the file -> its value in the rows to use, such as {label: 1}"
+    )
+    limit: Count | None = Field(default=None, description="use the first such rows only")
 
 
 class Data(Section):

@@ -6,16 +6,18 @@ file, the row, the key, and what would be right. Reading the files themselves is
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NoReturn
 
 from plumbline.errors import DataError
-from plumbline.readers import read_rows
+from plumbline.readers import RawRow, read_rows
 from plumbline.records import Message, Prompt
 
 PROMPT_KEYS = ("id", "prompt", "messages", "target", "chosen", "rejected")
 LABELLED_KEYS = ("text", "label", "prompt", "messages")
+Where = Mapping[str, str | int | float | bool]
 ROLES = ("system", "user", "assistant")
 
 # What other datasets call ours: the remedy named when no column's spelling is close to our name.
@@ -38,37 +40,53 @@ class LabelledText:
 
 
 def read_prompts(
-    path: str, *, columns: Mapping[str, str] | None = None, split: str = "train", limit: int | None = None
+    path: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Where | None = None,
+    split: str = "train",
+    limit: int | None = None,
 ) -> list[Prompt]:
     """Prompts of a file or dataset: a row has `prompt` (text), or `messages` ({role, content}, a user's turn last).
 
     Args:
         columns: our name (`PROMPT_KEYS`) -> the file's column. Unmapped columns that are not ours go to `Prompt.extra`
             where JSON has a scalar for them.
+        where: a column of the file -> its value in the rows to read; others are passed over, unchecked.
         split: of a Hugging Face dataset.
-        limit: read the first rows only.
+        limit: read the first such rows only.
 
     `id` defaults to the row's number from 1; any scalar id becomes text.
 
     Raises:
         DataError: one line naming the file, the row, the key, what is wrong and what would be right.
     """
-    return _prompts(path, columns, split, limit)
+    return _prompts(path, columns, where, split, limit)
 
 
 def read_preferences(
-    path: str, *, columns: Mapping[str, str] | None = None, split: str = "train", limit: int | None = None
+    path: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Where | None = None,
+    split: str = "train",
+    limit: int | None = None,
 ) -> list[Prompt]:
     """As `read_prompts`, and every row has `chosen` text and `rejected`: one text or a list of several.
 
     Raises:
         DataError: as `read_prompts`; a row without one of the two.
     """
-    return _prompts(path, columns, split, limit, needed=("chosen", "rejected"))
+    return _prompts(path, columns, where, split, limit, needed=("chosen", "rejected"))
 
 
 def read_labelled(
-    path: str, *, columns: Mapping[str, str] | None = None, split: str = "train", limit: int | None = None
+    path: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Where | None = None,
+    split: str = "train",
+    limit: int | None = None,
 ) -> list[LabelledText]:
     """Texts labelled 0 or 1, to train a reward model on; with `prompt` or `messages` where a row has what they answer.
 
@@ -81,7 +99,7 @@ def read_labelled(
             label=row.label(),
             messages=row.conversation() if row.has("prompt") or row.has("messages") else None,
         )
-        for row in _rows(path, LABELLED_KEYS, columns, split, limit)
+        for row in _rows(path, LABELLED_KEYS, columns, where, split, limit)
     ]
 
 
@@ -251,11 +269,16 @@ def _close(key: str, names: Mapping[str, object] | Sequence[str]) -> list[str]:
 
 
 def _prompts(
-    path: str, columns: Mapping[str, str] | None, split: str, limit: int | None, needed: Sequence[str] = ()
+    path: str,
+    columns: Mapping[str, str] | None,
+    where: Where | None,
+    split: str,
+    limit: int | None,
+    needed: Sequence[str] = (),
 ) -> list[Prompt]:
     prompts: list[Prompt] = []
     row_of: dict[str, int] = {}
-    for row in _rows(path, PROMPT_KEYS, columns, split, limit):
+    for row in _rows(path, PROMPT_KEYS, columns, where, split, limit):
         answers = {key: row.required_text(key) if key in needed else row.text(key) for key in ("target", "chosen")}
         prompt = Prompt(
             id=row.identity(),
@@ -272,7 +295,12 @@ def _prompts(
 
 
 def _rows(
-    path: str, keys: Sequence[str], columns: Mapping[str, str] | None, split: str, limit: int | None
+    path: str,
+    keys: Sequence[str],
+    columns: Mapping[str, str] | None,
+    where: Where | None,
+    split: str,
+    limit: int | None,
 ) -> Iterator[_Row]:
     """Rows with their mapping, once the mapping itself is checked; a mapped column that no row has is an error."""
     mapped = dict(columns or {})
@@ -285,7 +313,8 @@ def _rows(
         raise DataError(f"{path}: limit is {limit}; it should be 1 or more")
     unseen = dict(mapped)
     seen: dict[str, object] = {}
-    for number, values in read_rows(path, split=split, limit=limit):
+    rows = read_rows(path, split=split, limit=None if where else limit)
+    for number, values in islice(_matching(path, rows, where), limit) if where else rows:
         unseen = {ours: name for ours, name in unseen.items() if name not in values}
         if unseen:
             seen.update(values)
@@ -296,6 +325,27 @@ def _rows(
         raise DataError(
             f"{path}: columns maps {ours} to {name!r}, which no row has{hint} (rows have {', '.join(seen)})"
         )
+
+
+def _matching(path: str, rows: Iterable[RawRow], where: Where) -> Iterator[RawRow]:
+    """The rows that have the values of `where`. Raises DataError where there is none, with what was there instead."""
+    found = False
+    seen: dict[str, dict[str, None]] = {name: {} for name in where}
+    for number, values in rows:
+        for name in where:
+            if name not in values:
+                near = next(iter(_close(name, values)), None)
+                hint = f"; did you mean {near!r}?" if near else ""
+                raise DataError(f"{path}, row {number}: no {name!r}, which `where` asks for{hint}")
+        if all(values[name] == value for name, value in where.items()):
+            found = True
+            yield number, values
+        elif not found:
+            for name in where:
+                seen[name].setdefault(f"{values[name]!r:.40}")
+    if not found:
+        were = "; ".join(f"{name} is {', '.join([*values][:5])}" for name, values in seen.items())
+        raise DataError(f"{path}: no row has {dict(where)}, as `where` asks for: {were}")
 
 
 def _is_json_scalar(value: object) -> bool:

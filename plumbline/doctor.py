@@ -218,7 +218,7 @@ def _read(config: Config) -> _Rows:
     for name, source in (("train", config.data.train), ("heldout", config.data.heldout)):
         for read in dict.fromkeys(readers) if source else ():
             assert source is not None
-            rows = read(source.path, columns=source.columns, split=source.split, limit=source.limit)
+            rows = read(source.path, columns=source.columns, where=source.where, split=source.split, limit=source.limit)
             if read is read_labelled and reads_pairs and any(row.messages is None for row in rows):
                 raise DataError(
                     f"{source.path}: a row has no `prompt`; a reward model of `reads: pair` needs one in each"

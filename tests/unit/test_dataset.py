@@ -84,6 +84,20 @@ def test_a_mapped_column_decides_between_prompt_and_messages(tmp_path: Path) -> 
     assert read_prompts(path, columns={"messages": "messages"})[0].query == "How are you?"
 
 
+def test_where_reads_the_rows_that_have_its_values_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": p, "label": label} for p, label in (("a", 0), ("b", 1), ("c", 0), ("d", 1), ("e", 1))]
+    path = jsonl(tmp_path / "p.jsonl", [*rows[:3], {"label": 0}, *rows[3:]])  # passed over: not even checked
+    assert [prompt.query for prompt in read_prompts(path, where={"label": 1})] == ["b", "d", "e"]
+    kept = read_prompts(path, where={"label": 1}, limit=2)
+    assert [(prompt.query, prompt.id) for prompt in kept] == [("b", "2"), ("d", "5")]
+
+
+def test_where_that_fits_no_row_says_what_there_is(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "label": "0"}, {"prompt": "b", "label": "1"}])
+    refused(lambda: read_prompts(path, where={"label": 1}), "no row has {'label': 1}", "label is '0', '1'")
+    refused(lambda: read_prompts(path, where={"lable": "1"}), "row 1", "no 'lable'", "did you mean 'label'?")
+
+
 def test_limit_reads_no_further(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\nbroken\n')
