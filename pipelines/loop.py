@@ -99,6 +99,7 @@ async def make_parts(context: Context, method: RollingMethod) -> None:
                     "steps": method.part_count,
                     **method.describe(rollout.rows),
                     "rejected": len(rollout.rejected),
+                    "elapsed": seconds,
                     "tokens_per_s": rollout.tokens * made / seconds,
                     "seconds_left": seconds / made * len(left),
                 }

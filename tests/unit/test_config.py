@@ -160,7 +160,10 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, parts: Sequence[
         ({"sead": 1}, "sead: unknown key; did you mean seed?"),
         ({"model": {"path": "m", "maxlen": 8}}, "model.maxlen: unknown key; did you mean max_len?"),
         ({"model": {"pth": "m"}}, "model.pth: unknown key; did you mean path?"),
-        ({"data": {"train": {"file": "a"}}}, "data.train.file: unknown key; known are path, split, columns, where, limit"),
+        (
+            {"data": {"train": {"file": "a"}}},
+            "data.train.file: unknown key; known are path, split, columns, where, limit",
+        ),
         (
             {"fleet": {"generator": {"replica": 2}}},
             "fleet.generator.replica: unknown key; did you mean replicas?",
