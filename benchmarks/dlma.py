@@ -34,7 +34,7 @@ POSITIVE = "Give a lawful, correct, polite and complete answer."
 NEGATIVE = "Give an unlawful, false, rude and incomplete answer."
 MAX_TOKENS = 64
 STEP = 64
-BATCHES = (8, 32, 128)
+BATCHES = (1, 8, 32, 128)
 TARGET = 5.0
 
 
@@ -63,6 +63,10 @@ def ours(out: Path, model: Path, data: Path, prompts: int) -> Measured:
         "model": {"path": str(model), "max_len": 256},
         "data": {"train": {"path": str(data)}, "max_prompt_tokens": 96},
         "pipelines": [pipeline],
+        "fleet": {
+            "generator": {"replicas": 2},  # the peer has both processors too
+            "reference": {"cache": str(out / "cache")},  # an earlier run's log-probs would be a gift
+        },
     }
     if not directory.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,8 @@ def ours(out: Path, model: Path, data: Path, prompts: int) -> Measured:
         command = [sys.executable, "-m", "cli", "run", str(out / "dlma.yaml"), "--run-dir", str(directory)]
         subprocess.run(command, check=True, stdout=2)
     steps = events(directory, "dlma")
-    rows = [row for part in (directory / "pairs/dlma").glob("*.parquet") for row in pq.read_table(part).to_pylist()]
+    parts = (directory / "pairs/dlma").glob("step-*.parquet")
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
     drawn = len(rows) + sum(step["rejected"] for step in steps)
     return Measured(
         rate=60 * drawn / max(step["elapsed"] for step in steps),
@@ -167,8 +172,10 @@ def main() -> None:
         for name, one in {"ours": own, **{f"transformers, batch {batch}": one for batch, one in tried.items()}}.items()
     ]
     print(table(["", "prompts/minute", "tokens an answer", "mean R"], rows))
+    least = min(tried.values(), key=lambda one: one.rate)
     print(
-        f"\nratio {own.rate / best.rate:.1f}× (to reach: {TARGET:g}×), {torch.get_num_threads()} threads for the peer"
+        f"\n{own.rate / best.rate:.1f}× the peer's best batch, {own.rate / least.rate:.1f}× its worst "
+        f"(to reach: {TARGET:g}×), {torch.get_num_threads()} threads for the peer"
     )
 
 
