@@ -1,9 +1,11 @@
 """The command line. It parses, shows progress, turns errors into one line and an exit code; the work is elsewhere.
 
-Exit codes: 0 done; 1 failed at run time, what was saved and how to resume is said; 2 wrong use; 130 interrupted.
+Exit codes: 0 done; 1 failed at run time, what was saved and how to resume is said; 2 wrong use; 130 interrupted; 141
+the output was closed.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("plumbline: interrupted; all steps that are done are saved", file=sys.stderr)
         tell_resume(options)
         return 130
+    except BrokenPipeError:  # whoever reads the output has enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end would fail again
+        return 141
 
 
 def parser() -> argparse.ArgumentParser:
