@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make quickstart   set up, then three methods at once in the miniature world, with a report"
 	@echo "make test         set up, then all tests      make check   ruff and pyright"
-	@echo "make bench        benchmarks                  make clean   remove what runs left"
+	@echo "make bench        against peers, half an hour  make clean   remove what runs left"
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ check: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/group_logps.py
+	@$(BIN)/python benchmarks/dpo.py
+	@$(BIN)/python benchmarks/dlma.py
+	@$(BIN)/python benchmarks/together.py
 	@$(BIN)/python benchmarks/results.py --seeds 0 --variants ple staleness-0
 
 # Needs uv and, where the package index has no CPU build of torch, PyTorch's own index or wheels (UV_FIND_LINKS).

@@ -27,11 +27,18 @@ class Ticket:
 
 @dataclass(slots=True)
 class Account:
-    """What one pipeline had of the pool: tokens sampled, seconds waited; and the start of its next batch."""
+    """What one pipeline had of the pool, and the start of its next batch.
+
+    Attributes:
+        sampled: tokens.
+        waiting: batches that wait, and `since` when none of them was admitted.
+        longest_wait: most seconds in which some of its batches waited and none was admitted.
+    """
 
     next_start: float = 0.0
     sampled: int = 0
-    waited: float = 0.0
+    waiting: int = 0
+    since: float = 0.0
     longest_wait: float = 0.0
 
 
@@ -57,24 +64,23 @@ class Pool:
     async def admit(self, pipeline: str, tokens: int, share: float = 1.0) -> AsyncIterator[Any]:
         """Wait for a place of `tokens`; yields the generator to ask, and frees the place at the end."""
         account = self.accounts.setdefault(pipeline, Account())
-        started = time.monotonic()
         start = max(self._clock, account.next_start)
         account.next_start = start + tokens / share
         turn = asyncio.get_running_loop().create_future()
         ticket = Ticket(pipeline=pipeline, tokens=tokens, start=start, turn=turn)
         self._waiting.append(ticket)
+        account.since = account.since if account.waiting else time.monotonic()
+        account.waiting += 1
         self._serve()
         try:
             index = await ticket.turn
         except asyncio.CancelledError:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
+                account.waiting -= 1
             elif not ticket.turn.cancelled():
                 self._free(ticket, ticket.turn.result())
             raise
-        waited = time.monotonic() - started
-        account.waited += waited
-        account.longest_wait = max(account.longest_wait, waited)
         try:
             yield self.generators[index]
         finally:
@@ -113,6 +119,10 @@ class Pool:
             index = self._loads.index(min(self._loads))
             self._loads[index] += ticket.tokens
             self._clock = ticket.start
+            account, now = self.accounts[ticket.pipeline], time.monotonic()
+            account.longest_wait = max(account.longest_wait, now - account.since)
+            account.since = now
+            account.waiting -= 1
             ticket.turn.set_result(index)
 
     def _free(self, ticket: Ticket, index: int) -> None:

@@ -60,6 +60,22 @@ def test_a_deep_queue_gets_no_more_than_who_asks_for_little_at_a_time() -> None:
     run(work())
 
 
+def test_the_longest_wait_is_not_that_behind_ones_own_queue() -> None:
+    async def work() -> None:
+        pool = Pool(["g"], capacity=10)
+
+        async def hold(name: str, seconds: float) -> None:
+            async with pool.admit(name, 10):
+                await asyncio.sleep(seconds)
+
+        await asyncio.gather(*(hold("deep", 0.02) for _ in range(10)))
+        assert pool.accounts["deep"].longest_wait < 0.1, "the last waited ten times as long, behind its own"
+        await asyncio.gather(hold("other", 0.2), hold("late", 0.0))
+        assert 0.15 < pool.accounts["late"].longest_wait < 0.5
+
+    run(work())
+
+
 def test_a_finished_pipeline_gives_its_share_back() -> None:
     async def work() -> None:
         pool, order = Pool(["g"], capacity=40), []
