@@ -48,9 +48,7 @@ def heldout_prompts(context: Context) -> list[Prompt]:
     config, settings = context.config, context.config.evaluation
     assert settings is not None and config.data.heldout is not None
     source = config.data.heldout
-    prompts = read_prompts(
-        source.path, columns=source.columns, where=source.where, split=source.split, limit=source.limit
-    )
+    prompts = read_prompts(source.path, **source.reading)
     fitting = [p for p in prompts if all(section_lengths(config, context.tokenizer, s, p).fit for s in config.rolling)]
     random.Random(config.seed).shuffle(fitting)
     return fitting[: settings.prompts]

@@ -44,17 +44,13 @@ Labelled = tuple[list[ScoreRequest], float]
 def read_requests(source: Source, section: RewardModel) -> list[Labelled]:
     """One labelled text, or (chosen, rejected) with label 1, once for each rejected one. Raises DataError."""
     if section.source == "pairs":
-        rows = read_preferences(
-            source.path, columns=source.columns, where=source.where, split=source.split, limit=source.limit
-        )
+        rows = read_preferences(source.path, **source.reading)
         return [
             ([ScoreRequest(messages=p.messages, response=text or "") for text in (p.chosen, rejected)], 1.0)
             for p in rows
             for rejected in p.rejected
         ]
-    labelled = read_labelled(
-        source.path, columns=source.columns, where=source.where, split=source.split, limit=source.limit
-    )
+    labelled = read_labelled(source.path, **source.reading)
     return [([ScoreRequest(messages=row.messages or (), response=row.text)], row.label) for row in labelled]
 
 

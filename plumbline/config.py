@@ -1,6 +1,6 @@
 """The whole configuration of a run, as one tree of bounded fields. `plumbline.config_file` reads it for all others."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,15 @@ class Model(Section):
         return path
 
 
+class Reading(TypedDict):
+    """See `Source.reading`."""
+
+    columns: dict[str, str]
+    where: dict[str, str | int | float | bool]
+    split: str
+    limit: int | None
+
+
 class Source(Section):
     """A file (.jsonl, .jsonl.gz, .parquet, .csv) or a Hugging Face dataset, by directory or name."""
 
@@ -52,6 +61,11 @@ class Source(Section):
         default={}, description="a column of the file -> its value in the rows to use, such as {label: 1}"
     )
     limit: Count | None = Field(default=None, description="use the first such rows only")
+
+    @property
+    def reading(self) -> Reading:
+        """What the readers of `plumbline.dataset` take beside the path."""
+        return Reading(columns=self.columns, where=self.where, split=self.split, limit=self.limit)
 
 
 class Data(Section):

@@ -218,7 +218,7 @@ def _read(config: Config) -> _Rows:
     for name, source in (("train", config.data.train), ("heldout", config.data.heldout)):
         for read in dict.fromkeys(readers) if source else ():
             assert source is not None
-            rows = read(source.path, columns=source.columns, where=source.where, split=source.split, limit=source.limit)
+            rows = read(source.path, **source.reading)
             if read is read_labelled and reads_pairs and any(row.messages is None for row in rows):
                 raise DataError(
                     f"{source.path}: a row has no `prompt`; a reward model of `reads: pair` needs one in each"
@@ -299,6 +299,10 @@ def _devices(config: Config) -> str:
     asked = config.fleet.generator.replicas * config.fleet.generator.gpus
     asked += sum(learner.workers * learner.gpus for learner in learners)
     asked += config.fleet.scorer.replicas * config.fleet.scorer.gpus
+    if any(isinstance(p, Preference) for p in config.pipelines):
+        asked += config.fleet.reference.replicas * config.fleet.reference.gpus
+    if config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+        asked += config.embedder.replicas * config.embedder.gpus
     if asked > gpus and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             f"fleet and learners ask for {asked:g} GPUs, {gpus} are here; lower fleet.generator.gpus, "

@@ -43,9 +43,7 @@ def read_given_preferences(source: Source) -> list[Prompt]:
     Raises:
         DataError: a row lacks one, or every row's answers are equal.
     """
-    rows = read_preferences(
-        source.path, columns=source.columns, where=source.where, split=source.split, limit=source.limit
-    )
+    rows = read_preferences(source.path, **source.reading)
     if not any(usable_rejected(prompt) for prompt in rows):
         raise DataError(
             f"{source.path}: in all {len(rows)} rows chosen and rejected are the same text: there is nothing to prefer"
