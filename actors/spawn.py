@@ -154,6 +154,7 @@ def start_learner(spec: LearnerSpec, channel: Any, store: Any) -> "asyncio.Futur
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
+    done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # an interrupted run never asks
 
     def settle(error: BaseException | None) -> None:
         if not done.done():

@@ -2,34 +2,60 @@
 
     python benchmarks/methods.py [--seeds 0 1 2] [--configs quickstart baselines ablations] [--out runs/methods]
 
-Every run is a shipped config in a world of its own seed. Finished runs are read, not run again. Prints Markdown.
+Every run is a shipped config in a world of its own seed. All runs of a seed answer the same held-out prompts by the
+same seeds, so that policies of different runs are compared prompt by prompt. Finished runs are read, not run again.
+Prints Markdown.
 """
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worlds import comparison, events, interval, optional, run, table
+from worlds import comparison, events, interval, rewards, run, table
+
+from plumbline.evaluation import paired_interval, reward_win_rate
 
 
-def row(seed: int, figures: dict[str, Any]) -> list[str]:
+def row(seed: int, figures: dict[str, Any], rewards: dict[str, list[float]]) -> list[str]:
+    name = figures["policy"]
+    against = [""] * 2
+    if name != "sft" and "sft" in rewards:
+        pairs = [pair for pair in zip(rewards["sft"], rewards[name], strict=True) if not any(map(math.isnan, pair))]
+        theirs, ours = ([pair[i] for pair in pairs] for i in (0, 1))
+        better = paired_interval(theirs, ours)
+        against = [
+            f"{better.mean:+.3f} [{better.low:+.3f}, {better.high:+.3f}]",
+            f"{reward_win_rate(ours, theirs):.3f}",
+        ]
     return [
         str(seed),
-        figures["policy"],
+        name,
         interval(figures["reward"]),
+        *against,
         f"{figures['PPL']:.3f}",
         f"{figures['BLEU']:.3f}",
         f"{figures['tokens']:.1f}",
-        optional(figures, "win rate"),
     ]
 
 
 def shares(directory: Path) -> str:
-    """The pool's last line of a run: who had it, and how long anybody waited."""
+    """The pool's last line of a run: who had it, and how long anybody went without."""
     last = events(directory, "pool")[-1]
     told = ", ".join(f"{name} {share:.0%}" for name, share in last["shares"].items())
     waits = ", ".join(f"{name} {wait:.1f} s" for name, wait in last["longest_waits"].items())
     return f"- {directory.name}: tokens {told}; longest wait {waits}"
+
+
+def rows_of(seed: int, directories: Sequence[Path]) -> list[list[str]]:
+    """Every policy of a seed's runs, π0 once."""
+    known: dict[str, list[float]] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    for directory in directories:
+        known |= rewards(directory)
+        figures |= {one["policy"]: one for one in comparison(directory)}
+    return [row(seed, one, known) for one in figures.values()]
 
 
 def main() -> None:
@@ -38,18 +64,10 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=["quickstart", "baselines", "ablations"])
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
-    compared, pools = [], []
-    for seed in options.seeds:
-        seen: set[str] = set()
-        for config in options.configs:
-            directory = run(options.out, config, seed)
-            for figures in comparison(directory):
-                if figures["policy"] not in seen:  # π0 is in every run
-                    seen.add(figures["policy"])
-                    compared.append(row(seed, figures))
-            pools.append(shares(directory))
-    head = ["seed", "policy", "true reward [95 %]", "PPL", "BLEU", "tokens", "win rate against π0"]
-    print("\n".join([table(head, compared), "", *pools]))
+    runs = {seed: [run(options.out, config, seed) for config in options.configs] for seed in options.seeds}
+    head = ["seed", "policy", "true reward [95 %]", "above sft [95 %]", "win rate against sft", "PPL", "BLEU", "tokens"]
+    print(table(head, [row for seed, directories in runs.items() for row in rows_of(seed, directories)]), "\n")
+    print("\n".join(shares(directory) for directories in runs.values() for directory in directories))
 
 
 if __name__ == "__main__":

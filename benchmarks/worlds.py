@@ -2,6 +2,7 @@
 leave, and finished ones are not run again."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,12 @@ def run(out: Path, config: str, seed: int, overrides: Sequence[str] = (), name: 
 def comparison(directory: Path) -> list[dict[str, Any]]:
     """A run's policies on the held-out prompts, the base first."""
     return json.loads((directory / "evaluation.json").read_text())["rows"]
+
+
+def rewards(directory: Path) -> dict[str, list[float]]:
+    """Each policy's reward on every held-out prompt, nan where there is none."""
+    found = json.loads((directory / "evaluation.json").read_text())["rewards"]
+    return {name: [math.nan if one is None else one for one in values] for name, values in found.items()}
 
 
 def events(directory: Path, pipeline: str) -> list[dict[str, Any]]:

@@ -141,7 +141,8 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
     Means are over answers with a finite score; a blank one has none, and is counted.
 
     Returns:
-        ``{"rows": [...], "table": Markdown, "samples": [{"prompt", name: answer, ...}]}``
+        ``{"rows": [...], "table": Markdown, "samples": [{"prompt", name: answer, ...}], "rewards": {name: [...]}}``,
+        a reward a prompt, None where it is not finite: what other runs on these prompts are compared with, pair by pair.
     """
     first = next(iter(answers))
     rows, shown = [], []
@@ -166,7 +167,8 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
     for i, prompt in enumerate(prompts[:samples]):
         shown.append({"prompt": prompt.query, **{name: one.plain[i] for name, one in answers.items()}})
     plain_rows = [{k: asdict(v) if isinstance(v, Interval) else v for k, v in row.items()} for row in rows]
-    return {"rows": plain_rows, "table": markdown(rows), "samples": shown}
+    rewards = {name: [a if finite(a) else None for a in one.rewards] for name, one in answers.items()}
+    return {"rows": plain_rows, "table": markdown(rows), "samples": shown, "rewards": rewards}
 
 
 def reward_columns(prefix: str, rewards: Sequence[float], guided: Sequence[float]) -> dict[str, Interval]:
