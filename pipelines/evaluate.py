@@ -142,7 +142,7 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
 
     Returns:
         ``{"rows": [...], "table": Markdown, "samples": [{"prompt", name: answer, ...}], "rewards": {name: [...]}}``,
-        a reward a prompt, None where it is not finite: what other runs on these prompts are compared with, pair by pair.
+        a reward a prompt, None where it is not finite: other runs on these prompts are compared with it, pair by pair.
     """
     first = next(iter(answers))
     rows, shown = [], []

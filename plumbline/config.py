@@ -1,9 +1,10 @@
 """The whole configuration of a run, as one tree of bounded fields. `plumbline.config_file` reads it for all others."""
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from plumbline.dataset import Reading
 from plumbline.fleet import Embedder, Fleet
 from plumbline.section import Count, Name, Section, Share
 
@@ -42,15 +43,6 @@ class Model(Section):
         return path
 
 
-class Reading(TypedDict):
-    """See `Source.reading`."""
-
-    columns: dict[str, str]
-    where: dict[str, str | int | float | bool]
-    split: str
-    limit: int | None
-
-
 class Source(Section):
     """A file (.jsonl, .jsonl.gz, .parquet, .csv) or a Hugging Face dataset, by directory or name."""
 
@@ -64,7 +56,7 @@ class Source(Section):
 
     @property
     def reading(self) -> Reading:
-        """What the readers of `plumbline.dataset` take beside the path."""
+        """What the readers take beside the path."""
         return Reading(columns=self.columns, where=self.where, split=self.split, limit=self.limit)
 
 

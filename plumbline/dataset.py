@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NoReturn
+from typing import NoReturn, TypedDict, Unpack
 
 from plumbline.errors import DataError
 from plumbline.readers import RawRow, read_rows
@@ -17,8 +17,24 @@ from plumbline.records import Message, Prompt
 
 PROMPT_KEYS = ("id", "prompt", "messages", "target", "chosen", "rejected")
 LABELLED_KEYS = ("text", "label", "prompt", "messages")
-Where = Mapping[str, str | int | float | bool]
 ROLES = ("system", "user", "assistant")
+
+
+class Reading(TypedDict, total=False):
+    """Which rows of a file or dataset are read, and under which names.
+
+    Attributes:
+        columns: our name -> the file's column.
+        where: a column of the file -> its value in the rows to read; others are passed over, unchecked.
+        split: of a Hugging Face dataset; "train" by default.
+        limit: read the first such rows only.
+    """
+
+    columns: Mapping[str, str]
+    where: Mapping[str, str | int | float | bool]
+    split: str
+    limit: int | None
+
 
 # What other datasets call ours: the remedy named when no column's spelling is close to our name.
 _SYNONYMS = {
@@ -39,55 +55,28 @@ class LabelledText:
     messages: tuple[Message, ...] | None = None
 
 
-def read_prompts(
-    path: str,
-    *,
-    columns: Mapping[str, str] | None = None,
-    where: Where | None = None,
-    split: str = "train",
-    limit: int | None = None,
-) -> list[Prompt]:
+def read_prompts(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
     """Prompts of a file or dataset: a row has `prompt` (text), or `messages` ({role, content}, a user's turn last).
 
-    Args:
-        columns: our name (`PROMPT_KEYS`) -> the file's column. Unmapped columns that are not ours go to `Prompt.extra`
-            where JSON has a scalar for them.
-        where: a column of the file -> its value in the rows to read; others are passed over, unchecked.
-        split: of a Hugging Face dataset.
-        limit: read the first such rows only.
-
+    Columns that are not ours and that `columns` does not name go to `Prompt.extra`, where JSON has a scalar for them.
     `id` defaults to the row's number from 1; any scalar id becomes text.
 
     Raises:
         DataError: one line naming the file, the row, the key, what is wrong and what would be right.
     """
-    return _prompts(path, columns, where, split, limit)
+    return _prompts(path, reading)
 
 
-def read_preferences(
-    path: str,
-    *,
-    columns: Mapping[str, str] | None = None,
-    where: Where | None = None,
-    split: str = "train",
-    limit: int | None = None,
-) -> list[Prompt]:
+def read_preferences(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
     """As `read_prompts`, and every row has `chosen` text and `rejected`: one text or a list of several.
 
     Raises:
         DataError: as `read_prompts`; a row without one of the two.
     """
-    return _prompts(path, columns, where, split, limit, needed=("chosen", "rejected"))
+    return _prompts(path, reading, needed=("chosen", "rejected"))
 
 
-def read_labelled(
-    path: str,
-    *,
-    columns: Mapping[str, str] | None = None,
-    where: Where | None = None,
-    split: str = "train",
-    limit: int | None = None,
-) -> list[LabelledText]:
+def read_labelled(path: str, **reading: Unpack[Reading]) -> list[LabelledText]:
     """Texts labelled 0 or 1, to train a reward model on; with `prompt` or `messages` where a row has what they answer.
 
     Raises:
@@ -99,7 +88,7 @@ def read_labelled(
             label=row.label(),
             messages=row.conversation() if row.has("prompt") or row.has("messages") else None,
         )
-        for row in _rows(path, LABELLED_KEYS, columns, where, split, limit)
+        for row in _rows(path, LABELLED_KEYS, reading)
     ]
 
 
@@ -268,17 +257,10 @@ def _close(key: str, names: Mapping[str, object] | Sequence[str]) -> list[str]:
     return [lower[found] for found in difflib.get_close_matches(key.lower(), lower, n=1)]
 
 
-def _prompts(
-    path: str,
-    columns: Mapping[str, str] | None,
-    where: Where | None,
-    split: str,
-    limit: int | None,
-    needed: Sequence[str] = (),
-) -> list[Prompt]:
+def _prompts(path: str, reading: Reading, needed: Sequence[str] = ()) -> list[Prompt]:
     prompts: list[Prompt] = []
     row_of: dict[str, int] = {}
-    for row in _rows(path, PROMPT_KEYS, columns, where, split, limit):
+    for row in _rows(path, PROMPT_KEYS, reading):
         answers = {key: row.required_text(key) if key in needed else row.text(key) for key in ("target", "chosen")}
         prompt = Prompt(
             id=row.identity(),
@@ -294,16 +276,9 @@ def _prompts(
     return prompts
 
 
-def _rows(
-    path: str,
-    keys: Sequence[str],
-    columns: Mapping[str, str] | None,
-    where: Where | None,
-    split: str,
-    limit: int | None,
-) -> Iterator[_Row]:
+def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
     """Rows with their mapping, once the mapping itself is checked; a mapped column that no row has is an error."""
-    mapped = dict(columns or {})
+    mapped, where, limit = dict(reading.get("columns") or {}), reading.get("where"), reading.get("limit")
     for ours in mapped:
         if ours not in keys:
             near = _close(ours, keys)
@@ -313,7 +288,7 @@ def _rows(
         raise DataError(f"{path}: limit is {limit}; it should be 1 or more")
     unseen = dict(mapped)
     seen: dict[str, object] = {}
-    rows = read_rows(path, split=split, limit=None if where else limit)
+    rows = read_rows(path, split=reading.get("split", "train"), limit=None if where else limit)
     for number, values in islice(_matching(path, rows, where), limit) if where else rows:
         unseen = {ours: name for ours, name in unseen.items() if name not in values}
         if unseen:
@@ -327,7 +302,7 @@ def _rows(
         )
 
 
-def _matching(path: str, rows: Iterable[RawRow], where: Where) -> Iterator[RawRow]:
+def _matching(path: str, rows: Iterable[RawRow], where: Mapping[str, object]) -> Iterator[RawRow]:
     """The rows that have the values of `where`. Raises DataError where there is none, with what was there instead."""
     found = False
     seen: dict[str, dict[str, None]] = {name: {} for name in where}
