@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make quickstart   set up, then three methods at once in the miniature world, with a report"
 	@echo "make test         set up, then all tests      make check   ruff and pyright"
-	@echo "make bench        against peers, half an hour  make clean   remove what runs left"
+	@echo "make bench        against peers                make clean   remove what runs left"
 
 setup: $(STAMP)
 
