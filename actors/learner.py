@@ -1,18 +1,18 @@
 """A learner: a Ray Train run whose workers pull parts until their channel closes.
 
-Ray Train places and restarts the workers; `train_loop` is what each does. `Learner.run` blocks until they are done.
+Ray Train places and restarts the workers; `train_loop` is what each does.
 """
 
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.channel import Box, Lease
 from actors.train_loop import LearnerSpec, train
-from plumbline.errors import PlumblineError
+from plumbline.errors import PlumblineError, RunError, in_one_line
 from plumbline.records import Publication, Sample
 
 
@@ -52,12 +52,23 @@ def worker_loop(config: dict[str, Any]) -> None:
     )
 
 
-def run_learner(spec: LearnerSpec, channel: Any, store: Any) -> None:
-    """Train until the channel closes. Blocks; safe in a thread.
+class Trainer:
+    """Where the Ray Train runs of all learners of a fleet are started and waited for, each in a thread."""
 
-    Raises:
-        ray.train.TrainingFailedError: a worker failed, or died more often than `max_failures`.
-    """
+    def run(self, spec: LearnerSpec, channel: Any, store: Any) -> None:
+        """Train until the channel closes. Blocks.
+
+        Raises:
+            RunError: a worker failed, or died more often than `max_failures`.
+        """
+        try:
+            fit(spec, channel, store)
+        except TrainingFailedError as error:
+            raise RunError(f"the learner of {spec.section.name} ended: {in_one_line(error)}") from None
+
+
+def fit(spec: LearnerSpec, channel: Any, store: Any) -> None:
+    """The run itself. Raises TrainingFailedError."""
     learner = spec.section.learner
     resources: dict[str, float] = {"CPU": learner.cpus}
     if learner.gpus:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import threading
 import uuid
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,12 @@ from actors.channel import Channel
 from actors.embedder import Embedder, EmbedderSpec
 from actors.engine import EngineSpec
 from actors.generator import Generator
-from actors.learner import run_learner
+from actors.learner import Trainer
 from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
 from actors.train_loop import LearnerSpec
 from actors.weights import PolicyStore
-from plumbline.errors import PlumblineError, RunError
+from plumbline.errors import PlumblineError, RunError, in_one_line
 from plumbline.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.records import PolicyRef, Publication, TokenGroup
 
@@ -48,7 +47,8 @@ def start_ray(cpus: int) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     # Actors import what the driver can: the packages of a checkout, and a reward function beside the config.
     paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    common["runtime_env"] = {"env_vars": {"PYTHONPATH": paths, "HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]}}
+    settings = {key: os.environ[key] for key in _DEFAULTS}
+    common["runtime_env"] = {"env_vars": {"PYTHONPATH": paths, **settings}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
     else:
@@ -69,6 +69,7 @@ class Fleet:
     reference: list[Any] = field(default_factory=list)
     embedder: list[Any] = field(default_factory=list)
     others: list[Any] = field(default_factory=list)
+    _trainer: Any = None
 
     def add_generators(
         self,
@@ -123,6 +124,13 @@ class Fleet:
         self.others.append(channel)
         return channel
 
+    def trainer(self) -> Any:
+        """The actor from which all learners' Ray Train runs are started."""
+        if self._trainer is None:
+            self._trainer = ray.remote(Trainer).options(num_cpus=0, max_concurrency=1000).remote()
+            self.others.append(self._trainer)
+        return self._trainer
+
     async def ready(self) -> None:
         """Wait until every engine, reward, reference and embedder is loaded. Raises what kept one from loading."""
         waits = [g.start.remote() for g in self.generators]
@@ -147,30 +155,14 @@ def start_fleet(keep: int) -> Fleet:
     return Fleet(store=store, store_name=name)
 
 
-def start_learner(spec: LearnerSpec, channel: Any, store: Any) -> "asyncio.Future[None]":
-    """Run a learner beside the event loop; the future ends when the learner does.
+def start_learner(fleet: Fleet, spec: LearnerSpec, channel: Any) -> "asyncio.Future[None]":
+    """Run a learner beside the event loop; the future ends when the learner does, with a RunError where it failed.
 
-    A thread of its own, which does not keep the process alive: an interrupted run must not wait for Ray Train.
+    Not in a thread of this process: one that still calls Ray while Ray shuts down here would end the process at once.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-    done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # an interrupted run never asks
-
-    def settle(error: BaseException | None) -> None:
-        if not done.done():
-            done.set_exception(error) if error else done.set_result(None)
-
-    def work() -> None:
-        error: BaseException | None = None
-        try:
-            run_learner(spec, channel, store)
-        except Exception as failure:
-            error = RunError(f"the learner of {spec.section.name} ended: {first_line(failure)}")
-        with contextlib.suppress(RuntimeError):  # the loop is gone: the run was interrupted
-            loop.call_soon_threadsafe(settle, error)
-
-    threading.Thread(target=work, name=f"learner-{spec.section.name}", daemon=True).start()
-    return done
+    learner = asyncio.ensure_future(ask(fleet.trainer().run.remote(spec, channel, fleet.store)))
+    learner.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # an interrupted run never asks
+    return learner
 
 
 async def gather(*refs: Any) -> list[Any]:
@@ -193,13 +185,7 @@ def unwrap(error: RayError) -> BaseException:
         return unwrap(cause)
     if isinstance(cause, PlumblineError):
         return cause
-    return RunError(first_line(cause if isinstance(cause, Exception) else error))
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"
+    return RunError(in_one_line(cause if isinstance(cause, Exception) else error))
 
 
 def stop_ray() -> None:

@@ -63,7 +63,7 @@ async def run_method(context: Context, method: RollingMethod, section: Rolled) -
     if progress.logged >= method.total:
         return
     channel = context.fleet.add_channel(method.slots)
-    learner = start_learner(spec, channel, context.fleet.store)
+    learner = start_learner(context.fleet, spec, channel)
     try:
         await first_of(
             learner,
@@ -225,7 +225,7 @@ async def train_on(context: Context, spec: LearnerSpec, batches: Sequence[Sequen
     if done >= len(batches):
         return
     channel = context.fleet.add_channel(slots=8)
-    learner = start_learner(spec, channel, context.fleet.store)
+    learner = start_learner(context.fleet, spec, channel)
 
     async def feed() -> None:
         for step in range(done + 1, len(batches) + 1):

@@ -54,3 +54,9 @@ class SyncError(RunError):
             f"{self.policy} v{self.version:06d} did not arrive at engine {self.engine}: {self.reason} "
             f"(largest log-prob difference {self.difference:.3g})"
         )
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's type and the last line of its message, which says most where a library raised it."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else ''}"

@@ -62,9 +62,14 @@ def processes(directory: Path) -> list[psutil.Process]:
     return found
 
 
-def kill(directory: Path, *titles: str) -> int:
-    """`kill -9` the run's processes with one of these titles; returns how many there were."""
-    chosen = [p for p in processes(directory) if any(title in p.cmdline()[0] for title in titles)]
+def titled(directory: Path, title: str) -> list[psutil.Process]:
+    """The run's processes with this title."""
+    return [p for p in processes(directory) if title in p.cmdline()[0]]
+
+
+def kill(directory: Path, title: str) -> int:
+    """`kill -9` the run's processes with this title; returns how many there were."""
+    chosen = titled(directory, title)
     for p in chosen:
         p.kill()
     return len(chosen)
@@ -131,6 +136,24 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> Non
     assert resumed.returncode == 0, resumed.stderr
     assert_each_prompt_once(tmp_path)
     assert all(p.stat().st_mtime_ns == then for p, then in before.items()), "a part was written twice"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_several_learners_end_with_an_interrupted_run(tmp_path: Path, steps: int) -> None:
+    config = tiny_config(tmp_path)
+    config["fleet"] = {"engine": "transformers"}
+    [ple] = config["pipelines"]
+    dlma = {k: ple[k] for k in ("batch_size", "generation", "learner")} | {"type": "dlma", "epochs": 8}
+    config["pipelines"] = [ple, {**ple, "name": "other"}, dlma]
+    process = start(tmp_path, config)
+    while steps == 0 and not titled(tmp_path, "RayTrainWorker"):
+        time.sleep(0.1)  # learners are starting
+    wait_for(tmp_path, process, steps)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 130, err
+    assert "interrupted; all steps" in err and "plumbline resume" in err and "Traceback" not in err
     assert leftovers(tmp_path) == []
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from actors.channel import Box, Channel
-from actors.learner import run_learner
+from actors.learner import fit
 from actors.train_loop import LearnerSpec, train
 from actors.weights import PolicyStore
 from plumbline.checkpoint import latest_step
@@ -98,7 +98,7 @@ def cut(run_dir: Path, model: Path, case: Case, zero: int) -> list[Publication]:
     for step in steps:
         ray.get(channel.put.remote(step, Box(ref=ray.put(part(step)))))
     ray.get(channel.close.remote())
-    run_learner(spec, channel, store)
+    fit(spec, channel, store)
     published = ray.get([store.wait.remote(PolicyRef(policy="self_contrast", version=s)) for s in steps], timeout=60)
     for handle in (channel, store):
         ray.kill(handle)
