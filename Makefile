@@ -32,6 +32,7 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+	@$(BIN)/python -m plumbline.config_reference --check
 
 bench: setup
 	@$(BIN)/python benchmarks/group_logps.py

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+from actors.metrics import CHANNEL_LEASED, CHANNEL_QUEUED
 from plumbline.errors import PlumblineError
 
 
@@ -34,9 +35,11 @@ class Channel:
 
     Args:
         slots: parts that may be between `reserve` and `release`.
+        pipeline: whose parts these are, for the metrics.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, pipeline: str = "") -> None:
+        self._pipeline = pipeline
         self._free = slots
         self._next = 1
         self._holder: str | None = None
@@ -62,6 +65,7 @@ class Channel:
         """Add a part. Parts may arrive out of order; they are leased in order."""
         async with self._changed:
             self._boxes[step] = box
+            self._count()
             self._changed.notify_all()
 
     async def attach(self, holder: str, done: int) -> None:
@@ -70,6 +74,7 @@ class Channel:
             self._holder = holder
             self._boxes = {step: box for step, box in self._boxes.items() if step > done}
             self._next = done + 1
+            self._count()
             self._changed.notify_all()
 
     async def lease(self, holder: str) -> Lease | None:
@@ -87,6 +92,7 @@ class Channel:
             if holder != self._holder or self._next not in self._boxes:
                 return None
             self._next += 1
+            self._count()
             return Lease(step=self._next - 1, box=self._boxes[self._next - 1], holder=holder)
 
     async def peek(self, step: int) -> Box:
@@ -98,6 +104,7 @@ class Channel:
         async with self._changed:
             if holder == self._holder:
                 self._boxes = {s: box for s, box in self._boxes.items() if s > step}
+                self._count()
                 self._changed.notify_all()
 
     async def close(self) -> None:
@@ -115,6 +122,11 @@ class Channel:
     async def depth(self) -> int:
         """Parts that wait or are leased."""
         return len(self._boxes)
+
+    def _count(self) -> None:
+        leased = sum(step < self._next for step in self._boxes)
+        CHANNEL_LEASED.set(leased, pipeline=self._pipeline)
+        CHANNEL_QUEUED.set(len(self._boxes) - leased, pipeline=self._pipeline)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

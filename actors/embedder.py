@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from actors.metrics import EMBEDDER_ITEMS, EMBEDDER_SECONDS
 from plumbline.errors import ModelError
 from plumbline.records import Generation
 
@@ -71,9 +72,11 @@ class Embedder:
             return {}
         self.embedded += len(asked)
         self.truncated += self._too_long(asked)
-        embeddings: Any = self._model.encode(
-            asked, prompt="", batch_size=self._spec.batch_size, show_progress_bar=False, convert_to_numpy=True
-        )
+        with EMBEDDER_SECONDS.timing():
+            embeddings: Any = self._model.encode(
+                asked, prompt="", batch_size=self._spec.batch_size, show_progress_bar=False, convert_to_numpy=True
+            )
+        EMBEDDER_ITEMS.inc(len(asked))
         vectors_ND = np.asarray(embeddings, dtype=np.float64)
         lengths_N = np.linalg.norm(vectors_ND, axis=1)
         return {

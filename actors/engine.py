@@ -5,11 +5,12 @@ generator above it knows about policies, versions and proofs; an engine knows on
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from plumbline.records import Completion, Sampling
+from plumbline.config import Config, FullPolicy, LoraPolicy
+from plumbline.records import Completion, Head, Sampling, UserRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,8 @@ class Adapter:
 class EngineSpec:
     """All that an engine needs to start; picklable. `kv_cache_gib` counts on CPUs, `memory_share` on GPUs.
 
-    `max_adapters` is 0 for an engine that takes whole weights (`Engine.load_weights`), and no adapters.
+    `max_adapters` is 0 for an engine that takes whole weights (`Engine.load_weights`), and no adapters. With `seats` it
+    answers users too, up to so many beside the `max_num_seqs` of rollouts and before them, with `chat_template`.
     """
 
     model_path: str
@@ -39,6 +41,43 @@ class EngineSpec:
     kv_cache_gib: float
     memory_share: float
     seed: int
+    seats: int = 0
+    chat_template: str | None = None
+
+
+def engine_spec(
+    config: Config,
+    model_path: str,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    device: Literal["cpu", "cuda"],
+    *,
+    versions: int,
+    seats: int = 0,
+    chat_template: object = None,
+) -> EngineSpec:
+    """An engine for the policies of a run, with room for so many `versions` where they are adapters.
+
+    Args:
+        chat_template: the tokenizer's; a set of several by name is left to the engine.
+    """
+    settings = config.fleet.generator
+    ranks = [p.policy.r for p in config.served if isinstance(p.policy, LoraPolicy)]
+    whole = any(isinstance(p.policy, FullPolicy) for p in config.rolling)
+    return EngineSpec(
+        model_path=model_path,
+        dtype=dtype,
+        device=device,
+        max_model_len=config.model.max_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_lora_rank=max(ranks, default=8),
+        max_adapters=0 if whole else versions,
+        threads=settings.cpus,
+        kv_cache_gib=settings.kv_cache_gib,
+        memory_share=settings.memory_share,
+        seed=config.seed,
+        seats=seats,
+        chat_template=chat_template if isinstance(chat_template, str) else None,
+    )
 
 
 class Engine(Protocol):
@@ -59,6 +98,10 @@ class Engine(Protocol):
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, adapter: Adapter | None
     ) -> list[float]:
         """Log-probs of each response token under temperature 1, one a token (METHODS.md §0)."""
+        ...
+
+    def answer(self, request: UserRequest, *, adapter: Adapter | None) -> AsyncIterator[Head | str]:
+        """A user's answer: its head, then pieces of its body. Raises RunError where the engine has no `seats`."""
         ...
 
     async def add_adapter(self, adapter: Adapter) -> None: ...

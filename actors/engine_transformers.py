@@ -4,7 +4,7 @@ One request at a time, its `n` samples as one batch over a KV cache. Slow, and s
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from actors.engine import Adapter, EngineSpec
+from plumbline.errors import RunError
 from plumbline.prompting import decode, read_tokenizer
-from plumbline.records import Completion, Sampling
+from plumbline.records import Completion, Head, Sampling, UserRequest
 
 
 class TransformersEngine:
@@ -48,6 +49,9 @@ class TransformersEngine:
     ) -> list[float]:
         async with self._lock:
             return await asyncio.to_thread(self._logprobs, list(prompt_ids), list(response_ids), adapter)
+
+    def answer(self, request: UserRequest, *, adapter: Adapter | None) -> AsyncIterator[Head | str]:
+        raise RunError("serving users needs vLLM: `fleet.engine: vllm`, or auto where it is installed")
 
     async def add_adapter(self, adapter: Adapter) -> None:
         async with self._lock:

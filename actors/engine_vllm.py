@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from actors.engine import Adapter, EngineSpec
+from actors.engine_vllm_openai import OpenAIAnswers
 from plumbline.errors import RunError
 from plumbline.prompting import decode, read_tokenizer
-from plumbline.records import Completion, Sampling
+from plumbline.records import Completion, Head, Sampling, UserRequest
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can be started for; an adapter's may be smaller."""
@@ -53,18 +54,24 @@ class VllmEngine:
             }
         else:
             settings["gpu_memory_utilization"] = spec.memory_share
+        if spec.seats:
+            # The pool keeps a quarter more in flight than the engine decodes; users' seats must not be taken by that.
+            decoded = spec.max_num_seqs + spec.max_num_seqs // 4 + spec.seats
+            settings |= {"scheduling_policy": "priority", "max_num_seqs": decoded}
         settings |= adapter_settings(spec) if spec.max_adapters else {"worker_extension_cls": WORKER}
         args = AsyncEngineArgs(**settings)
         self._llm = AsyncLLM.from_engine_args(args)
         self._tokenizer = read_tokenizer(spec.model_path)
         self._ids = itertools.count()
+        self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
+        self._users = OpenAIAnswers(self._llm, spec.model_path, spec.chat_template) if spec.seats else None
 
     def _lora(self, adapter: Adapter | None):
         from vllm.lora.request import LoRARequest
 
         return adapter and LoRARequest(adapter.name, adapter.id, adapter.path)
 
-    async def _final(self, prompt_ids: Sequence[int], params, adapter: Adapter | None):
+    async def _final(self, prompt_ids: Sequence[int], params, adapter: Adapter | None, priority: int = 0):
         from vllm import TokensPrompt
 
         last = None
@@ -73,6 +80,7 @@ class VllmEngine:
             params,
             request_id=str(next(self._ids)),
             lora_request=self._lora(adapter),
+            priority=priority,
         ):
             last = output
         assert last is not None and last.finished
@@ -94,7 +102,7 @@ class VllmEngine:
             detokenize=bool(sampling.stop),  # only to see where a stop string begins
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._final(prompt_ids, params, adapter)
+        output = await self._final(prompt_ids, params, adapter, self._rollouts_priority)
         return [
             Completion(
                 text=decode(self._tokenizer, one.token_ids, sampling.stop),
@@ -118,12 +126,19 @@ class VllmEngine:
         scored: Any = output.prompt_logprobs
         return [scored[i][ids[i]].logprob for i in range(len(prompt_ids), len(ids))]
 
+    def answer(self, request: UserRequest, *, adapter: Adapter | None) -> AsyncIterator[Head | str]:
+        if self._users is None:
+            raise RunError("this engine was started without seats for users")
+        return self._users.answer(request, self._lora(adapter))
+
     async def add_adapter(self, adapter: Adapter) -> None:
         lora: Any = self._lora(adapter)
         await self._llm.add_lora(lora)
 
     async def remove_adapter(self, adapter: Adapter) -> None:
         await self._llm.remove_lora(adapter.id)
+        if self._users is not None:
+            self._users.forget(adapter.name)
 
     async def load_weights(self, path: str) -> None:
         """From the directory into vLLM's workers, on CPUs and GPUs alike; what was cached of old weights is dropped.

@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager
 from typing import Literal, TypeVar
 
 from actors.engine import Adapter, Engine, EngineSpec, start_engine
+from actors.metrics import GENERATOR_ACTIVE, GENERATOR_REQUESTS, GENERATOR_TOKENS
 from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersions, score
 from actors.weights import Proof
-from plumbline.records import GenerateRequest, Generation, PolicyRef, TokenGroup
+from plumbline.records import GenerateRequest, Generation, Head, PolicyRef, TokenGroup, UserRequest
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Generator:
         probe: token groups that versions are proved on.
         tolerance: nats (`actors.weights.TOLERANCE`).
         fetch: gets a published version with its files.
-        keep: see `actors.versions.AdapterVersions`.
+        keep, pinned: see `actors.versions.AdapterVersions`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Generator:
         tolerance: float,
         fetch: Fetch,
         keep: int,
+        pinned: int = 0,
     ) -> None:
         self._name = name
         self._choice: Literal["vllm", "transformers"] = choice
@@ -49,6 +51,7 @@ class Generator:
         self._tolerance = tolerance
         self._fetch = fetch
         self._keep = keep
+        self._pinned = pinned
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
         self._versions: Versions
@@ -67,7 +70,7 @@ class Generator:
         prober = Prober(self._name, engine, self._probe, self._tolerance)
         prober.measured[PolicyRef()] = await prober.measure(None)
         if self._spec.max_adapters:
-            self._versions = AdapterVersions(engine, prober, self._fetch, self._keep)
+            self._versions = AdapterVersions(engine, prober, self._fetch, self._keep, self._pinned)
         else:
             self._versions = WholeVersions(engine, prober, self._fetch, self._spec.model_path)
         self._engine = engine
@@ -84,14 +87,22 @@ class Generator:
                 done = await together(self._one(engine, adapter, requests[i]) for i in indices)
                 answers.update(zip(indices, done, strict=True))
 
-        async with _Busy(self):
+        async with _Busy(self, len(requests)):
             await together(under(ref, indices) for ref, indices in by_ref.items())
+        GENERATOR_REQUESTS.inc(len(requests))
+        GENERATOR_TOKENS.inc(sum(len(one.ids) for answer in answers.values() for one in answer.completions))
         return [answers[i] for i in range(len(requests))]
 
     async def logprobs(self, groups: Sequence[TokenGroup], ref: PolicyRef) -> list[list[list[float]]]:
         """Per-token log-probs of every response of every group under `ref`."""
         async with _Busy(self), self._serving(ref) as (engine, adapter):
             return await together(score(engine, group, adapter) for group in groups)
+
+    async def answer(self, request: UserRequest) -> AsyncIterator[Head | str]:
+        """A user's answer, before rollouts: its head, then pieces of its body. Raises SyncError (see `load`)."""
+        async with _Busy(self), self._serving(request.ref, pin=True) as (engine, adapter):
+            async for piece in engine.answer(request, adapter=adapter):
+                yield piece
 
     async def load(self, ref: PolicyRef) -> Proof:
         """Fetch, load and prove a version. Loading again returns the first proof; whole weights may be replaced first.
@@ -106,6 +117,11 @@ class Generator:
         """Seconds, since the start, in which at least one request was being worked on."""
         return self._busy_s + (time.monotonic() - self._busy_since if self._active else 0.0)
 
+    async def drained(self) -> None:
+        """Wait until nothing is being worked on."""
+        while self._active:
+            await asyncio.sleep(0.1)
+
     async def close(self) -> None:
         """Stop the engine's processes and remove its files."""
         if self._engine is not None:
@@ -113,11 +129,11 @@ class Generator:
             self._versions.close()
 
     @asynccontextmanager
-    async def _serving(self, ref: PolicyRef) -> AsyncIterator[tuple[Engine, Adapter | None]]:
+    async def _serving(self, ref: PolicyRef, *, pin: bool = False) -> AsyncIterator[tuple[Engine, Adapter | None]]:
         """The engine, which holds `ref` until the end; every request that was begun must have ended by then."""
         await self.start()
         assert self._engine is not None
-        adapter = await self._versions.acquire(ref)
+        adapter = await self._versions.acquire(ref, pin=pin)
         try:
             yield self._engine, adapter
         finally:
@@ -140,19 +156,22 @@ async def together(work: Iterable[Awaitable[T]]) -> list[T]:
 
 
 class _Busy:
-    """Counts the seconds in which a generator has work."""
+    """Counts the seconds in which a generator has work, and the requests it works on."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, requests: int = 1) -> None:
         self._generator = generator
+        self._requests = requests
 
     async def __aenter__(self) -> None:
         g = self._generator
         if g._active == 0:
             g._busy_since = time.monotonic()
-        g._active += 1
+        g._active += self._requests
+        GENERATOR_ACTIVE.set(g._active)
 
     async def __aexit__(self, *_: object) -> None:
         g = self._generator
-        g._active -= 1
+        g._active -= self._requests
+        GENERATOR_ACTIVE.set(g._active)
         if g._active == 0:
             g._busy_s += time.monotonic() - g._busy_since

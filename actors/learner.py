@@ -70,7 +70,7 @@ class Trainer:
 def fit(spec: LearnerSpec, channel: Any, store: Any) -> None:
     """The run itself. Raises TrainingFailedError."""
     learner = spec.section.learner
-    resources: dict[str, float] = {"CPU": learner.cpus}
+    resources: dict[str, float] = {"CPU": learner.cpus, **learner.resources}
     if learner.gpus:
         resources["GPU"] = learner.gpus
     TorchTrainer(
@@ -79,7 +79,9 @@ def fit(spec: LearnerSpec, channel: Any, store: Any) -> None:
         # A worker may wait for its next part as long as generation takes.
         torch_config=TorchConfig(backend="nccl" if spec.device == "cuda" else "gloo", timeout_s=86_400),
         scaling_config=ScalingConfig(
-            num_workers=learner.workers, use_gpu=learner.gpus > 0, resources_per_worker=resources
+            num_workers=learner.workers,  # a pair are bounds: as many as the cluster has room for
+            use_gpu=learner.gpus > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=spec.section.name,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.metrics import REFERENCE_HITS, REFERENCE_ITEMS, REFERENCE_SECONDS
 from plumbline.logp_cache import LogpCache, model_fingerprint
 from plumbline.records import Completion, Generation, TokenGroup
 
@@ -102,7 +103,11 @@ class Reference:
             for group, row in zip(groups, known, strict=True)
         ]
         rest = [group for group in missing if group.response_ids]
-        computed = iter(value for row in self._compute(rest) for value in row)
+        with REFERENCE_SECONDS.timing():
+            values = [value for row in self._compute(rest) for value in row]
+        REFERENCE_ITEMS.inc(len(values))
+        REFERENCE_HITS.inc(sum(len(row) for row in known) - len(values))
+        computed = iter(values)
         return [[next(computed) if value is None else value for value in row] for row in known]
 
     def contrast_logps(

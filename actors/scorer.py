@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
 from plumbline.errors import ConfigError
 from plumbline.records import Generation, Message, ScoreRequest
 from plumbline.rewarding import Reads, classifier_logits, reward_ids
@@ -54,7 +55,9 @@ class Scorer:
         """One score a request."""
         asked = [i for i, request in enumerate(requests) if request.response.strip()]
         scores = [math.nan] * len(requests)
-        answered = self._reward([requests[i] for i in asked]) if asked else []
+        with SCORER_SECONDS.timing():
+            answered = self._reward([requests[i] for i in asked]) if asked else []
+        SCORER_ITEMS.inc(len(asked))
         if len(answered) != len(asked):
             raise ConfigError(
                 f"the reward returned {len(answered)} scores for {len(asked)} requests; it must be one each"

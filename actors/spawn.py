@@ -8,28 +8,45 @@ import contextlib
 import os
 import signal
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
 from actors.embedder import Embedder, EmbedderSpec
 from actors.engine import EngineSpec
 from actors.generator import Generator
 from actors.learner import Trainer
+from actors.metrics import RUN_VARIABLE
 from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
 from actors.train_loop import LearnerSpec
+from actors.versions import Fetch
 from actors.weights import PolicyStore
-from plumbline.errors import PlumblineError, RunError, in_one_line
+from plumbline.errors import LostError, PlumblineError, RunError, in_one_line
+from plumbline.fleet import Embedder as EmbedderFleet
 from plumbline.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
+from plumbline.policies import read_publication, version_directory
 from plumbline.records import PolicyRef, Publication, TokenGroup
+from plumbline.section import bounds
 
 RESTARTS = 100
 """Deaths of one generator or scorer that Ray mends before a run gives up."""
+
+_REPLACED: dict[str, Any] = {"max_restarts": RESTARTS, "max_task_retries": -1}
+"""Options of an actor that may die with its node, as spot nodes do: it restarts elsewhere, its calls are repeated."""
+
+LEAVING_S = 5.0
+"""Seconds from when a leaving generator is no longer listed until it is stopped: an endpoint may still ask it then."""
+
+_PLENTY = 10_000
+"""What a Ray of this machine alone offers of every resource by name: it plays all roles."""
 
 _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
@@ -40,36 +57,70 @@ _DEFAULTS = {
 }
 
 
-def start_ray(cpus: int) -> None:
-    """Join the cluster of RAY_ADDRESS (a submitted job has one), else start Ray here with at least `cpus` CPUs."""
+def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
+    """Join the cluster of RAY_ADDRESS (a submitted job has one), else start Ray here.
+
+    Args:
+        cpus: what a Ray started here has at least.
+        resources: names of resources that it offers too, so that a cluster's config also runs on one machine.
+        run: what metrics of all processes are told apart by.
+    """
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     # Actors import what the driver can: the packages of a checkout, and a reward function beside the config.
     paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    settings = {key: os.environ[key] for key in _DEFAULTS}
+    os.environ[RUN_VARIABLE] = run
+    settings = {key: os.environ[key] for key in (*_DEFAULTS, RUN_VARIABLE)}
     common["runtime_env"] = {"env_vars": {"PYTHONPATH": paths, **settings}}
     if os.environ.get("RAY_ADDRESS"):
+        # These variables come from this process, which has those of a job's own runtime_env: no conflict is one.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         ray.init(**common)
     else:
+        common["resources"] = dict.fromkeys(resources, _PLENTY)
         ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **common)
     # Ray's subreaper ignores SIGCHLD in this process too, and then every `subprocess` here would return 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+def is_job() -> bool:
+    """Whether this process is the entrypoint of a submitted job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def absent(resources: Iterable[str]) -> list[str]:
+    """Those that no node of the cluster offers now: who asks for them waits until one joins."""
+    return sorted(set(resources) - ray.cluster_resources().keys())
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of a light actor that holds what a run cannot lose: it is where the driver is, never on a spot node."""
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": node}
+
+
 @dataclass
 class Fleet:
-    """Handles of the actors that all pipelines of a run share."""
+    """Handles of the actors that all pipelines of a run share. Their names in Ray's dashboard begin with `label`."""
 
+    label: str
     store: Any
     store_name: str
     generators: list[Any] = field(default_factory=list)
+    generator_names: dict[Any, str] = field(default_factory=dict)
     scorer: list[Any] = field(default_factory=list)
     judge: list[Any] = field(default_factory=list)
     reference: list[Any] = field(default_factory=list)
     embedder: list[Any] = field(default_factory=list)
     others: list[Any] = field(default_factory=list)
     _trainer: Any = None
+    _named: Counter[str] = field(default_factory=Counter)
+    _make_generator: Callable[[str], Any] | None = None
+
+    def _name(self, role: str) -> str:
+        self._named[role] += 1
+        return f"{self.label}/{role}-{self._named[role] - 1}"
 
     def add_generators(
         self,
@@ -79,63 +130,94 @@ class Fleet:
         probe: Sequence[TokenGroup],
         tolerance: float,
         keep: int,
+        pinned: int = 0,
+        run_dir: Path | None = None,
     ) -> None:
-        """Start the pool. The engines load in the background; `ready` waits for them."""
-        store_name = self.store_name
+        """Start the pool, with as many as there always are. Engines load in the background; `ready` waits for them."""
+        fetch = fetcher(self.store_name, run_dir)
 
-        async def fetch(ref: PolicyRef) -> Publication:
-            # By name: a handle among the arguments would put them where a restart may not find them.
-            store: Any = ray.get_actor(store_name)
-            return await store.fetch.remote(ref)
-
-        for i in range(settings.replicas):
-            name = f"generator-{i}"
+        def make(name: str) -> Any:
+            # A lost call is not repeated: the pool asks another, and this one only once it has proved its versions.
             actor = ray.remote(Generator).options(
+                name=f"{self.label}/{name}",
                 num_cpus=settings.cpus,
                 num_gpus=settings.gpus,
-                max_restarts=RESTARTS,
-                max_task_retries=-1,
+                resources=settings.resources,
                 max_concurrency=1000,
+                **{**_REPLACED, "max_task_retries": 0},
             )
-            self.generators.append(actor.remote(name, choice, spec, list(probe), tolerance, fetch, keep))
+            return actor.remote(name, choice, spec, list(probe), tolerance, fetch, keep, pinned)
 
-    def add_scorers(self, settings: ScorerFleet, spec: ScorerSpec) -> list[Any]:
+        self._make_generator = make
+        for _ in range(bounds(settings.replicas)[0]):
+            self.add_generator()
+
+    def add_generator(self) -> Any:
+        """Start one more, which loads in the background; returns its handle. A name is never used twice."""
+        assert self._make_generator is not None
+        self._named["generator"] += 1
+        name = f"generator-{self._named['generator'] - 1}"
+        generator = self._make_generator(name)
+        self.generators.append(generator)
+        self.generator_names[generator] = name
+        return generator
+
+    async def remove_generator(self, generator: Any) -> None:
+        """Stop one that is asked nothing more; what it is still answering ends first, unless it is starting or lost."""
+        with contextlib.suppress(RayError):
+            # One that is still loading hears nothing until it has.
+            there, _ = await asyncio.wait([asyncio.ensure_future(gather(generator.start.remote()))], timeout=1)
+            if there and not next(iter(there)).exception():
+                await asyncio.sleep(LEAVING_S)
+                await generator.drained.remote()
+                await generator.close.remote()
+        with contextlib.suppress(RayError):
+            ray.kill(generator)
+        self.generators.remove(generator)
+
+    def add_scorers(self, settings: ScorerFleet, spec: ScorerSpec, role: str = "scorer") -> list[Any]:
         """Start replicas of one reward; returns their handles."""
-        actor = ray.remote(Scorer).options(
-            num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=RESTARTS, max_task_retries=-1
-        )
-        return [actor.remote(spec) for _ in range(settings.replicas)]
+        return self._start(Scorer, role, spec, settings, cpus=settings.cpus)
 
     def add_reference(self, settings: ReferenceFleet, spec: ReferenceSpec) -> None:
         """Start the frozen model's replicas."""
-        actor = ray.remote(Reference).options(
-            num_cpus=0, num_gpus=settings.gpus, max_restarts=RESTARTS, max_task_retries=-1
-        )
-        self.reference += [actor.remote(spec) for _ in range(settings.replicas)]
+        self.reference += self._start(Reference, "reference", spec, settings)
 
-    def add_embedders(self, replicas: int, gpus: float, spec: EmbedderSpec) -> None:
+    def add_embedders(self, settings: EmbedderFleet, spec: EmbedderSpec) -> None:
         """Start the sentence embedder's replicas."""
-        actor = ray.remote(Embedder).options(num_cpus=0, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=-1)
-        self.embedder += [actor.remote(spec) for _ in range(replicas)]
+        self.embedder += self._start(Embedder, "embedder", spec, settings)
 
-    def add_channel(self, slots: int) -> Any:
+    def _start(
+        self, kind: type, role: str, spec: Any, settings: ScorerFleet | ReferenceFleet | EmbedderFleet, cpus: float = 0
+    ) -> list[Any]:
+        actor = ray.remote(kind)
+        where = {"num_cpus": cpus, "num_gpus": settings.gpus, "resources": settings.resources, **_REPLACED}
+        return [actor.options(name=self._name(role), **where).remote(spec) for _ in range(settings.replicas)]
+
+    def add_channel(self, slots: int, learner: str) -> Any:
         """A channel for one learner."""
-        channel = ray.remote(Channel).options(num_cpus=0, max_concurrency=1000).remote(slots)
+        actor = ray.remote(Channel).options(name=self._name(f"channel-{learner}"), **beside_driver())
+        channel = actor.remote(slots, learner)
         self.others.append(channel)
         return channel
 
     def trainer(self) -> Any:
         """The actor from which all learners' Ray Train runs are started."""
         if self._trainer is None:
-            self._trainer = ray.remote(Trainer).options(num_cpus=0, max_concurrency=1000).remote()
+            # Ray Train puts the controllers of its runs where this actor is.
+            self._trainer = ray.remote(Trainer).options(name=self._name("trainer"), **beside_driver()).remote()
             self.others.append(self._trainer)
         return self._trainer
 
     async def ready(self) -> None:
         """Wait until every engine, reward, reference and embedder is loaded. Raises what kept one from loading."""
-        waits = [g.start.remote() for g in self.generators]
+        waits = [started(g) for g in self.generators]
         waits += [one.ready.remote() for one in [*self.scorer, *self.judge, *self.reference, *self.embedder]]
         await gather(*waits)
+
+    async def enlist(self, generators: Sequence[Any]) -> None:
+        """Tell the store which generators may be asked: an endpoint reads it there."""
+        await ask(self.store.enlist.remote(list(generators)))
 
     def close(self) -> None:
         """Stop every actor; an engine gets a moment to end its own processes."""
@@ -148,11 +230,41 @@ class Fleet:
                 ray.kill(handle)
 
 
-def start_fleet(keep: int) -> Fleet:
-    """A fleet with nothing but its policy store, which holds the newest `keep` versions of every policy."""
-    name = f"policy-store-{uuid.uuid4().hex}"
-    store = ray.remote(PolicyStore).options(name=name, num_cpus=0, max_concurrency=1000).remote(keep)
-    return Fleet(store=store, store_name=name)
+def fetcher(store_name: str | None, run_dir: Path | None) -> Fetch:
+    """How a generator gets a version: from the run's policy store, or an older one from its directory.
+
+    Raises:
+        KeyError: there is no such version in either.
+    """
+
+    async def fetch(ref: PolicyRef) -> Publication:
+        if store_name is not None:
+            # By name: a handle among the arguments would put them where a restart may not find them.
+            store: Any = ray.get_actor(store_name)
+            with contextlib.suppress(KeyError):
+                return await store.fetch.remote(ref)
+        if run_dir is None or not version_directory(run_dir, ref).is_dir():
+            raise KeyError(f"no published version {ref}")
+        return await asyncio.to_thread(read_publication, run_dir, ref)
+
+    return fetch
+
+
+def start_fleet(keep: int, run: str = "plumbline") -> Fleet:
+    """A fleet with nothing but its policy store, which holds the newest `keep` versions of every policy.
+
+    Args:
+        run: what its actors' names begin with, followed by letters of its own: two runs may have one name.
+    """
+    label = f"{run}-{uuid.uuid4().hex[:8]}"
+    name = f"{label}/policy-store"
+    store = ray.remote(PolicyStore).options(name=name, **beside_driver()).remote(keep)
+    return Fleet(label=label, store=store, store_name=name)
+
+
+def started(generator: Any) -> Any:
+    """A ref that is there once it has loaded, on whatever node it is started, and as often as it dies meanwhile."""
+    return generator.start.options(max_task_retries=-1).remote()
 
 
 def start_learner(fleet: Fleet, spec: LearnerSpec, channel: Any) -> "asyncio.Future[None]":
@@ -179,12 +291,14 @@ async def ask(ref: "Coroutine[Any, Any, Any] | Any") -> Any:
 
 
 def unwrap(error: RayError) -> BaseException:
-    """Our own error inside a Ray error, or a RunError that says what it was."""
+    """Our own error inside a Ray error, a LostError of a dead process or node, or a RunError that says what it was."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, RayError):
         return unwrap(cause)
     if isinstance(cause, PlumblineError):
         return cause
+    if isinstance(error, RayActorError | ObjectLostError | NodeDiedError):
+        return LostError(in_one_line(error))
     return RunError(in_one_line(cause if isinstance(cause, Exception) else error))
 
 

@@ -9,7 +9,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,14 +18,17 @@ import torch
 import torch.distributed as dist
 
 from actors.channel import Box, Lease
+from actors.metrics import LEARNER_LOSS, LEARNER_SAMPLES, LEARNER_SECONDS, LEARNER_UPDATES
 from actors.objectives import build_objective
 from actors.policy import LearnedPolicy, probe_logps
 from actors.strategy import make_strategy, micro_batches
-from plumbline.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from plumbline.config import Learner, LoraPolicy, Model, Pipeline
+from plumbline.checkpoint import MARKER, checkpoint_directory, latest_step, load_checkpoint, save_checkpoint
+from plumbline.config import Learner, LoraPolicy, Model, Pipeline, Ple
 from plumbline.errors import LossError, PlumblineError, RunError
-from plumbline.policies import read_publication, version_directory
+from plumbline.mirror import pull_parts, push_checkpoint, saved_step
+from plumbline.policies import PROOF, read_publication, version_directory
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
+from plumbline.storage import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class LearnerSpec:
     """All that a learner needs; picklable. `total` counts parts, checkpoints and versions go into `run_dir`.
 
     `publishes`: every version as an adapter that generators take, or as a whole model that they take (`full`), or one
-    whole model at the end, for nobody (`final`).
+    whole model at the end, for nobody (`final`). `storage`: the URL of the copy of `run_dir`, where there is one.
     """
 
     section: Pipeline
@@ -45,10 +48,15 @@ class LearnerSpec:
     seed: int
     run_dir: Path
     publishes: Literal["adapter", "full", "final"]
+    storage: str | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.run_dir / "checkpoints" / self.section.name
+
+    def saved_step(self) -> int:
+        """Where it goes on: the step of the newest checkpoint, 0 for none."""
+        return saved_step(Storage(self.run_dir, self.storage), self.checkpoints)
 
 
 class Feed(Protocol):
@@ -84,6 +92,15 @@ def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
         raise
 
 
+def count_part(pipeline: str, metrics: Mapping[str, float], updates: int, samples: int, seconds: float) -> None:
+    """A part that was trained on, for Prometheus."""
+    LEARNER_UPDATES.inc(updates, pipeline=pipeline)
+    LEARNER_SAMPLES.inc(samples, pipeline=pipeline)
+    LEARNER_SECONDS.observe(seconds, pipeline=pipeline)
+    if "loss" in metrics:
+        LEARNER_LOSS.set(metrics["loss"], pipeline=pipeline)
+
+
 class Worker:
     """The state of one worker: strategy, counters, what the last part gave."""
 
@@ -94,16 +111,20 @@ class Worker:
         self._spec, self._feed, self._rank, self._world = spec, feed, rank, world
         self._settings: Learner = spec.section.learner
         self._through_adapter = isinstance(getattr(spec.section, "policy", None), LoraPolicy)
-        self._objective = build_objective(spec.section, spec.run_dir / "rollouts" / spec.section.name, spec.seed)
+        self._storage = Storage(spec.run_dir, spec.storage)
+        parts = spec.run_dir / "rollouts" / spec.section.name
+        self._objective = build_objective(spec.section, parts, spec.seed)
         # The strategy moves it to the device: ZeRO 3 holds no whole model there.
         self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, "cpu", spec.seed)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
         self._updates = 0
-        self._done = latest_step(spec.checkpoints)
+        self._done = spec.saved_step()
         self._base_probe = self._measure()
         self._probe = self._previous_probe = self._base_probe
         self._metrics: dict[str, float] = {}
         if self._done:
+            if isinstance(spec.section, Ple):  # it replays what was trained on, perhaps on another machine
+                pull_parts(self._storage, spec.run_dir, parts)
             self._restore()
         self._objective.restore(self._done)
 
@@ -151,11 +172,14 @@ class Worker:
         sums: dict[str, float] = {}
         count = 0
         norms: list[float] = []
+        started = time.monotonic()
         for batch in self._objective.updates(step, samples):
             norms.append(self._update(step, batch, sums))
             count += len(batch)
         metrics = {key: value / count for key, value in self._gathered(sums).items()} if count else {}
         metrics |= self._objective.figures()
+        if self._rank == 0:
+            count_part(self._spec.section.name, metrics, len(norms), count, time.monotonic() - started)
         return metrics | {
             "updates": float(len(norms)),
             "grad_norm": sum(norms) / len(norms) if norms else 0.0,
@@ -208,8 +232,10 @@ class Worker:
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         meta = {"updates": self._updates, "previous_probe": self._previous_probe, "metrics": self._metrics}
         save_checkpoint(self._spec.checkpoints, self._done, tensors, meta)
+        push_checkpoint(self._storage, self._spec.checkpoints, self._done)
 
     def _restore(self) -> None:
+        self._storage.pull_directory(checkpoint_directory(self._spec.checkpoints, self._done), MARKER)
         tensors, meta = load_checkpoint(self._spec.checkpoints, self._done)
         self._strategy.load(tensors)
         torch.set_rng_state(tensors["rng.torch"])
@@ -238,6 +264,7 @@ class Worker:
         if written:
             directory = version_directory(self._spec.run_dir, publication.ref)
             self._policy.save(directory, publication, weights, adapter=self._spec.publishes == "adapter")
+            self._storage.push_directory(directory, PROOF)
             if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
         self._feed.publish(publication)

@@ -9,11 +9,14 @@ import itertools
 import math
 import shutil
 import tempfile
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from actors.engine import Adapter, Engine
+from actors.metrics import PROBE_DIFFERENCE, PROOF_SECONDS
 from actors.weights import Proof, prove
 from plumbline.errors import RunError
 from plumbline.records import PolicyRef, Publication, TokenGroup
@@ -28,8 +31,12 @@ class Versions(Protocol):
         """Fetch, load and prove a version. Raises SyncError."""
         ...
 
-    async def acquire(self, ref: PolicyRef) -> Adapter | None:
-        """Wait until requests may be answered by `ref`, which stays until `release`; returns what names it."""
+    async def acquire(self, ref: PolicyRef, *, pin: bool = False) -> Adapter | None:
+        """Wait until requests may be answered by `ref`, which stays until `release`; returns what names it.
+
+        Args:
+            pin: a user asks: the version stays loaded after it, until as many others were asked for as are pinned.
+        """
         ...
 
     def release(self, ref: PolicyRef) -> None: ...
@@ -53,7 +60,9 @@ class Prober:
 
     async def prove(self, publication: Publication, adapter: Adapter | None) -> Proof:
         """See `actors.weights.prove`."""
+        started = time.monotonic()
         measured = await self.measure(adapter)
+        PROOF_SECONDS.observe(time.monotonic() - started, policy=publication.ref.policy)
         previous = PolicyRef(policy=publication.ref.policy, version=publication.ref.version - 1)
         reference = previous if previous in self.measured else PolicyRef()
         proof = prove(
@@ -64,6 +73,7 @@ class Prober:
             reference_measured=self.measured[reference],
             tolerance=self._tolerance,
         )
+        PROBE_DIFFERENCE.set(proof.difference, policy=publication.ref.policy)
         self.measured[publication.ref] = measured
         return proof
 
@@ -88,10 +98,12 @@ class AdapterVersions:
 
     Args:
         keep: versions of a policy that stay loaded, counted from the newest, beside those that requests still use.
+        pinned: versions that stay loaded since users asked for them last.
     """
 
-    def __init__(self, engine: Engine, prober: Prober, fetch: Fetch, keep: int) -> None:
+    def __init__(self, engine: Engine, prober: Prober, fetch: Fetch, keep: int, pinned: int = 0) -> None:
         self._engine, self._prober, self._fetch, self._keep = engine, prober, fetch, keep
+        self._pins: deque[PolicyRef] = deque(maxlen=pinned)
         self._directory = Path(tempfile.mkdtemp(prefix="plumbline-adapters-"))
         self._loading: dict[PolicyRef, asyncio.Task[Proof]] = {}
         self._users: dict[PolicyRef, int] = {}
@@ -107,9 +119,13 @@ class AdapterVersions:
             self._loading.pop(ref, None)
             raise
 
-    async def acquire(self, ref: PolicyRef) -> Adapter | None:
+    async def acquire(self, ref: PolicyRef, *, pin: bool = False) -> Adapter | None:
         if ref.version == 0:
             return None
+        if pin:
+            if ref in self._pins:
+                self._pins.remove(ref)
+            self._pins.append(ref)
         self._users[ref] = self._users.get(ref, 0) + 1
         try:
             await self.load(ref)
@@ -132,7 +148,7 @@ class AdapterVersions:
         number = next(self.ids)
         directory = self._directory / str(number)  # not by version: the same one may be on its way out
         write_files(directory, publication.files)
-        adapter = Adapter(id=number, name=str(ref), path=str(directory))
+        adapter = Adapter(id=number, name=ref.public, path=str(directory))
         await self._engine.add_adapter(adapter)
         proof = await self._prober.prove(publication, adapter)
         self.adapters[ref] = adapter
@@ -143,7 +159,7 @@ class AdapterVersions:
         """Drop the versions of a policy that are old and that no request uses."""
         old = [r for r in self.adapters if r.policy == newest.policy and r.version <= newest.version - self._keep]
         for ref in old:
-            if ref in self.adapters and ref not in self._users:  # another load may have dropped it meanwhile
+            if ref in self.adapters and ref not in self._users and ref not in self._pins:  # or dropped meanwhile
                 adapter = self.adapters.pop(ref)
                 self._loading.pop(ref, None)
                 self._prober.measured.pop(ref, None)
@@ -177,7 +193,7 @@ class WholeVersions:
         self.release(ref)
         return self._proofs[of_base(ref)]
 
-    async def acquire(self, ref: PolicyRef) -> None:
+    async def acquire(self, ref: PolicyRef, *, pin: bool = False) -> None:
         async with self._turn:
             if self._replacing is not None:  # begun for a request that was given up meanwhile
                 await asyncio.wait([self._replacing])

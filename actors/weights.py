@@ -8,6 +8,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from plumbline.errors import PlumblineError, SyncError
 from plumbline.policies import is_adapter
@@ -93,6 +94,7 @@ class PolicyStore:
         self._keep = keep
         self._versions: dict[str, dict[int, Publication]] = {}
         self._failures: dict[str, PlumblineError] = {}
+        self._generators: list[Any] = []
         self._changed = asyncio.Condition()
 
     async def publish(self, publication: Publication) -> None:
@@ -129,3 +131,11 @@ class PolicyStore:
         async with self._changed:
             self._failures[policy] = error
             self._changed.notify_all()
+
+    async def enlist(self, generators: list[Any]) -> None:
+        """Note handles of the generators that there are."""
+        self._generators = generators
+
+    async def generators(self) -> list[Any]:
+        """Handles of the generators that there are, for whoever asks them beside the run's own process."""
+        return self._generators

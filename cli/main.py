@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cli.serving import add_commands as add_serving
 from plumbline.errors import PlumblineError, UserError
 
 
@@ -79,6 +80,20 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--kind", choices=("prompts", "labelled", "preferences"), default="prompts")
     one.set_defaults(command=validate_command)
 
+    add_serving(commands)
+
+    one = commands.add_parser("chat", help="talk to the models of any OpenAI-compatible server, also side by side")
+    one.add_argument("--url", help="of the API; default: OPENAI_BASE_URL, or http://127.0.0.1:8000/v1")
+    one.add_argument("--key-file", type=Path, metavar="FILE", help="its first line is the key; default: OPENAI_API_KEY")
+    one.add_argument(
+        "--model", action="append", default=[], metavar="NAME", help="several answer side by side; default: the first"
+    )
+    one.add_argument("--system", metavar="TEXT", help="a system text before every conversation")
+    one.add_argument("--temperature", type=float, help="default: the server's")
+    one.add_argument("--max-tokens", type=int, help="of an answer; default: the server's")
+    one.add_argument("--ask", metavar="TEXT", help="ask this once, print the answer, and end")
+    one.set_defaults(command=chat_command)
+
     one = commands.add_parser("theory", help="estimate how many negatives on one positive match balanced pairs")
     one.add_argument("model_dir", metavar="MODEL_DIR", help="policy and reference in one, as DPO starts")
     one.add_argument("data", metavar="DATA", help="a preference file or dataset, or a run's directory of pairs")
@@ -139,7 +154,7 @@ def _run(config: Any, run_dir: Path) -> int:
 
 def evaluate_command(options: argparse.Namespace) -> int:
     """`plumbline evaluate`."""
-    from plumbline.policies import policies
+    from plumbline.policies import servable
 
     run_dir = options.run_dir.absolute()
     if not (run_dir / "config.yaml").is_file():
@@ -149,7 +164,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     from plumbline.display import Display, result_text
 
     with Display() as display:
-        result = compare(run_dir, options.of or ["base", *policies(run_dir)], options.prompts, display)
+        result = compare(run_dir, options.of or ["base", *servable(run_dir)], options.prompts, display)
     print(result_text(result))
     return 0
 
@@ -189,6 +204,13 @@ def validate_command(options: argparse.Namespace) -> int:
     for key, value in summarize(read(options.data, columns=columns, split=options.split)).items():
         print(f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}")
     return 0
+
+
+def chat_command(options: argparse.Namespace) -> int:
+    """`plumbline chat`."""
+    from cli.chat import chat
+
+    return chat(options)
 
 
 def theory_command(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """What every pipeline of a run shares: the config, the directory, the tokenizer, the fleet, the pool, the event log."""
 
+import asyncio
 import itertools
 import json
 import math
@@ -12,38 +13,43 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from actors.spawn import Fleet
 from actors.train_loop import LearnerSpec
+from actors.weights import TOLERANCE
 from pipelines.pool import Pool
 from plumbline.config import Config, FullPolicy, Pipeline
 from plumbline.records import Prompt, TokenGroup
+from plumbline.storage import Storage
+from plumbline.tracking import Trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from pipelines.gate import Promoter
 
 Event = Mapping[str, Any]
 
 
 class EventLog:
-    """`events.jsonl`: one line a step; every event also goes to `listen`, which shows it.
+    """`events.jsonl`: one line a step; every event also goes to `listen`, which shows it, and to the trackers.
 
     A last line without its end is of a process that was killed while it wrote, and is dropped.
     """
 
-    def __init__(self, path: Path, listen: Callable[[Event], None]) -> None:
+    def __init__(self, path: Path, listen: Callable[[Event], None], trackers: Trackers | None = None) -> None:
         self._path = path
         self._listen = listen
+        self._trackers = trackers or Trackers([])
 
     def keep(self, pipeline: str, done: int) -> int:
         """Drop a pipeline's lines of steps after `done`, which will be done again; returns the last step that stays."""
-        if not self._path.exists():
-            return 0
-        lines = [
-            json.loads(line) for line in self._path.read_text("utf-8").splitlines(keepends=True) if line[-1] == "\n"
-        ]
+        text = self._path.read_text("utf-8") if self._path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
         kept = [e for e in lines if e.get("pipeline") != pipeline or e.get("step", 0) <= done]
         aside = self._path.with_suffix(".aside")
         aside.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
         os.replace(aside, self._path)
-        return max((e["step"] for e in kept if e.get("pipeline") == pipeline and "step" in e), default=0)
+        last = max((e["step"] for e in kept if e.get("pipeline") == pipeline and "step" in e), default=0)
+        self._trackers.rewind(pipeline, last)
+        return last
 
     def write(self, event: Event) -> None:
         """Add a line and show it. What is no finite number, such as a drift that drowned in noise, becomes null."""
@@ -51,6 +57,7 @@ class EventLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), **event}) + "\n")
         self._listen(event)
+        self._trackers(event)
 
     def say(self, message: str) -> None:
         """Show a line without logging it."""
@@ -61,7 +68,7 @@ class EventLog:
 class Context:
     """One run. `model_path` is π0's directory: the config's model, or what the `sft` section made of it.
 
-    `fingerprint` says which model that is, where the run has a reference.
+    `fingerprint` says which model that is, where the run has a reference. Tasks in `beside` end with the run.
     """
 
     config: Config
@@ -72,15 +79,30 @@ class Context:
     prompts: list[Prompt]
     events: EventLog
     fleet: Fleet
+    storage: Storage = field(default_factory=lambda: Storage(Path(), None))
     probe: tuple[TokenGroup, ...] = ()
     model_path: str = ""
     fingerprint: str = ""
     pool: Pool = field(default_factory=lambda: Pool([], 0))
+    beside: list["asyncio.Task[None]"] = field(default_factory=list)
+    promoter: "Promoter | None" = None
     _turns: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def tolerance(self) -> float:
+        """Nats a token that an engine's probe may differ from the learner's."""
+        return self.config.fleet.sync_tolerance or TOLERANCE[self.dtype]
 
     def pick(self, replicas: Sequence[Any]) -> Any:
         """One of an actor's replicas, each in turn."""
         return replicas[next(self._turns) % len(replicas)]
+
+    async def close(self) -> None:
+        """End what runs beside the pipelines, and stop every actor."""
+        for task in self.beside:
+            task.cancel()
+        await asyncio.gather(*self.beside, return_exceptions=True)
+        self.fleet.close()
 
     def learner_spec(self, section: Pipeline, total: int, *, serves: bool) -> LearnerSpec:
         """A learner that starts from π0, or from the config's model where π0 is yet to be made.
@@ -102,4 +124,5 @@ class Context:
             seed=self.config.seed,
             run_dir=self.run_dir,
             publishes=("full" if whole else "adapter") if serves else "final",
+            storage=self.storage.url,
         )

@@ -11,15 +11,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actors.scorer import Query
-from actors.spawn import gather
+from actors.spawn import ask, gather
 from pipelines.context import Context
+from pipelines.rolling import sampled_tokens
 from plumbline.config import Config
 from plumbline.config import Generation as Settings
 from plumbline.dataset import read_prompts
 from plumbline.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
 from plumbline.lengths import section_lengths, steerings
 from plumbline.prompting import encode_response, render
-from plumbline.records import GenerateRequest, PolicyRef, Prompt, Sampling, TokenGroup
+from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
+
+TURN = "evaluation"
+"""What the pool calls these requests, beside the pipelines: they take turns at weight 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +94,7 @@ async def answers_of(
         for kind, text in kinds
         for prompt in prompts
     ]
-    pool = context.fleet.generators
-    shards = [requests[i :: len(pool)] for i in range(len(pool))]
-    drawn = await gather(*(g.generate.remote(shard) for g, shard in zip(pool, shards, strict=True)))
-    by_key = {generation.key: generation for shard in drawn for generation in shard}
-    generations = [by_key[request.key] for request in requests]
+    generations = await generated(context, requests)
     queries = [Query(messages=p.messages, extra=dict(p.extra)) for _ in kinds for p in prompts]
     rewards = await scores_of(context.fleet.scorer, queries, generations)
     judged = await scores_of(context.fleet.judge, queries, generations)
@@ -114,6 +114,20 @@ async def answers_of(
     )
 
 
+async def generated(context: Context, requests: Sequence[GenerateRequest]) -> list[Generation]:
+    """Answers from the pool, in the order of the requests, in batches that take turns with the pipelines'."""
+    pool = context.pool
+
+    async def one(batch: Sequence[GenerateRequest]) -> list[Generation]:
+        tokens = sum(request.n * request.sampling.max_tokens for request in batch)
+        return await pool.ask(TURN, tokens, lambda generator: ask(generator.generate.remote(list(batch))))
+
+    batches = [requests[i : i + pool.batch] for i in range(0, len(requests), pool.batch)]
+    generations = [generation for batch in await gather(*map(one, batches)) for generation in batch]
+    pool.count(TURN, sampled_tokens(generations))
+    return generations
+
+
 async def scores_of(scorers: Sequence[Any], queries: Sequence[Query], generations: Sequence[Any]) -> list[float]:
     """The first replica's score of each answer; nothing where there is no such reward."""
     if not scorers:
@@ -131,8 +145,15 @@ async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]
     ]
     if not groups:
         return None
-    [scored] = await gather(context.fleet.generators[0].logprobs.remote(groups, ref))
-    return corpus_ppl([-sum(one[0]) for one in scored], [len(one[0]) for one in scored])
+    pool = context.pool
+
+    async def one(batch: Sequence[TokenGroup]) -> list[list[list[float]]]:
+        tokens = sum(group.tokens for group in batch)
+        return await pool.ask(TURN, tokens, lambda generator: ask(generator.logprobs.remote(list(batch), ref)))
+
+    batches = [groups[i : i + pool.batch] for i in range(0, len(groups), pool.batch)]
+    scored = [scores[0] for batch in await gather(*map(one, batches)) for scores in batch]
+    return corpus_ppl([-sum(one) for one in scored], [len(one) for one in scored])
 
 
 def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples: int) -> dict[str, Any]:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from actors.embedder import EmbedderSpec
-from actors.engine import EngineSpec, resolve_engine
+from actors.engine import engine_spec, resolve_engine
 from actors.reference import ReferenceSpec
 from actors.scorer import ScorerSpec
-from actors.spawn import Fleet, ask, start_fleet, start_ray, stop_ray
-from actors.weights import TOLERANCE
+from actors.spawn import Fleet, absent, ask, is_job, start_fleet, start_ray, stop_ray
 from pipelines.context import Context, Event, EventLog
+from pipelines.crew import keep_crew
 from pipelines.dlma import DlmaMethod
+from pipelines.endpoint import await_endpoint, begin_endpoint, check_endpoint, endpoint_cpus
 from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
+from pipelines.gate import Promoter
 from pipelines.loop import first_failure, run_method
 from pipelines.ple import PleMethod
 from pipelines.pool import Pool
@@ -27,28 +29,29 @@ from pipelines.raft import RaftMethod
 from pipelines.reward import run_reward
 from pipelines.self_contrast import SelfContrastMethod
 from pipelines.sft import run_sft
-from pipelines.watch import watch_pool
+from pipelines.watch import push_events, watch_pool
 from plumbline.config import (
     ClassifierReward,
     Config,
-    FullPolicy,
-    LoraPolicy,
     Pipeline,
-    Ple,
     Preference,
     Reward,
     RewardModel,
-    Rolled,
     SelfContrast,
     Sft,
 )
 from plumbline.config_file import load_config as read_config
-from plumbline.doctor import check, model_directory, resolve_device, resolve_dtype, run_tokenizer
+from plumbline.doctor import check, model_directory, resolve_dtype, run_device, run_tokenizer
 from plumbline.errors import ConfigError, PlumblineError, RunError
-from plumbline.policies import model_path, parse_ref, read_publication, version_directory, versions
+from plumbline.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
+from plumbline.policies import base_directory, model_path, parse_ref, read_publication, versions, write_probe
 from plumbline.prompting import encode_response, render
 from plumbline.records import PolicyRef, Prompt, TokenGroup
 from plumbline.run_dir import open_run_dir
+from plumbline.section import bounds
+from plumbline.tracking import Trackers, start_trackers
+from serve.keys import Keys
+from serve.launch import stop_endpoint
 
 PROBE_GROUPS = 16
 """Prompts of the probe that versions are proved on, one response each."""
@@ -67,8 +70,12 @@ def run(
         RunError: the run ended early; what `run_dir` holds is whole, and the same call continues it.
     """
     checked = check(config, run_dir) if prompts is None else prompts
+    keys = check_endpoint(config)
     open_run_dir(config, run_dir)
-    return asyncio.run(within_ray(config, lambda: run_pipelines(config, run_dir, checked, listen)))
+    storage = open_storage(config, run_dir)
+    saving = pushed_at_end(storage, run_dir, lambda message: listen({"message": message}))
+    with saving, start_trackers(config, run_dir, listen) as trackers:
+        return asyncio.run(within_ray(config, lambda: run_pipelines(config, run_dir, checked, listen, trackers, keys)))
 
 
 def compare(
@@ -93,7 +100,9 @@ def compare(
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
     config = config.model_copy(update={"evaluation": settings})
-    return asyncio.run(within_ray(config, lambda: compare_policies(config, run_dir, checked, named, listen)))
+    result = asyncio.run(within_ray(config, lambda: compare_policies(config, run_dir, checked, named, listen)))
+    push_logs(run_storage(config, run_dir), run_dir)
+    return result
 
 
 async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
@@ -101,12 +110,15 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
     task = asyncio.current_task()
     assert task is not None
     fleet = config.fleet
-    together = sum(p.learner.workers * p.learner.cpus for p in config.pipelines)
-    first = config.sft.learner.workers * config.sft.learner.cpus if config.sft else 0
+    together = sum(bounds(p.learner.workers)[1] * p.learner.cpus for p in config.pipelines)
+    first = bounds(config.sft.learner.workers)[1] * config.sft.learner.cpus if config.sft else 0
     start_ray(
-        fleet.generator.replicas * fleet.generator.cpus
+        bounds(fleet.generator.replicas)[1] * fleet.generator.cpus
         + max(together, first)
         + int(fleet.scorer.replicas * fleet.scorer.cpus)
+        + endpoint_cpus(config),
+        config.resources,
+        run=config.name,
     )
     # After Ray has started: it has a handler of its own, which would end this process at once.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -121,7 +133,12 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
 
 
 async def run_pipelines(
-    config: Config, run_dir: Path, prompts: list[Prompt], listen: Callable[[Event], None]
+    config: Config,
+    run_dir: Path,
+    prompts: list[Prompt],
+    listen: Callable[[Event], None],
+    trackers: Trackers,
+    keys: Keys,
 ) -> dict[str, Any]:
     """π0, then all pipelines at once over one fleet, then before against after.
 
@@ -130,16 +147,29 @@ async def run_pipelines(
     Raises:
         PlumblineError: the failure of the only pipeline, or a RunError that names those that failed.
     """
-    context = make_context(config, run_dir, prompts, listen)
+    context = make_context(config, run_dir, prompts, listen, trackers)
+    for name in absent(config.resources):
+        context.events.say(f"no node offers {name!r} yet; what asks for it waits until one joins")
+    if is_job() and run_dir.is_relative_to(Path.cwd()) and not config.storage_path:
+        context.events.say("the job's copy of the working directory holds this run, and Ray removes it; use --run-dir")
+    if context.storage.url:
+        context.beside.append(asyncio.create_task(push_events(context)))
     try:
         if config.sft:
             context.events.say("training π0 (sft)")
             context.model_path = await run_sft(context, config.sft, serves=False)
         if config.rolling:
-            await fill_fleet(context, train=True)
+            beside = (lambda: begin_endpoint(context, keys)) if config.serve.enabled else (lambda: None)
+            await fill_fleet(context, train=True, beside=beside)
+            write_probe(run_dir, context.probe)
+        if config.serve.enabled:
+            await await_endpoint(context)
+            context.promoter = Promoter(context)
         ended = asyncio.Event()
         watching = asyncio.create_task(watch_pool(context, ended)) if config.rolling else None
         results = await asyncio.gather(*(run_one(context, p) for p in config.pipelines), return_exceptions=True)
+        if context.promoter:
+            await context.promoter.finish()
         if watching:
             ended.set()
             await watching
@@ -153,13 +183,15 @@ async def run_pipelines(
             raise the_failure(config, failed)
         return result
     finally:
-        context.fleet.close()
+        if config.serve.enabled:
+            stop_endpoint()
+        await context.close()
 
 
 async def run_one(context: Context, section: Pipeline) -> None:
     """One pipeline, by its type."""
     if isinstance(section, Sft):
-        await run_sft(context, section, serves=serves_adapter(section))
+        await run_sft(context, section, serves=section.serves_adapter)
     elif isinstance(section, RewardModel):
         await run_reward(context, section)
     else:
@@ -188,9 +220,10 @@ def the_failure(config: Config, failed: Mapping[str, BaseException]) -> BaseExce
 
 async def evaluate_newest(context: Context) -> dict[str, Any]:
     """π0 against the newest version of every policy that generators can load; nothing where there is none."""
-    there = {p.name: versions(context.run_dir, p.name) for p in served(context.config)}
+    await asyncio.to_thread(pull_versions, context.storage, context.run_dir)  # the learners may be elsewhere
+    there = {p.name: versions(context.run_dir, p.name) for p in context.config.served}
     newest = {name: PolicyRef(policy=name, version=numbers[-1]) for name, numbers in there.items() if numbers}
-    if not newest or not context.fleet.generators:
+    if not newest or not context.config.rolling:
         return {}
     for ref in newest.values():  # an older run's version is not in this run's store
         await context.fleet.store.publish.remote(read_publication(context.run_dir, ref))
@@ -229,21 +262,19 @@ async def compare_policies(
             answers |= await answers_by_name(context, refs, heldout)
             result = write_comparison(context, {n: answers[n] for n in named if n in answers}, heldout)
         finally:
-            context.fleet.close()
+            await context.close()
     return result
 
 
-def base_directory(config: Config, run_dir: Path) -> str:
-    """Where a run's π0 lies."""
-    if config.sft:
-        return str(version_directory(run_dir, parse_ref(run_dir, config.sft.name)))
-    assert config.model.path is not None
-    return config.model.path
-
-
-def make_context(config: Config, run_dir: Path, prompts: list[Prompt], listen: Callable[[Event], None]) -> Context:
+def make_context(
+    config: Config,
+    run_dir: Path,
+    prompts: list[Prompt],
+    listen: Callable[[Event], None],
+    trackers: Trackers | None = None,
+) -> Context:
     """What all pipelines share, with an empty fleet."""
-    device = resolve_device(config.fleet.device)
+    device = run_device(config)
     context = Context(
         config=config,
         run_dir=run_dir,
@@ -251,70 +282,63 @@ def make_context(config: Config, run_dir: Path, prompts: list[Prompt], listen: C
         dtype=resolve_dtype(config.model.dtype, device),
         tokenizer=run_tokenizer(config),
         prompts=prompts,
-        events=EventLog(run_dir / "events.jsonl", listen),
-        fleet=start_fleet(keep=6 + kept_versions(config)),
+        events=EventLog(run_dir / "events.jsonl", listen, trackers),
+        fleet=start_fleet(keep=6 + config.kept_versions, run=config.name),
         model_path=config.model.path or "",
+        storage=run_storage(config, run_dir),
     )
     return replace(context, probe=make_probe(context))
 
 
-def kept_versions(config: Config) -> int:
-    """Versions of one policy that generators keep loaded: one that is coming, and those that rollouts may ask for."""
-    return 2 + max((p.max_staleness for p in config.pipelines if isinstance(p, Ple)), default=0)
+async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None] = lambda: None) -> None:
+    """Start generators, rewards and what the methods need to `train`, and wait until they are loaded.
 
-
-async def fill_fleet(context: Context, *, train: bool) -> None:
-    """Start generators, rewards and what the methods need to `train`, and wait until they are loaded."""
+    Args:
+        beside: called while they load.
+    """
     config, fleet = context.config, context.fleet
     choice = resolve_engine(config.fleet.engine)
     settings = config.fleet.generator
-    ranks = [p.policy.r for p in served(config) if isinstance(p.policy, LoraPolicy)]
-    whole = any(isinstance(p.policy, FullPolicy) for p in config.rolling)
-    spec = EngineSpec(
-        model_path=context.model_path,
-        dtype=context.dtype,
-        device=context.device,
-        max_model_len=config.model.max_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_lora_rank=max(ranks, default=8),
-        max_adapters=0 if whole else kept_versions(config) * max(1, len(ranks)),
-        threads=settings.cpus,
-        kv_cache_gib=settings.kv_cache_gib,
-        memory_share=settings.memory_share,
-        seed=config.seed,
+    users = config.serve.enabled and train and config.serve.placement == "pool"
+    spec = engine_spec(
+        config,
+        context.model_path,
+        context.dtype,
+        context.device,
+        versions=config.kept_versions * max(1, len(config.served)) + (config.serve.pinned if users else 0),
+        seats=config.serve.seats if users else 0,
+        chat_template=context.tokenizer.chat_template,
     )
     context.events.say(f"engine: {choice} (fleet.engine: {config.fleet.engine}), {context.dtype} on {context.device}")
-    tolerance = config.fleet.sync_tolerance or TOLERANCE[context.dtype]
-    fleet.add_generators(settings, choice, spec, context.probe, tolerance, keep=kept_versions(config))
+    fleet.add_generators(
+        settings,
+        choice,
+        spec,
+        context.probe,
+        context.tolerance,
+        keep=config.kept_versions,
+        pinned=config.serve.pinned if users else 0,
+        run_dir=context.run_dir,
+    )
     if config.reward:
         fleet.scorer = add_reward(fleet, context, config.reward)
     if config.evaluation and config.evaluation.judge:
-        fleet.judge = add_reward(fleet, context, config.evaluation.judge)
+        fleet.judge = add_reward(fleet, context, config.evaluation.judge, role="judge")
     if train and any(isinstance(p, Preference) for p in config.pipelines):
         add_reference(context)
     if train and config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
         one = config.embedder
         device = "cuda" if one.gpus else "cpu"
-        fleet.add_embedders(
-            one.replicas, one.gpus, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size)
-        )
+        fleet.add_embedders(one, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size))
+    beside()
     await fleet.ready()
     if fleet.reference:
         context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
     longest = max(p.generation.max_tokens for p in config.rolling)
-    # A quarter more than all engines decode at once: a free place is filled at once, and no queue builds up in them.
-    capacity = settings.replicas * settings.max_num_seqs * longest * 5 // 4
+    # A quarter more than an engine decodes at once: a free place is filled at once, and no queue builds up in them.
+    capacity = settings.max_num_seqs * longest * 5 // 4
     context.pool = Pool(fleet.generators, capacity=capacity, batch=max(1, settings.max_num_seqs // 4))
-
-
-def served(config: Config) -> list[Rolled | Sft]:
-    """The pipelines whose versions generators load: all that generate, and `sft` with an adapter."""
-    return [*config.rolling, *(p for p in config.pipelines if isinstance(p, Sft) and serves_adapter(p))]
-
-
-def serves_adapter(section: Sft) -> bool:
-    """Whether generators can load its versions beside the others'."""
-    return isinstance(section.policy, LoraPolicy)
+    context.beside.append(asyncio.create_task(keep_crew(context)))
 
 
 def add_reference(context: Context) -> None:
@@ -339,7 +363,7 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline"
 
 
-def add_reward(fleet: Fleet, context: Context, reward: Reward) -> list[Any]:
+def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scorer") -> list[Any]:
     """The scorers of one reward."""
     if isinstance(reward, ClassifierReward):
         spec = ScorerSpec(
@@ -351,7 +375,7 @@ def add_reward(fleet: Fleet, context: Context, reward: Reward) -> list[Any]:
         )
     else:
         spec = ScorerSpec(function=reward.function)
-    return fleet.add_scorers(context.config.fleet.scorer, spec)
+    return fleet.add_scorers(context.config.fleet.scorer, spec, role)
 
 
 def make_probe(context: Context) -> tuple[TokenGroup, ...]:

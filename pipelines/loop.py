@@ -13,21 +13,22 @@ bound how far generation runs ahead of the learner, and its later epochs read th
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.channel import Box
-from actors.spawn import ask, gather, start_learner
+from actors.spawn import ask, start_learner
 from actors.train_loop import LearnerSpec
 from pipelines.context import Context
 from pipelines.rolling import RollingMethod, Rollout
-from pipelines.watch import busy_seconds, memory
-from plumbline.checkpoint import latest_step
+from pipelines.watch import busy_seconds, busy_share, memory
 from plumbline.config import Frozen, Rolled
-from plumbline.errors import RunError
+from plumbline.errors import LostError, RunError
+from plumbline.policies import PROOF, version_directory
 from plumbline.records import PolicyRef, Sample
 
 
@@ -56,13 +57,13 @@ async def run_method(context: Context, method: RollingMethod, section: Rolled) -
         await make_parts(context, method)
         return
     spec = context.learner_spec(section, method.total, serves=True)
-    done = latest_step(spec.checkpoints)
+    done = await asyncio.to_thread(spec.saved_step)
     logged = context.events.keep(method.name, done)
     undrawn = method.part_count - len(method.parts.steps())
     progress = Progress(resumed=done, logged=logged, proved=done, undrawn=undrawn)
     if progress.logged >= method.total:
         return
-    channel = context.fleet.add_channel(method.slots)
+    channel = context.fleet.add_channel(method.slots, method.name)
     learner = start_learner(context.fleet, spec, channel)
     try:
         await first_of(
@@ -88,7 +89,7 @@ async def make_parts(context: Context, method: RollingMethod) -> None:
     async def one(part: int) -> None:
         async with slots:
             rollout = await method.roll_out(part, method.ref(0))
-            await commit(method, part, rollout)
+            await commit(context, method, part, rollout)
             left.remove(part)
             seconds = time.monotonic() - started
             made = method.part_count - len(committed) - len(left)
@@ -143,7 +144,7 @@ async def produce(context: Context, method: RollingMethod, channel: Any, progres
 
     async def draw(part: int, ref: PolicyRef) -> None:
         rollout = await method.roll_out(part, ref)
-        await commit(method, part, rollout)
+        await commit(context, method, part, rollout)
         progress.tokens[part] = rollout.tokens
         progress.undrawn -= 1
 
@@ -163,21 +164,30 @@ async def produce(context: Context, method: RollingMethod, channel: Any, progres
     await ask(channel.close.remote())
 
 
-async def commit(method: RollingMethod, part: int, rollout: Rollout) -> None:
-    """The one write of a part. The part comes last: rejected rows without their part are dropped on resume."""
+async def commit(context: Context, method: RollingMethod, part: int, rollout: Rollout) -> None:
+    """The one write of a part. The part comes last: rejected rows without their part are dropped on resume.
+
+    So it is in the storage, whose copy of the rejected rows is as new as any part that is there.
+    """
     if rollout.rejected:
         await asyncio.to_thread(method.rejected.add, part, rollout.rejected)
     await asyncio.to_thread(method.parts.write, part, rollout.rows)
+    files = [method.directory / "rejected.parquet", Path(method.parts.path(part))]
+    await asyncio.to_thread(context.storage.push, *(file for file in files if file.exists()))
 
 
 async def advance(context: Context, method: RollingMethod, channel: Any, progress: Progress) -> None:
     """Consumes published versions; produces proofs, free slots and events. Waits for the learner.
 
-    It begins at the first step without an event: one that was saved just before an interruption gets its own now.
+    It begins at the first step without an event: those that were saved just before an interruption get theirs now.
     """
+    for step in range(progress.logged + 1, progress.resumed):
+        # The learner publishes the newest checkpoint's version alone: of those before it, the parts are what is known.
+        context.events.write(await step_event(method, step, {}))
     started = clock = time.monotonic()
     busy = await busy_seconds(context)
-    for step in range(progress.logged + 1, method.total + 1):
+    first = max(progress.logged + 1, progress.resumed)
+    for step in range(first, method.total + 1):
         ref = PolicyRef(policy=method.name, version=step)
         publication = await ask(context.fleet.store.wait.remote(ref))
         # Whole weights would take π0's place, which is still being drawn from: they are proved once it no longer is.
@@ -189,42 +199,70 @@ async def advance(context: Context, method: RollingMethod, channel: Any, progres
         seconds = now - clock
         metrics = dict(publication.metrics)
         wait, work = metrics.pop("learner_wait_s", 0.0), metrics.pop("learner_work_s", 0.0)
-        part = method.part(step)
-        rows = await asyncio.to_thread(method.parts.read, part)
         context.events.write(
             {
-                "pipeline": method.name,
-                "step": step,
-                "steps": method.total,
-                **metrics,
-                **method.describe(rows),
-                "rejected": sum(row["step"] == part for row in method.rejected.rows()),
+                **await step_event(method, step, metrics),
                 "proof_difference": max((p.difference for p in proofs), default=0.0),
                 "proof_drift": min((p.drift for p in proofs), default=0.0),
                 "seconds": seconds,
                 "tokens_per_s": progress.tokens.pop(step, 0) / seconds,
-                "generator_idle": min(1.0, max(0.0, 1 - (now_busy - busy) / seconds)),
+                "generator_idle": 1 - busy_share(busy, now_busy, seconds),
                 "learner_idle": wait / max(wait + work, 1e-9),
-                "seconds_left": (now - started) / (step - progress.logged) * (method.total - step),
+                "seconds_left": (now - started) / (step - first + 1) * (method.total - step),
                 **memory(),
             }
         )
+        if proofs and context.promoter:
+            await asyncio.to_thread(context.storage.pull_directory, version_directory(context.run_dir, ref), PROOF)
+            context.promoter.offer(ref, last=step == method.total)
         clock, busy = now, now_busy
 
 
+async def step_event(method: RollingMethod, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What a step's event says of its part, beside the learner's `metrics`."""
+    part = method.part(step)
+    return {
+        "pipeline": method.name,
+        "step": step,
+        "steps": method.total,
+        **metrics,
+        **method.describe(await asyncio.to_thread(method.parts.read, part)),
+        "rejected": sum(row["step"] == part for row in method.rejected.rows()),
+    }
+
+
 async def prove_everywhere(context: Context, ref: PolicyRef) -> list[Any]:
-    """Load a published version into every generator; returns their proofs. Raises SyncError."""
+    """Load a published version into every generator of the pool, now; who joins later proves it first.
+
+    Returns:
+        Their proofs, without those that were lost over it.
+
+    Raises:
+        SyncError: the version did not arrive.
+    """
     await ask(context.fleet.store.wait.remote(ref))
-    return await gather(*(g.load.remote(ref) for g in context.fleet.generators))
+    pool = context.pool
+    current = pool.current.get(ref.policy)
+    if current is None or current.version < ref.version:
+        pool.current[ref.policy] = ref
+
+    async def one(generator: Any) -> Any:
+        try:
+            return await ask(generator.load.remote(ref))
+        except LostError:
+            pool.lose(generator)
+
+    proofs = await asyncio.gather(*map(one, pool.generators))
+    return [proof for proof in proofs if proof is not None]
 
 
 async def train_on(context: Context, spec: LearnerSpec, batches: Sequence[Sequence[Sample]]) -> None:
     """Train on data that is already there, a batch a step: `sft`, `reward`. Resumes where its checkpoint stands."""
-    done, name = latest_step(spec.checkpoints), spec.section.name
+    done, name = await asyncio.to_thread(spec.saved_step), spec.section.name
     context.events.keep(name, done)
     if done >= len(batches):
         return
-    channel = context.fleet.add_channel(slots=8)
+    channel = context.fleet.add_channel(slots=8, learner=name)
     learner = start_learner(context.fleet, spec, channel)
 
     async def feed() -> None:

@@ -1,5 +1,6 @@
 """Train a reward model: a one-logit sequence classifier, from labelled texts or preference pairs (Bradley-Terry)."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pipelines.loop import train_on
 from pipelines.sft import shuffled_batches
 from plumbline.config import RewardModel, Source
 from plumbline.dataset import read_labelled, read_preferences
-from plumbline.policies import version_directory
+from plumbline.policies import PROOF, version_directory
 from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
 from plumbline.rewarding import reward_ids
 
@@ -30,9 +31,11 @@ async def run_reward(context: Context, section: RewardModel) -> Path:
     spec = context.learner_spec(section, len(batches), serves=False)
     await train_on(context, spec, batches)
     directory = version_directory(context.run_dir, PolicyRef(policy=section.name, version=len(batches)))
+    await asyncio.to_thread(context.storage.pull_directory, directory, PROOF)  # the learner may be elsewhere
     accuracy = await heldout_accuracy(context, section, directory, heldout)
     figures = {"heldout_accuracy": accuracy, "heldout": len(heldout), "trained_on": len(train)}
     (directory / "accuracy.json").write_text(json.dumps(figures), encoding="utf-8")
+    await asyncio.to_thread(context.storage.push, directory / "accuracy.json")
     context.events.write({"pipeline": section.name, **figures})
     context.events.say(f"{section.name}: held-out accuracy {accuracy:.4f} on {len(heldout)} rows; model in {directory}")
     return directory

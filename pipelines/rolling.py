@@ -57,7 +57,7 @@ class RollingMethod(ABC):
     ) -> None:
         self._context = context
         self._section = section
-        directory = context.run_dir / room / section.name
+        directory = self.directory = context.run_dir / room / section.name
         self.name = section.name
         self._answers = section.samples if isinstance(section, SelfContrast | Raft) else 2  # a prompt
         self.parts = Parts(str(directory), schema)
@@ -139,11 +139,14 @@ class RollingMethod(ABC):
         `then` are calls of scorers and the like, given the answers' ref, unread. The place in the pool is free again as
         soon as the answers are there.
         """
-        tokens = sum(request.n * request.sampling.max_tokens for request in requests)
-        async with self._context.pool.admit(self.name, tokens, self._section.share) as generator:
+
+        async def question(generator: Any) -> tuple[list[Generation], list[Any]]:
             answers = generator.generate.remote(list(requests))
             made = [one(answers) for one in then]
-            generations: list[Generation] = await ask(answers)
+            return await ask(answers), made
+
+        tokens = sum(request.n * request.sampling.max_tokens for request in requests)
+        generations, made = await self._context.pool.ask(self.name, tokens, question, self._section.share)
         self._context.pool.count(self.name, sampled_tokens(generations))
         return [generations, *[await ask(one) for one in made]]
 

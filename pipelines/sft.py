@@ -1,13 +1,13 @@
 """Supervised fine-tuning on (prompt, target): a pipeline of its own, or the stage that makes π0 before the others."""
 
+import asyncio
 import random
 
 from pipelines.context import Context
 from pipelines.loop import train_on
-from plumbline.checkpoint import latest_step
 from plumbline.config import Sft
 from plumbline.lengths import sft_group
-from plumbline.policies import version_directory, versions
+from plumbline.policies import PROOF, version_directory
 from plumbline.records import PolicyRef, Sample
 
 
@@ -22,8 +22,10 @@ async def run_sft(context: Context, section: Sft, *, serves: bool) -> str:
     spec = context.learner_spec(section, len(batches), serves=serves)
     await train_on(context, spec, batches)
     final = PolicyRef(policy=section.name, version=len(batches))
-    assert final.version in versions(context.run_dir, section.name), latest_step(spec.checkpoints)
-    return str(version_directory(context.run_dir, final))
+    directory = version_directory(context.run_dir, final)
+    await asyncio.to_thread(context.storage.pull_directory, directory, PROOF)  # the learner may be elsewhere
+    assert directory.is_dir(), directory
+    return str(directory)
 
 
 def sft_samples(context: Context) -> list[Sample]:

@@ -15,22 +15,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+KEPT = 2
+"""Checkpoints of a learner that are kept, the newest ones."""
+MARKER = "state.json"
+"""The file that is written last."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], keep: int = 2
+    root: Path, step: int, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], keep: int = KEPT
 ) -> None:
     """Write `root/step-NNNNNN`; afterwards all but the newest `keep` are removed. A crash leaves the old ones whole."""
     from safetensors.torch import save_file
 
     def write(directory: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "state.safetensors")
-        (directory / "state.json").write_text(json.dumps(dict(meta)), encoding="utf-8")
+        (directory / MARKER).write_text(json.dumps(dict(meta)), encoding="utf-8")
 
-    write_directory(root / f"step-{step:06d}", write)
+    write_directory(checkpoint_directory(root, step), write)
     for old in _steps(root)[:-keep]:
-        shutil.rmtree(root / f"step-{old:06d}", ignore_errors=True)
+        shutil.rmtree(checkpoint_directory(root, old), ignore_errors=True)
+
+
+def checkpoint_directory(root: Path, step: int) -> Path:
+    """Where a checkpoint lies, or would."""
+    return root / f"step-{step:06d}"
 
 
 def latest_step(root: Path) -> int:
@@ -42,8 +51,8 @@ def load_checkpoint(root: Path, step: int) -> "tuple[dict[str, Tensor], dict[str
     """Tensors and meta of one checkpoint."""
     from safetensors.torch import load_file
 
-    directory = root / f"step-{step:06d}"
-    return load_file(directory / "state.safetensors"), json.loads((directory / "state.json").read_text("utf-8"))
+    directory = checkpoint_directory(root, step)
+    return load_file(directory / "state.safetensors"), json.loads((directory / MARKER).read_text("utf-8"))
 
 
 def write_directory(target: Path, write: Callable[[Path], object]) -> None:

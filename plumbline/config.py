@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from plumbline.dataset import Reading
+from plumbline.endpoint import Serve
 from plumbline.fleet import Embedder, Fleet
-from plumbline.section import Count, Name, Section, Share
+from plumbline.section import Count, Elastic, Name, Resources, Section, Share, bounds
+from plumbline.tracking import Tracking
 
 
 class Model(Section):
@@ -46,8 +48,8 @@ class Model(Section):
 class Source(Section):
     """A file (.jsonl, .jsonl.gz, .parquet, .csv) or a Hugging Face dataset, by directory or name."""
 
-    path: str
-    split: str = "train"
+    path: str = Field(description="the file, the dataset's directory or its name")
+    split: str = Field(default="train", description="of a dataset")
     columns: dict[str, str] = Field(default={}, description="our column name -> the file's, such as {prompt: question}")
     where: dict[str, str | int | float | bool] = Field(
         default={}, description="a column of the file -> its value in the rows to use, such as {label: 1}"
@@ -63,8 +65,8 @@ class Source(Section):
 class Data(Section):
     """What the run learns on, and what it is judged on."""
 
-    train: Source
-    heldout: Source | None = None
+    train: Source = Field(description="what the pipelines draw prompts, targets and pairs from")
+    heldout: Source | None = Field(default=None, description="what `evaluation` asks; no training sees it")
     max_prompt_tokens: Count = Field(
         default=256, description="longer prompts are counted and listed in rejected.parquet"
     )
@@ -74,20 +76,20 @@ class ClassifierReward(Section):
     """A Hugging Face sequence classifier. Two labels: log-odds of the second; one label: its value."""
 
     type: Literal["classifier"]
-    path: str
+    path: str = Field(description="its directory, or that of a `reward` pipeline's policy: the newest version is taken")
     reads: Literal["response", "pair", "conversation"] = Field(
         default="response",
         description="the answer alone, (query, answer) as a text pair, or the chat template's rendering",
     )
     max_len: Count = Field(default=512, description="tokens; longer inputs are cut, and counted")
-    batch_tokens: Count = 8192
+    batch_tokens: Count = Field(default=8192, description="tokens of one forward, padding included")
 
 
 class ProgramReward(Section):
     """A Python function ``(Sequence[ScoreRequest]) -> list[float]``, named `module:function`."""
 
     type: Literal["program"]
-    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    function: str = Field(pattern=r"^[\w.]+:\w+$", description="importable from the working directory")
 
 
 Reward = Annotated[ClassifierReward | ProgramReward, Field(discriminator="type")]
@@ -96,9 +98,9 @@ Reward = Annotated[ClassifierReward | ProgramReward, Field(discriminator="type")
 class Generation(Section):
     """How rollouts are sampled."""
 
-    max_tokens: Count = 256
-    temperature: float = Field(default=1.0, ge=0, le=5)
-    top_p: Share = 1.0
+    max_tokens: Count = Field(default=256, description="of an answer")
+    temperature: float = Field(default=1.0, ge=0, le=5, description="the methods ask for 1; 0 is greedy")
+    top_p: Share = Field(default=1.0, description="share of the probability that is sampled from")
     stop: list[str] = Field(default=[], description="strings that end an answer, and are no part of it")
 
 
@@ -106,7 +108,7 @@ class LoraPolicy(Section):
     """An adapter on the shared base."""
 
     type: Literal["lora"] = "lora"
-    r: int = Field(default=8, ge=1, le=512)
+    r: int = Field(default=8, ge=1, le=512, description="rank")
     alpha: float = Field(default=16, gt=0, description="the scaling is alpha / r")
 
 
@@ -122,22 +124,25 @@ Policy = Annotated[LoraPolicy | FullPolicy, Field(discriminator="type")]
 class Learner(Section):
     """One Ray Train run."""
 
-    strategy: Literal["torch", "deepspeed"] = "torch"
+    strategy: Literal["torch", "deepspeed"] = Field(default="torch", description="deepspeed: ZeRO over the workers")
     zero: Literal[1, 2, 3] | None = Field(
         default=None, description="deepspeed cuts over workers: 1 optimiser, 2 gradients too (default), 3 weights too"
     )
-    workers: Count = 1
+    workers: Elastic = Field(
+        default=1, description="or bounds such as [1, 4]: as many as the cluster has room for, looked at every minute"
+    )
     cpus: Count = Field(default=1, description="threads a worker")
     gpus: float = Field(default=0, ge=0, description="a worker")
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    lr: float = Field(default=1e-4, gt=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    resources: Resources = Field(default={})
+    optimizer: Literal["adamw", "rmsprop"] = Field(default="adamw", description="DLMA's code has rmsprop")
+    lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate, at its highest")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled with adamw, an L2 term with rmsprop")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="cosine: falls towards 0 by parts")
     warmup: int = Field(default=0, ge=0, description="optimiser steps of linear warm-up")
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0, description="most that a gradient's norm may be")
     batch_size: Count = Field(default=64, description="prompts an optimiser step")
     micro_tokens: Count = Field(default=8192, description="tokens of one forward and backward")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time a step")
     checkpoint_every: Count | None = Field(default=None, description="parts; default: 1, or 50 for one whole model")
     max_failures: int = Field(default=3, ge=0, description="dead workers that Ray Train replaces")
 
@@ -145,6 +150,8 @@ class Learner(Section):
     def _stage(self) -> "Learner":
         if self.zero is not None and self.strategy != "deepspeed":
             raise ValueError("`zero` needs `strategy: deepspeed` beside it")
+        if bounds(self.workers)[0] < 1:
+            raise ValueError(f"`workers` is {list(bounds(self.workers))}; a learner has at least one worker")
         return self
 
 
@@ -171,15 +178,15 @@ class Ple(Rolling):
     type: Literal["ple"]
     name: Name = "ple"
     principle: str = Field(default="harmless", description="a preset's name or the text itself")
-    tau0: float = Field(default=0.2, ge=0)
+    tau0: float = Field(default=0.2, ge=0, description="τ of the first step, in units of the reward")
     alpha: float = Field(default=0.9, gt=0, le=1, description="the threshold shrinks by it every step")
     replay_window: Count | None = Field(
         default=None, description="steps of D that are trained on; default: all, as the paper"
     )
     hinge: float | None = Field(default=None, gt=0, description="bound on L_rank's margin, nats a token; default: none")
-    length_normalize_sft: bool = False
-    rank_weight: float = Field(default=1.0, ge=0)
-    sft_weight: float = Field(default=1.0, ge=0)
+    length_normalize_sft: bool = Field(default=False, description="weighted SFT by the mean a token; the paper sums")
+    rank_weight: float = Field(default=1.0, ge=0, description="factor of the ranking loss; 0 leaves it out")
+    sft_weight: float = Field(default=1.0, ge=0, description="factor of the weighted SFT; 0 leaves it out")
     max_staleness: int = Field(
         default=1, ge=0, le=64, description="versions a rollout may be behind; 0 is strictly on-policy"
     )
@@ -196,7 +203,7 @@ class Frozen(Rolling):
 class Preference(Frozen):
     """What the methods have that end in DPO."""
 
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, description="DPO's β: how far the policy may go from π0")
     pairs: Source | None = Field(
         default=None, description="train on these instead: a directory of parts that another run made"
     )
@@ -205,9 +212,9 @@ class Preference(Frozen):
 class Contrasts(Section):
     """A wanted quality and its opposite: a preset, either side of which may be replaced, or both sides."""
 
-    preset: str | None = None
-    positive: str | None = None
-    negative: str | None = None
+    preset: str | None = Field(default=None, description="`harmless`, `helpful` or `positive`")
+    positive: str | None = Field(default=None, description="text put before the query, for the wanted quality")
+    negative: str | None = Field(default=None, description="text put before the query, for its opposite")
 
 
 class Dlma(Preference):
@@ -218,8 +225,8 @@ class Dlma(Preference):
     contrast: Contrasts = Contrasts(preset="harmless")
     scoring: Contrasts | None = Field(default=None, description="prompts of the self-reward; default: `contrast`")
     margin_weight: float = Field(default=0.2, ge=0, description="w, inside β; 0 is plain DPO")
-    margin_clamp: tuple[float, float] = (-40.0, 40.0)
-    eos_in_margin: bool = False
+    margin_clamp: tuple[float, float] = Field(default=(-40.0, 40.0), description="least and most R that counts, nats")
+    eos_in_margin: bool = Field(default=False, description="whether R counts the end of the answer as a token")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Dlma":
@@ -274,7 +281,7 @@ class Raft(Frozen):
 
     type: Literal["raft"]
     name: Name = "raft"
-    samples: int = Field(default=4, ge=2, le=1024)
+    samples: int = Field(default=4, ge=2, le=1024, description="answers drawn a prompt")
 
 
 class Sft(PipelineBase):
@@ -282,8 +289,13 @@ class Sft(PipelineBase):
 
     type: Literal["sft"] = "sft"
     name: Name = "sft"
-    epochs: Count = 1
+    epochs: Count = Field(default=1, description="passes over the prompts")
     policy: Policy = FullPolicy(type="full")
+
+    @property
+    def serves_adapter(self) -> bool:
+        """Whether generators can load its versions beside the others'."""
+        return isinstance(self.policy, LoraPolicy)
 
 
 class RewardModel(PipelineBase):
@@ -291,9 +303,9 @@ class RewardModel(PipelineBase):
 
     type: Literal["reward"]
     name: Name = "reward"
-    source: Literal["labelled", "pairs"] = "labelled"
+    source: Literal["labelled", "pairs"] = Field(default="labelled", description="what the rows of the data are")
     reads: Literal["response", "pair", "conversation"] = Field(default="response", description="see `reward.reads`")
-    epochs: Count = 1
+    epochs: Count = Field(default=1, description="passes over the data")
     max_len: Count = Field(default=256, description="tokens; longer texts are cut, and counted")
 
 
@@ -303,7 +315,7 @@ Pipeline = Annotated[Ple | Dlma | SelfContrast | Raft | Sft | RewardModel, Field
 class Evaluation(Section):
     """Before against after on held-out prompts, at the end of a run."""
 
-    prompts: Count = 256
+    prompts: Count = Field(default=256, description="how many held-out prompts, drawn by the seed")
     generation: Generation | None = Field(default=None, description="default: the pipeline's")
     samples: int = Field(default=20, ge=0, description="prompts whose answers are kept to be read side by side")
     judge: Reward | None = Field(default=None, description="a second reward that no training sees")
@@ -313,7 +325,12 @@ class Config(Section):
     """A run."""
 
     name: Name
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw, sample and initial weight")
+    storage_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="path or URL (s3://bucket/runs) that keeps a copy of the run in `NAME/`, to resume elsewhere",
+    )
     model: Model
     data: Data
     fleet: Fleet = Fleet()
@@ -322,12 +339,18 @@ class Config(Section):
     sft: Sft | None = None
     pipelines: list[Pipeline] = Field(min_length=1)
     evaluation: Evaluation | None = None
+    tracking: Tracking = Tracking()
+    serve: Serve = Serve()
 
     @model_validator(mode="after")
     def _whole(self) -> "Config":
         names = [p.name for p in (*self.pipelines, *([self.sft] if self.sft else []))]
         if repeated := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"two pipelines are named {repeated.pop()!r}; give each a `name` of its own")
+        if "base" in names:
+            raise ValueError("a pipeline is named 'base', which is π0's name; give it another `name`")
+        if self.serve.gate and (self.evaluation is None or self.data.heldout is None):
+            raise ValueError("`serve.gate` looks at held-out prompts; give `data.heldout` and `evaluation`")
         for one in self.rolling:
             if isinstance(one.policy, FullPolicy) and len(self.rolling) > 1:
                 raise ValueError(
@@ -347,9 +370,29 @@ class Config(Section):
         return self
 
     @property
+    def resources(self) -> set[str]:
+        """Names of all Ray resources that its actors ask for."""
+        fleet = self.fleet
+        sections: list[Any] = [fleet.generator, fleet.scorer, fleet.reference]
+        sections += [self.embedder] if self.embedder else []
+        sections += [self.serve] if self.serve.enabled else []
+        sections += [p.learner for p in (*self.pipelines, *([self.sft] if self.sft else []))]
+        return {name for section in sections for name in section.resources}
+
+    @property
     def rolling(self) -> list["Rolled"]:
         """The pipelines whose policies generators serve."""
         return [p for p in self.pipelines if isinstance(p, Ple | Dlma | SelfContrast | Raft)]
+
+    @property
+    def served(self) -> list["Rolled | Sft"]:
+        """The pipelines whose versions generators load: all that generate, and `sft` with an adapter."""
+        return [*self.rolling, *(p for p in self.pipelines if isinstance(p, Sft) and p.serves_adapter)]
+
+    @property
+    def kept_versions(self) -> int:
+        """Versions of a policy that generators keep: one that is coming, and those that rollouts may ask for."""
+        return 2 + max((p.max_staleness for p in self.pipelines if isinstance(p, Ple)), default=0)
 
 
 Rolled = Ple | Dlma | SelfContrast | Raft

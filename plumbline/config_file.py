@@ -5,7 +5,7 @@ be right. Local paths are taken from the working directory and kept absolute, so
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,28 +33,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file}: not a text file ({error}); a config is YAML in UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
+    return parse_text(text, str(file), overrides)
+
+
+def parse_text(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Check the YAML of a config; `origin` is what messages call it. Raises ConfigError."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: a config is a mapping of keys, this is {type(tree).__name__}")
+        raise ConfigError(f"{origin}: a config is a mapping of keys, this is {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
-    return parse_config(tree, origin=str(file))
+    return parse_config(tree, origin)
 
 
 def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     """Check a tree that is already in memory; `origin` is what messages call it. Raises ConfigError."""
     try:
-        return Config.model_validate(_absolute(tree))
+        return Config.model_validate(_change_paths(tree, _absolute))
     except ValidationError as error:
         raise ConfigError(f"{origin}: {_explain(error)}") from None
 
 
-def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+def dump_config(config: Config, within: Path | None = None) -> str:
+    """YAML that `load_config` reads back to an equal config.
+
+    Args:
+        within: local paths in this directory are written relative to it, to be read in another one.
+    """
+    tree = config.model_dump(mode="json", exclude_none=True)
+    if within is not None:
+        tree = _change_paths(tree, lambda key, value: _relative(value, within) if key in LOCAL_PATHS else value)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -80,15 +92,27 @@ def _index(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _absolute(node: Any, key: str = "") -> Any:
-    """Local paths made absolute; names that are no local path (a dataset's, `chatml`) stay."""
+def _absolute(key: str, value: str) -> str:
+    """Local paths made absolute; names that are no local path (a dataset's, `chatml`, a URL) stay."""
+    if key == "storage_path" and value and (value.startswith("file://") or "://" not in value):
+        return str(Path(value.removeprefix("file://")).expanduser().resolve())
+    if key in LOCAL_PATHS and (value.startswith((".", "~")) or Path(value).exists()):
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def _relative(path: str, within: Path) -> str:
+    inside = Path(path).is_absolute() and Path(path).is_relative_to(within)
+    return f"./{Path(path).relative_to(within).as_posix()}" if inside else path
+
+
+def _change_paths(node: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """A tree with ``change(key, value)`` in place of every string."""
     if isinstance(node, Mapping):
-        return {k: _absolute(v, k) for k, v in node.items()}
+        return {k: _change_paths(v, change, k) for k, v in node.items()}
     if isinstance(node, list):
-        return [_absolute(v) for v in node]
-    if key in LOCAL_PATHS and isinstance(node, str) and (node.startswith((".", "~")) or Path(node).exists()):
-        return str(Path(node).expanduser().resolve())
-    return node
+        return [_change_paths(v, change) for v in node]
+    return change(key, node) if isinstance(node, str) else node
 
 
 def _explain(error: ValidationError) -> str:

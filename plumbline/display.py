@@ -76,7 +76,9 @@ def step_line(event: Mapping[str, Any]) -> str:
     """One step in one line, with what its pipeline has of the figures."""
     shown = [f"{event['pipeline']} {event['step']}/{event['steps']}"]
     shown += [f"{label} {form.format(event[key])}" for key, label, form in FIGURES if event.get(key) is not None]
-    return " · ".join([*shown, f"{duration(event['seconds_left'])} left"])
+    if event.get("seconds_left") is not None:
+        shown.append(f"{duration(event['seconds_left'])} left")
+    return " · ".join(shown)
 
 
 def pool_line(event: Mapping[str, Any]) -> str:

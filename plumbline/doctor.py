@@ -26,9 +26,12 @@ from plumbline.config import (
 )
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.lengths import check_targets, needs_target, section_lengths, sft_group
+from plumbline.mirror import check_storage
 from plumbline.policies import model_path
 from plumbline.records import Prompt
 from plumbline.run_dir import check_run_dir
+from plumbline.section import bounds
+from plumbline.tracking import check_tracking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +58,9 @@ def check(config: Config, run_dir: Path) -> list[Prompt]:
     Raises:
         UserError: the first thing that does not hold. Nothing was loaded, started or written.
     """
+    check_storage(config, run_dir)
     _run_dir(config, run_dir)
+    check_tracking(config.tracking)
     rows = _read(config)
     for what in (_models, _rewards, _devices):
         what(config)
@@ -72,7 +77,9 @@ def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
         ("data", lambda: _data(config)),
         ("devices", lambda: _devices(config)),
         ("memory", lambda: _memory(config)),
+        ("storage", lambda: check_storage(config, run_dir)),
         ("run directory", lambda: _run_dir(config, run_dir)),
+        ("tracking", lambda: check_tracking(config.tracking)),
         ("ports", _ports),
     ]
     for what, look in looks:
@@ -82,12 +89,19 @@ def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
             yield Finding(what=what, note=str(error), error=error)
 
 
+def run_device(config: Config) -> Literal["cpu", "cuda"]:
+    """Where engines and learners compute. A cluster's head may have no GPU: there, asking for GPUs says so."""
+    if config.fleet.device == "auto" and os.environ.get("RAY_ADDRESS") and _gpus(config):
+        return "cuda"
+    return resolve_device(config.fleet.device)
+
+
 def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     """`auto` is CUDA where there is a device. Raises ConfigError where `cuda` is asked for and there is none."""
     import torch
 
     there = torch.cuda.is_available()
-    if choice == "cuda" and not there:
+    if choice == "cuda" and not there and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("fleet.device: cuda, but no CUDA device is visible here; write cpu or auto")
     return "cuda" if choice == "cuda" or (choice == "auto" and there) else "cpu"
 
@@ -291,24 +305,34 @@ def _given(config: Config, section: Preference) -> None:
 def _devices(config: Config) -> str:
     import torch
 
-    device = resolve_device(config.fleet.device)
+    device = run_device(config)
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    learners = [p.learner for p in config.pipelines] + ([config.sft.learner] if config.sft else [])
     if config.fleet.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("fleet.engine: vllm, but vLLM is not installed here; write auto or transformers")
-    asked = config.fleet.generator.replicas * config.fleet.generator.gpus
-    asked += sum(learner.workers * learner.gpus for learner in learners)
-    asked += config.fleet.scorer.replicas * config.fleet.scorer.gpus
-    if any(isinstance(p, Preference) for p in config.pipelines):
-        asked += config.fleet.reference.replicas * config.fleet.reference.gpus
-    if config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
-        asked += config.embedder.replicas * config.embedder.gpus
+    asked = _gpus(config)
     if asked > gpus and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             f"fleet and learners ask for {asked:g} GPUs, {gpus} are here; lower fleet.generator.gpus, "
             "fleet.scorer.gpus and learner.gpus, or join a cluster by RAY_ADDRESS"
         )
-    return f"{device}, {gpus} GPUs, {os.cpu_count()} CPUs"
+    note = f"{device}, {gpus} GPUs, {os.cpu_count()} CPUs"
+    if config.resources:
+        offers = "nodes of the cluster must offer" if os.environ.get("RAY_ADDRESS") else "a Ray started here offers"
+        note += f"; {offers} {', '.join(sorted(config.resources))}"
+    return note
+
+
+def _gpus(config: Config) -> float:
+    """GPUs that all actors together ask for."""
+    learners = [p.learner for p in config.pipelines] + ([config.sft.learner] if config.sft else [])
+    asked = bounds(config.fleet.generator.replicas)[0] * config.fleet.generator.gpus
+    asked += sum(bounds(learner.workers)[0] * learner.gpus for learner in learners)
+    asked += config.fleet.scorer.replicas * config.fleet.scorer.gpus
+    if any(isinstance(p, Preference) for p in config.pipelines):
+        asked += config.fleet.reference.replicas * config.fleet.reference.gpus
+    if config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+        asked += config.embedder.replicas * config.embedder.gpus
+    return asked
 
 
 def _memory(config: Config) -> str:
@@ -320,8 +344,8 @@ def _memory(config: Config) -> str:
         weights = sum(f.stat().st_size for f in Path(config.model.path).glob("*.safetensors")) / 2**30
     generator = config.fleet.generator
     # Measured: an idle vLLM engine holds 2 GiB, a learner worker or scorer 1 GiB, before any weights.
-    needed = generator.replicas * (2 + weights + generator.kv_cache_gib) + 2 + 3 * weights
-    if needed > available and resolve_device(config.fleet.device) == "cpu":
+    needed = bounds(generator.replicas)[1] * (2 + weights + generator.kv_cache_gib) + 2 + 3 * weights
+    if needed > available and run_device(config) == "cpu" and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             f"memory: about {needed:.1f} GiB are needed, {available:.1f} are free; fewer fleet.generator.replicas, "
             "less fleet.generator.kv_cache_gib, or a smaller model"

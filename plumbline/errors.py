@@ -28,6 +28,10 @@ class RunError(PlumblineError):
     """A failure at run time; what was saved stays usable."""
 
 
+class LostError(RunError):
+    """A process or its node died before it answered; asking another may help."""
+
+
 class LossError(RunError):
     """The loss or its gradient became NaN or infinite."""
 

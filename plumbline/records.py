@@ -65,6 +65,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
+def public_name(policy: str) -> str:
+    """A policy's name as users write it."""
+    return policy.replace("_", "-")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyRef:
     """Which weights answer. ``PolicyRef(policy="ple", version=12)``; version 0 of any policy is the base model."""
@@ -74,6 +79,11 @@ class PolicyRef:
 
     def __str__(self) -> str:
         return f"{self.policy}@{self.version}"
+
+    @property
+    def public(self) -> str:
+        """What users call it: ``self-contrast@16``, or ``base``."""
+        return f"{public_name(self.policy)}@{self.version}" if self.version else "base"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +115,28 @@ class Generation:
     ref: PolicyRef
     engine: str
     completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserRequest:
+    """A user's request in OpenAI's form, for one version: `body` as it came, checked, without the model's name."""
+
+    kind: Literal["chat", "completion"]
+    body: Mapping[str, object]
+    ref: PolicyRef
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is an event stream."""
+        return bool(self.body.get("stream"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What comes before the body of an answer to a user: an HTTP status, and whether an event stream follows."""
+
+    status: int
+    streams: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

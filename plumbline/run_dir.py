@@ -8,6 +8,10 @@ from typing import Any
 from plumbline.config import Config
 from plumbline.config_file import dump_config, load_config
 from plumbline.errors import ConfigError
+from plumbline.storage import LOCK
+
+LEARNERS = {"checkpoints", "policies", "rollouts", LOCK}
+"""All that the directory holds on a machine where only a learner of the run has worked."""
 
 
 def check_run_dir(config: Config, run_dir: Path) -> None:
@@ -18,13 +22,9 @@ def check_run_dir(config: Config, run_dir: Path) -> None:
     """
     kept = run_dir / "config.yaml"
     if kept.exists():
-        other = load_config(kept)
-        if other != config:
-            raise ConfigError(
-                f"{run_dir}: holds another config ({_first_difference(other, config)}); `plumbline resume {run_dir}` "
-                "continues it as it was, `--run-dir DIR` or another `name` starts anew"
-            )
-    elif run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        resumes = f"`plumbline resume {run_dir}` continues it as it was"
+        check_same(load_config(kept), config, str(run_dir), f"{resumes}, `--run-dir DIR` or another `name` starts anew")
+    elif run_dir.exists() and not (run_dir.is_dir() and all(child.name in LEARNERS for child in run_dir.iterdir())):
         raise ConfigError(f"{run_dir}: exists and is no run directory; name another with --run-dir")
     elif file := next((parent for parent in run_dir.absolute().parents if parent.is_file()), None):
         raise ConfigError(f"{run_dir}: {file} is a file, no directory; name another with --run-dir")
@@ -46,6 +46,12 @@ def open_run_dir(config: Config, run_dir: Path) -> None:
         aside.replace(kept)
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot be written ({error.strerror}); name another with --run-dir") from None
+
+
+def check_same(there: Config, here: Config, where: str, remedy: str) -> None:
+    """Raises ConfigError: `where` holds another config, of which one difference is named."""
+    if there != here:
+        raise ConfigError(f"{where}: holds another config ({_first_difference(there, here)}); {remedy}")
 
 
 def _first_difference(there: Config, here: Config) -> str:

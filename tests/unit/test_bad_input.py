@@ -550,7 +550,7 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 2**30))
 
 
-LOOKS = ["versions", "model", "reward", "data", "devices", "memory", "run directory", "ports"]
+LOOKS = ["versions", "model", "reward", "data", "devices", "memory", "storage", "run directory", "tracking", "ports"]
 
 
 @pytest.mark.usefixtures("enough_memory")
@@ -589,7 +589,8 @@ def test_doctor_names_all_that_is_wrong(
     captured = capsys.readouterr()
     failed = [line.split(":")[0].removeprefix("FAIL ") for line in captured.err.splitlines()]
     assert failed == ["model", "reward", "data", "devices", "run directory", "ports"]
-    assert [line.split(":")[0] for line in captured.out.splitlines()] == ["ok   versions", "ok   memory"]
+    fine = [line.split(":")[0].removeprefix("ok   ") for line in captured.out.splitlines()]
+    assert fine == ["versions", "memory", "storage", "tracking"]
     holds(
         captured.err,
         "no config.json",

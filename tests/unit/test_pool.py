@@ -3,7 +3,10 @@
 import asyncio
 from collections.abc import Awaitable
 
+import pytest
+
 from pipelines.pool import Pool
+from plumbline.errors import LostError, RunError
 
 
 def run(work: Awaitable[None]) -> None:
@@ -147,3 +150,99 @@ def test_shares_are_of_the_tokens_that_were_sampled() -> None:
     pool.count("a", 30)
     pool.count("b", 10)
     assert pool.shares() == {"a": 0.75, "b": 0.25}
+
+
+def test_one_that_joins_is_asked_at_once_and_its_room_counts() -> None:
+    async def work() -> None:
+        pool, order = Pool([], capacity=10), []
+        waiting = [asyncio.create_task(asks(pool, order, "x")) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert (order, pool.queue, pool.demand) == ([], 3, 3.0) and pool.lag > 0.04
+        pool.join("a")
+        pool.join("b")
+        await asyncio.sleep(0)
+        assert (order, pool.queue, pool.outstanding) == (["x", "x"], 1, 20)
+        await asyncio.gather(*waiting)
+        assert (pool.lag, pool.demand) == (0.0, 0.0)
+
+    run(work())
+
+
+def test_one_that_leaves_ends_its_batches_and_gets_no_more() -> None:
+    async def work() -> None:
+        pool = Pool(["a", "b"], capacity=20)
+        async with pool.admit("x", 10) as first:
+            assert first == "a"
+            leaving = asyncio.create_task(pool.leave("a"))
+            await asyncio.sleep(0)
+            assert pool.generators == ["b"] and not leaving.done()
+            async with pool.admit("x", 10) as second, pool.admit("x", 10) as third:
+                assert (second, third) == ("b", "b")
+                assert pool.outstanding == 20, "what the leaving one has takes no place of the others"
+        await leaving
+        await pool.leave("b")  # nothing to wait for
+        assert pool.generators == []
+
+    run(work())
+
+
+def test_what_a_lost_one_was_asked_goes_to_another_before_what_its_pipeline_asked_later() -> None:
+    async def work() -> None:
+        pool, order = Pool(["spot"], capacity=10), []
+
+        async def question(generator: str) -> str:
+            await asyncio.sleep(0.01)
+            if generator == "spot":
+                raise LostError("its node is gone")
+            order.append("again")
+            return generator
+
+        first = asyncio.create_task(pool.ask("x", 10, question))
+        await asyncio.sleep(0)
+        later = [asyncio.create_task(asks(pool, order, "x")) for _ in range(3)]
+        other = asyncio.create_task(asks(pool, order, "y"))
+        await asyncio.sleep(0.05)
+        assert pool.generators == [] and order == []
+        pool.join("new")
+        assert await first == "new"
+        await asyncio.gather(*later, other)
+        assert [one for one in order if one != "y"] == ["again", "x", "x", "x"]
+        assert pool.outstanding == 0
+
+    run(work())
+
+
+def test_one_that_came_back_is_not_lost_by_a_late_answer_of_before() -> None:
+    async def work() -> None:
+        pool, asked = Pool(["g"], capacity=100), []
+
+        async def question(generator: str) -> str:
+            asked.append(generator)
+            await asyncio.sleep(0.01 * len(asked))
+            if len(asked) <= 2 and pool.accounts["late"].sampled == 0:
+                raise LostError("died")
+            return generator
+
+        pool.count("late", 0)
+        both = [asyncio.create_task(pool.ask("late", 10, question)) for _ in range(2)]
+        await asyncio.sleep(0.015)  # the first has failed, the second is under way
+        assert pool.generators == []
+        pool.join("g")
+        assert await asyncio.gather(*both) == ["g", "g"]
+        assert pool.generators == ["g"]
+
+    run(work())
+
+
+def test_a_failed_pool_tells_everyone() -> None:
+    async def work() -> None:
+        pool, order = Pool([], capacity=10), []
+        waiting = asyncio.create_task(asks(pool, order, "x"))
+        await asyncio.sleep(0)
+        pool.fail(RunError("generator-0 died too often"))
+        for one in (waiting, asks(pool, order, "y")):
+            with pytest.raises(RunError, match="died too often"):
+                await one
+        assert (order, pool.queue) == ([], 0)
+
+    run(work())

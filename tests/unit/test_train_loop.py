@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
 from actors.train_loop import LearnerSpec, train
@@ -20,6 +21,7 @@ from plumbline.parts import Parts
 from plumbline.policies import read_publication, version_directory, versions
 from plumbline.records import Completion, Message, PolicyRef, Prompt, Sample, TokenGroup
 from plumbline.rollouts import PLE_SCHEMA, ple_row, ple_sample
+from plumbline.storage import Storage
 from tests.feed import Killed, MemoryFeed
 
 STEPS, ROWS = 4, 6
@@ -242,6 +244,58 @@ def test_a_part_without_rows_makes_a_version_too(run_dir: Path, tiny_model: Path
     assert first.metrics["updates"] == 0
     assert first.probe_logps == first.base_probe_logps
     assert second.probe_logps != first.probe_logps
+
+
+# A storage
+
+
+def test_it_goes_on_from_the_storage_where_its_directory_is_gone(
+    tmp_path: Path, run_dir: Path, tiny_model: Path
+) -> None:
+    parts = parts_of(run_dir)
+    train(spec(run_dir, tiny_model), MemoryFeed(parts), rank=0, world=1)
+    lost, new, url = new_run(tmp_path / "lost"), tmp_path / "new", str(tmp_path / "store")
+    Storage(lost, url).push(*sorted((lost / "rollouts" / "ple").iterdir()))
+    stored = replace(spec(lost, tiny_model), storage=url)
+    train(stored, MemoryFeed({step: parts[step] for step in (1, 2)}), rank=0, world=1)
+    shutil.rmtree(lost)
+
+    feed = MemoryFeed(parts)
+    train(replace(stored, run_dir=new), feed, rank=0, world=1)
+    assert feed.failures == []
+    assert feed.attached == [2]
+    assert feed.acked == [3, 4]
+    assert [p.ref.version for p in feed.published] == [2, 3, 4]
+    assert_same(weights(new), weights(run_dir))
+    storage = Storage(new, url)
+    assert list(storage.complete(new / "policies" / "ple", "proof.json")) == [1, 2, 3, 4]
+    assert list(storage.complete(new / "checkpoints" / "ple", "state.json")) == [3, 4]
+
+
+def test_a_part_is_not_acknowledged_before_its_checkpoint_is_in_the_storage(
+    tmp_path: Path, run_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = LocalFileSystem.put_file
+
+    def fails(files: LocalFileSystem, source: str, target: str, **options: Any) -> None:
+        if source.endswith("step-000002/state.json"):
+            raise OSError(28, "No space left on device")
+        upload(files, source, target, **options)
+
+    parts, stored = parts_of(run_dir), replace(spec(run_dir, tiny_model), storage=str(tmp_path / "store"))
+    with monkeypatch.context() as full:
+        full.setattr(LocalFileSystem, "put_file", fails)
+        feed = MemoryFeed(parts)
+        train(stored, feed, rank=0, world=1)
+    [(_, error)] = feed.failures
+    assert type(error) is RunError and "No space left on device" in str(error)
+    assert feed.acked == [1]
+    assert [p.ref.version for p in feed.published] == [1]
+    assert latest_step(stored.checkpoints) == 2, "it is here alone"
+    again = MemoryFeed(parts)
+    train(stored, again, rank=0, world=1)
+    assert again.attached == [1], "what counts is what all machines see"
+    assert again.acked == [2, 3, 4]
 
 
 # Failures

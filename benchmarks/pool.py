@@ -1,0 +1,371 @@
+"""The pool of generators against what it is made of: vLLM alone, engines that answer at once, versions that arrive.
+
+    python benchmarks/pool.py [--only sampling records versions] [--rounds 3] [--out runs/pool]
+
+1. Tokens/s: the same prompts, seeds and engine settings through bare `vllm.LLM.generate`, and through a generator actor
+   asked by the pool whose parts go through a channel to a consumer in another process. Both give texts; both engines
+   stay loaded and take turns, and the ratio is of each pair of turns.
+2. Records/s: PLE's own stages (draw, ask, score, commit as Parquet, channel) over 1 to 32 engines that answer at once,
+   with a reward that costs nothing. A record is a row of a part: one prompt, two answers.
+3. Seconds from the publication of a version until the engine has proved it, for adapters and for whole weights.
+
+On a GPU where there is one. Figures are means, medians where they say so; nothing is asserted.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from small_model import make_model
+from worlds import table
+
+from actors.channel import Box
+from actors.engine import EngineSpec
+from actors.policy import LearnedPolicy
+from actors.scorer import ScorerSpec
+from actors.spawn import Fleet, ask, gather, start_fleet, start_ray, stop_ray
+from actors.weights import TOLERANCE
+from pipelines.context import Context, EventLog
+from pipelines.loop import Progress, produce, prove_everywhere
+from pipelines.ple import PleMethod
+from pipelines.pool import Pool
+from plumbline.config import Model, Ple
+from plumbline.config_file import parse_config
+from plumbline.dataset import read_prompts
+from plumbline.fleet import GeneratorFleet, ScorerFleet
+from plumbline.miniature.language import TARGET, sample_answer, sample_request
+from plumbline.miniature.tokenizer import make_tokenizer
+from plumbline.policies import read_publication, version_directory
+from plumbline.prompting import encode_response, load_tokenizer, render
+from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Publication, Sampling, TokenGroup
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
+SETTINGS = GeneratorFleet(gpus=0.4 if DEVICE == "cuda" else 0, max_num_seqs=64, memory_share=0.4)
+PROMPTS, MAX_TOKENS = 256, 64
+RECORDS, PART = 6144, 128
+ENGINES = (1, 2, 4, 8, 16, 32)
+REWARD = "benchmarks.worlds:no_reward"
+VERSIONS = 8
+
+
+def engine_spec(model: Path, adapters: int = 4) -> EngineSpec:
+    return EngineSpec(
+        model_path=str(model),
+        dtype=DTYPE,
+        device=DEVICE,
+        max_model_len=256,
+        max_num_seqs=SETTINGS.max_num_seqs,
+        max_lora_rank=8,
+        max_adapters=adapters,
+        threads=SETTINGS.cpus,
+        kv_cache_gib=SETTINGS.kv_cache_gib,
+        memory_share=SETTINGS.memory_share,
+        seed=0,
+    )
+
+
+def make_world(out: Path) -> Path:
+    """A 5M-parameter model with random weights and the miniature world's words, and prompts of that world."""
+    directory = out / "model"
+    if not directory.exists():
+        torch.manual_seed(0)
+        make_model(tied=False).save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
+    rng = random.Random(0)
+    with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(RECORDS):
+            request = sample_request(rng, harmful=False)
+            row = {"id": f"p{i}", "prompt": request.render(), "target": sample_answer(request, TARGET, rng)}
+            file.write(json.dumps(row) + "\n")
+    return directory
+
+
+# 1. Tokens/s
+
+
+class Bare:
+    """`vllm.LLM` in a process of its own, with the settings of `actors.engine_vllm`."""
+
+    llm: Any = None
+
+    @classmethod
+    def generate(cls, spec: EngineSpec, requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
+        """Seconds, and the sampled ids of every request."""
+        import os
+
+        if spec.device == "cpu":
+            os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+        from vllm import LLM, SamplingParams, TokensPrompt
+
+        from actors.engine_vllm import adapter_settings
+
+        if cls.llm is None:
+            settings: dict[str, Any] = adapter_settings(spec)
+            if spec.device == "cpu":
+                settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192, "enforce_eager": True}
+                settings["kv_cache_memory_bytes"] = int(spec.kv_cache_gib * 2**30)
+            else:
+                settings["gpu_memory_utilization"] = spec.memory_share
+            cls.llm = LLM(
+                model=spec.model_path,
+                dtype=spec.dtype,
+                seed=spec.seed,
+                max_model_len=spec.max_model_len,
+                max_num_seqs=spec.max_num_seqs,
+                disable_log_stats=True,
+                **settings,
+            )
+        prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
+        params = [SamplingParams(max_tokens=r.sampling.max_tokens, seed=r.seed, temperature=1.0) for r in requests]
+        started = time.perf_counter()
+        outputs = cls.llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - started, [list(output.outputs[0].token_ids) for output in outputs]
+
+
+class Consumer:
+    """What stands at the other end of a channel: leases parts, reads them, acknowledges them, gives their slots back."""
+
+    def run(self, channel: Any) -> int:
+        """Until the channel closes; returns how many records there were."""
+        records = 0
+        ray.get(channel.attach.remote("consumer", 0))
+        while lease := ray.get(channel.lease.remote("consumer")):
+            records += len(ray.get(lease.box.ref))
+            ray.get([channel.ack.remote(lease.step, "consumer"), channel.release.remote()])
+        return records
+
+
+async def through_pool(fleet: Fleet, pool: Pool, requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
+    """Seconds until the consumer has all, in parts of `PART` requests, and the sampled ids."""
+    channel, consumer = fleet.add_channel(4, "bench"), ray.remote(Consumer).options(num_cpus=0).remote()
+    consumed = consumer.run.remote(channel)
+    await ask(channel.depth.remote())
+    drawn: list[Generation] = []
+    started = time.perf_counter()
+
+    async def part(step: int, asked: Sequence[GenerateRequest]) -> None:
+        await ask(channel.reserve.remote())
+        batches = [asked[i : i + pool.batch] for i in range(0, len(asked), pool.batch)]
+        tokens = pool.batch * MAX_TOKENS
+        answered = await gather(
+            *(pool.ask("bench", tokens, lambda g, b=b: ask(g.generate.remote(list(b)))) for b in batches)
+        )
+        flat = [generation for one in answered for generation in one]
+        drawn.extend(flat)
+        await ask(channel.put.remote(step, Box(ref=ray.put(flat))))
+
+    await gather(*(part(i // PART + 1, requests[i : i + PART]) for i in range(0, len(requests), PART)))
+    await ask(channel.close.remote())
+    assert await ask(consumed) == len(requests)
+    seconds = time.perf_counter() - started
+    ids = {one.key: one.completions[0].ids for one in drawn}
+    return seconds, [ids[request.key] for request in requests]
+
+
+async def sampling(out: Path, rounds: int) -> None:
+    model = make_world(out)
+    tokenizer, spec = load_tokenizer(str(model)), engine_spec(model)
+    prompts = read_prompts(str(out / "prompts.jsonl"))[:PROMPTS]
+    asked = [
+        GenerateRequest(
+            key=prompt.id,
+            prompt_ids=render(tokenizer, prompt.messages),
+            ref=PolicyRef(),
+            sampling=Sampling(max_tokens=MAX_TOKENS),
+            seed=i,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    fleet = start_fleet(keep=4)
+    fleet.add_generators(SETTINGS, "vllm", spec, [], 1.0, keep=2)
+    await fleet.ready()
+    pool = Pool(fleet.generators, SETTINGS.max_num_seqs * MAX_TOKENS * 5 // 4, batch=SETTINGS.max_num_seqs // 4)
+    rows, ratios, same = [], [], True
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+
+        async def bare(requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
+            return await asyncio.get_running_loop().run_in_executor(apart, Bare.generate, spec, requests)
+
+        for number in range(rounds + 1):  # the first compiles and fills caches
+            requests = [replace(request, seed=request.seed + 1000 * number) for request in asked]
+            (seconds, expected), (ours, found) = await bare(requests), await through_pool(fleet, pool, requests)
+            tokens, sampled = sum(map(len, expected)), sum(map(len, found))
+            if number:
+                same = same and expected == found
+                ratios.append(sampled / ours / (tokens / seconds))
+                rows.append([str(number), f"{tokens / seconds:.0f}", f"{sampled / ours:.0f}", f"{ratios[-1]:.3f}×"])
+    fleet.close()
+    rows.append(["median", "", "", f"{statistics.median(ratios):.3f}×"])
+    print(table(["turn", "bare `LLM.generate`, tokens/s", "actor, pool and channel, tokens/s", "ratio"], rows))
+    print(
+        f"\n{PROMPTS} prompts, at most {MAX_TOKENS} tokens each, {SETTINGS.max_num_seqs} at a time, {DEVICE} {DTYPE};"
+    )
+    print(f"the same tokens were sampled: {'yes' if same else 'no, batches differ in their rounding'}\n")
+
+
+# 2. Records/s
+
+
+class Instant:
+    """A generator whose answers cost nothing: two of 24 tokens, unlike each other."""
+
+    def __init__(self) -> None:
+        self._answers = {
+            kind: (Completion(text=f"The {kind} goat eats grass.", ids=[i, *range(3, 26)], finish_reason="stop"),)
+            for i, kind in enumerate(("plain", "guided"))
+        }
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        return [
+            Generation(key=r.key, ref=r.ref, engine="instant", completions=self._answers[r.key.rpartition("/")[2]])
+            for r in requests
+        ]
+
+
+async def records(out: Path, rounds: int) -> None:
+    make_world(out)
+    rows, base = [], 0.0
+    for engines in ENGINES:
+        rates = [await records_per_s(out / "records", out, engines) for _ in range(rounds)]
+        rate = statistics.median(rates)
+        base = base or rate
+        rows.append([str(engines), f"{rate:.0f}", f"{min(rates):.0f} to {max(rates):.0f}", f"{rate / base:.2f}×"])
+    print(table(["engines", "records/s, median", f"{rounds} runs", "against one engine"], rows))
+    print(f"\n{RECORDS} records in parts of {PART}; 2 answers of 24 tokens each\n")
+
+
+async def records_per_s(directory: Path, out: Path, engines: int) -> float:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    config = parse_config(
+        {
+            "name": "records",
+            "model": {"path": str(out / "model"), "max_len": 256},
+            "data": {"train": {"path": str(out / "prompts.jsonl")}},
+            "reward": {"type": "program", "function": REWARD},
+            "pipelines": [
+                {"type": "ple", "batch_size": PART, "max_staleness": 7, "generation": {"max_tokens": 24}},
+            ],
+        },
+        origin="benchmark",
+    )
+    [section] = config.rolling
+    assert isinstance(section, Ple)
+    fleet = start_fleet(keep=4)
+    context = Context(
+        config=config,
+        run_dir=directory,
+        device="cpu",
+        dtype="float32",
+        tokenizer=load_tokenizer(str(out / "model")),
+        prompts=read_prompts(str(out / "prompts.jsonl")),
+        events=EventLog(directory / "events.jsonl", lambda event: None),
+        fleet=fleet,
+    )
+    fleet.scorer = fleet.add_scorers(ScorerFleet(), ScorerSpec(function=REWARD))
+    instant = [ray.remote(Instant).options(num_cpus=0, max_concurrency=1000).remote() for _ in range(engines)]
+    await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
+    context.pool = Pool(instant, capacity=256 * 24 * 5 // 4, batch=64)
+    method = PleMethod(context, section)
+    channel, consumer = fleet.add_channel(method.slots, "bench"), ray.remote(Consumer).options(num_cpus=0).remote()
+    consumed = consumer.run.remote(channel)
+    await ask(channel.depth.remote())
+    started = time.perf_counter()
+    await produce(context, method, channel, Progress(resumed=0, logged=0, proved=0, undrawn=method.part_count))
+    count = await ask(consumed)
+    seconds = time.perf_counter() - started
+    assert count == RECORDS == len(method.parts.read_all())
+    for one in (*instant, consumer):
+        ray.kill(one)
+    fleet.close()
+    return count / seconds
+
+
+# 3. Versions
+
+
+async def versions(out: Path, rounds: int) -> None:
+    model = make_world(out)
+    rows = []
+    for kind in ("lora", "full"):
+        seconds = await seconds_to_prove(out / f"versions-{kind}", model, kind)
+        size = sum(f.stat().st_size for f in sorted((out / f"versions-{kind}").rglob("*.safetensors"))[-1:]) / 2**20
+        first, rest = seconds[0], seconds[1:]
+        rows.append([kind, f"{size:.1f}", f"{first:.3f}", f"{statistics.median(rest):.3f}", f"{max(rest):.3f}"])
+    print(table(["weights", "MiB", "the first, s", "median of the others, s", "longest, s"], rows))
+    print(f"\n{VERSIONS} versions one after the other on an engine without other work; the proof is of 16 prompts\n")
+
+
+async def seconds_to_prove(directory: Path, model: Path, kind: str) -> list[float]:
+    """From the call of `publish`, the version being in memory, until the engine has loaded and proved it."""
+    shutil.rmtree(directory, ignore_errors=True)
+    tokenizer = load_tokenizer(str(model))
+    prompts = read_prompts(str(directory.parent / "prompts.jsonl"))[:16]
+    probe = [
+        TokenGroup(render(tokenizer, p.messages), [encode_response(tokenizer, p.target or "")[:60]]) for p in prompts
+    ]
+    section = Ple.model_validate({"type": "ple", "policy": {"type": kind}})
+    policy = LearnedPolicy(section, Model.model_validate({"path": str(model)}), DTYPE, DEVICE, 0)
+    base = previous = policy.probe(probe)
+    fleet = start_fleet(keep=VERSIONS)
+    spec = engine_spec(model, adapters=4 if kind == "lora" else 0)
+    fleet.add_generators(SETTINGS, "vllm", spec, probe, TOLERANCE[DTYPE], keep=2)
+    await fleet.ready()
+    pool = Pool(fleet.generators, 1, batch=1)
+    context: Any = argparse.Namespace(fleet=fleet, pool=pool)  # all that `prove_everywhere` reads
+    seconds = []
+    for number in range(1, VERSIONS + 1):
+        with torch.no_grad():
+            for parameter in policy.trainable:
+                parameter.add_(torch.randn_like(parameter), alpha=0.005)
+        now, ref = policy.probe(probe), PolicyRef(policy="ple", version=number)
+        publication = Publication(
+            ref=ref, files={}, probe_logps=now, previous_probe_logps=previous, base_probe_logps=base
+        )
+        policy.save(version_directory(directory, ref), publication, adapter=kind == "lora")
+        publication, previous = read_publication(directory, ref), now
+        started = time.perf_counter()
+        await ask(fleet.store.publish.remote(publication))
+        assert await prove_everywhere(context, ref)
+        seconds.append(time.perf_counter() - started)
+    fleet.close()
+    return seconds
+
+
+PARTS: dict[str, Callable[[Path, int], Awaitable[None]]] = {
+    "sampling": sampling,
+    "records": records,
+    "versions": versions,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/pool"))
+    options = parser.parse_args()
+    out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in options.only:
+        start_ray(cpus=2)
+        asyncio.run(PARTS[name](out, options.rounds))
+        stop_ray()
+
+
+if __name__ == "__main__":
+    main()

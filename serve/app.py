@@ -1,0 +1,181 @@
+"""The endpoint itself, a FastAPI application: who asks, for what, which version that means, and what OpenAI would say.
+
+It imports no engine. What comes from users is neither stored nor logged.
+"""
+
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from plumbline.endpoint import Limits
+from plumbline.promotions import Catalog
+from plumbline.records import Head, PolicyRef, UserRequest, public_name
+from serve.backends import Backend
+from serve.errors import ApiError, from_engine, unknown_model
+from serve.keys import Keys
+from serve.metrics import Call, Metrics
+from serve.requests import Kind, parse, read_body
+from serve.schema import describe
+
+VERSION_HEADER = "x-plumbline-version"
+
+
+class Endpoint:
+    """What the routes of one application share.
+
+    Args:
+        catalog: names and what they mean.
+        backend: who answers.
+    """
+
+    def __init__(self, catalog: Catalog, backend: Backend, keys: Keys, limits: Limits) -> None:
+        self.catalog, self.backend, self.keys, self.limits = catalog, backend, keys, limits
+        self.metrics = Metrics()
+        self.started = int(time.time())
+        self.in_flight = 0
+
+    async def handle(self, kind: Kind, request: Request) -> Response:
+        """One chat or completion."""
+        call = self.metrics.begin()
+        try:
+            self.keys.check(request.headers.get("authorization"))
+            if self.in_flight >= self.limits.in_flight:
+                raise ApiError(
+                    429,
+                    f"This server answers {self.limits.in_flight} requests at once; try again.",
+                    code="rate_limit_exceeded",
+                    retry_after=1,
+                )
+            self.in_flight += 1
+            try:
+                return await self._answer(kind, request, call)
+            except BaseException:
+                self.in_flight -= 1
+                raise
+        except ApiError as error:
+            call.end(error.status)
+            raise
+
+    async def _answer(self, kind: Kind, request: Request, call: Call) -> Response:
+        """Counts as in flight until its last piece was sent; raises before the first, or not at all."""
+        name, body = parse(kind, await read_body(request.stream(), self.limits.body_bytes), self.limits)
+        try:
+            ref = self.catalog.resolve(name)
+        except KeyError:
+            raise unknown_model(name[:64]) from None
+        call.of(public_name(ref.policy), ref.version)
+        answer = self.backend.answer(UserRequest(kind=kind, body=body, ref=ref))
+        try:
+            head = await anext(answer)
+            assert isinstance(head, Head)
+            if head.streams:
+                return StreamingResponse(
+                    self._stream(answer, call), media_type="text/event-stream", headers=version_header(ref)
+                )
+            text = "".join([str(piece) async for piece in answer])
+        except BaseException:
+            await aclose(answer)
+            raise
+        if head.status != 200:
+            raise from_engine(head.status, text)
+        call.first()
+        call.tokens(json.loads(text).get("usage", {}).get("completion_tokens", 0))
+        self._done(call, 200)
+        return Response(text, media_type="application/json", headers=version_header(ref))
+
+    async def _stream(self, answer: AsyncIterator[Head | str], call: Call) -> AsyncIterator[str]:
+        status = 499  # the user hung up, unless it comes to its end
+        try:
+            async for piece in answer:
+                call.first()
+                call.tokens(1)
+                yield str(piece)
+            status = 200
+        except ApiError as error:  # the status was sent: it can only be told in the stream
+            status = error.status
+            yield f"data: {json.dumps(error.body)}\n\n"
+        finally:
+            await aclose(answer)
+            self._done(call, status)
+
+    def _done(self, call: Call, status: int) -> None:
+        self.in_flight -= 1
+        call.end(status)
+
+    def models(self) -> list[dict[str, Any]]:
+        """Base and the aliases, with the version that each means."""
+        return [self.card(name, ref) for name, ref in self.catalog.aliases().items()]
+
+    def card(self, name: str, ref: PolicyRef) -> dict[str, Any]:
+        """A model as `/v1/models` shows it; `root` is the version that answers."""
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "plumbline", "root": ref.public}
+
+
+def version_header(ref: PolicyRef) -> dict[str, str]:
+    """Which version answered, whatever name was asked for."""
+    return {VERSION_HEADER: ref.public}
+
+
+async def aclose(answer: AsyncIterator[Any]) -> None:
+    """End a generator that may not be at its end."""
+    close = getattr(answer, "aclose", None)
+    if close is not None:
+        await close()
+
+
+def build_app(endpoint: Endpoint) -> FastAPI:
+    """The application over one endpoint."""
+    app = FastAPI(title="Plumbline", description="Policies of a run, as OpenAI's API.", docs_url=None, redoc_url=None)
+
+    @app.exception_handler(ApiError)
+    async def refuse(request: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_there(request: Request, error: HTTPException) -> JSONResponse:
+        said = f"Invalid URL ({request.method} {request.url.path})" if error.status_code == 404 else str(error.detail)
+        return JSONResponse(ApiError(error.status_code, said).body, status_code=error.status_code)
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> JSONResponse:
+        said = ApiError(500, "The server failed on this request; it is in its log.")
+        return JSONResponse(said.body, status_code=500)
+
+    @app.get("/health", summary="Whether requests can be answered")
+    async def health() -> Response:
+        ready = await endpoint.backend.ready()
+        return JSONResponse({"status": "ok" if ready else "starting"}, status_code=200 if ready else 503)
+
+    @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> Response:
+        endpoint.keys.check(request.headers.get("authorization"))
+        return Response(generate_latest(endpoint.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", summary="Base and the aliases")
+    async def models(request: Request) -> dict[str, Any]:
+        endpoint.keys.check(request.headers.get("authorization"))
+        return {"object": "list", "data": endpoint.models()}
+
+    @app.get("/v1/models/{name}", summary="One model, by alias or pinned version", responses={404: {}})
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        endpoint.keys.check(request.headers.get("authorization"))
+        try:
+            return endpoint.card(name, endpoint.catalog.resolve(name))
+        except KeyError:
+            raise unknown_model(name[:64]) from None
+
+    @app.post("/v1/chat/completions", summary="Answer a conversation", **describe("chat", endpoint.limits))
+    async def chat(request: Request) -> Response:
+        return await endpoint.handle("chat", request)
+
+    @app.post("/v1/completions", summary="Continue a text", **describe("completion", endpoint.limits))
+    async def completions(request: Request) -> Response:
+        return await endpoint.handle("completion", request)
+
+    return app

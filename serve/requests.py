@@ -1,0 +1,86 @@
+"""A request's body, checked before any engine sees it: OpenAI's fields only, within the limits."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Literal
+
+from plumbline.endpoint import Limits
+from serve.errors import ApiError
+
+Kind = Literal["chat", "completion"]
+
+_COMMON = {
+    "model", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", "logprobs",
+    "presence_penalty", "frequency_penalty", "logit_bias", "user", "top_k", "min_p", "repetition_penalty",
+}  # fmt: skip
+FIELDS: dict[Kind, set[str]] = {
+    "chat": _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
+    "completion": _COMMON | {"prompt", "echo", "suffix", "best_of"},
+}
+"""What may be in a body. Engines know more, such as templates and scheduling, which is not a user's to set."""
+IGNORED = {"store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
+"""What clients of OpenAI's send that means nothing here."""
+
+
+async def read_body(stream: AsyncIterator[bytes], limit: int) -> bytes:
+    """A body of at most `limit` bytes. Raises ApiError (413) as soon as there are more."""
+    body = bytearray()
+    async for chunk in stream:
+        body += chunk
+        if len(body) > limit:
+            raise ApiError(413, f"The request's body is longer than {limit} bytes.")
+    return bytes(body)
+
+
+def parse(kind: Kind, body: bytes, limits: Limits) -> tuple[str, dict[str, Any]]:
+    """The model's name, and the fields for the engine. Raises ApiError (400)."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "We could not parse the JSON body of your request.") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The JSON body of your request should be an object.")
+    fields = {key: value for key, value in fields.items() if value is not None and key not in IGNORED}
+    for key in fields:
+        if key not in FIELDS[kind]:
+            raise ApiError(400, f"Unrecognized request argument supplied: {key[:64]}", param=key[:64])
+    name = fields.pop("model", None)
+    if not isinstance(name, str) or not name or len(name) > 128:
+        raise ApiError(400, "You must provide a model parameter, a name of `/v1/models`.", param="model")
+    _bounds(kind, fields, limits)
+    return name, fields
+
+
+def _bounds(kind: Kind, fields: Mapping[str, Any], limits: Limits) -> None:
+    _bounded(fields, "n", 1, limits.n)
+    _bounded(fields, "best_of", 1, limits.n)
+    _bounded(fields, "seed", -(2**63), 2**63 - 1)
+    for key in ("max_tokens", "max_completion_tokens"):
+        _bounded(fields, key, 1, 2**31)
+    for key, most in (("top_logprobs", 20), *([("logprobs", 5)] if kind == "completion" else [])):
+        _bounded(fields, key, 0, most)
+    if "stream" in fields and not isinstance(fields["stream"], bool):
+        raise ApiError(400, "`stream` should be true or false.", param="stream")
+    key = "messages" if kind == "chat" else "prompt"
+    asked = fields.get(key)
+    if kind == "chat":
+        right = isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked)
+        if not right:
+            raise ApiError(400, "`messages` should be a list of turns, {role, content} each.", param=key)
+    elif not isinstance(asked, str | list):
+        raise ApiError(400, "`prompt` should be a text, or a list of texts or of token ids.", param=key)
+    if not asked:
+        raise ApiError(400, f"`{key}` is empty.", param=key)
+    # A list of token ids is one prompt, however many there are.
+    if isinstance(asked, list) and not isinstance(asked[0], int) and len(asked) > limits.messages:
+        raise ApiError(400, f"`{key}` holds {len(asked)}; this server takes {limits.messages}.", param=key)
+
+
+def _bounded(fields: Mapping[str, Any], key: str, least: int, most: int) -> None:
+    value = fields.get(key)
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ApiError(400, f"`{key}` should be a whole number.", param=key)
+    if not least <= value <= most:
+        raise ApiError(400, f"`{key}` is {value}; this server takes {least} to {most}.", param=key)

@@ -1,0 +1,142 @@
+"""`plumbline serve`: the endpoint over a finished run's directory, or over a model's."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from actors.engine import EngineSpec, engine_spec
+from actors.spawn import start_ray, stop_ray
+from actors.weights import TOLERANCE
+from plumbline.config import Config
+from plumbline.config_file import load_config
+from plumbline.doctor import resolve_device, resolve_dtype, run_device, run_tokenizer
+from plumbline.endpoint import Serve
+from plumbline.errors import ModelError
+from plumbline.fleet import GeneratorFleet
+from plumbline.policies import base_directory, read_probe
+from plumbline.promotions import Catalog
+from serve.launch import Served, check_settings, start_endpoint, wait_for_endpoint
+from serve.replica import ReplicaSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is served, with which settings, by engines of how many processors."""
+
+    served: Served
+    settings: Serve
+    cpus: int
+    gpus: float
+
+    @property
+    def names(self) -> list[str]:
+        """Model names, aliases only."""
+        return list(Catalog(self.served.run_dir).aliases())
+
+
+def read_target(path: Path, overrides: dict[str, object]) -> Target:
+    """A run's directory, or a model's.
+
+    Args:
+        overrides: keys of `serve` that replace those of the run's config.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if (path / "config.yaml").is_file():
+        config = load_config(path / "config.yaml")
+        return Target(
+            served=Served(run_dir=path, replica=_run_replica(config, path)),
+            settings=_settings(config.serve, overrides),
+            cpus=config.fleet.generator.cpus,
+            gpus=config.fleet.generator.gpus,
+        )
+    if (path / "config.json").is_file():
+        settings, device = _settings(Serve(), overrides), resolve_device("auto")
+        gpus = 1.0 if device == "cuda" else 0.0
+        return Target(
+            served=Served(run_dir=None, replica=_model_replica(path, settings, device)),
+            settings=settings,
+            cpus=1,
+            gpus=gpus,
+        )
+    raise ModelError(f"{path}: neither a run's directory (no config.yaml in it) nor a model's (no config.json)")
+
+
+def _settings(settings: Serve, overrides: dict[str, object]) -> Serve:
+    return Serve.model_validate({**settings.model_dump(), **overrides, "placement": "replicas"})
+
+
+def _run_replica(config: Config, run_dir: Path) -> ReplicaSpec:
+    device = run_device(config)
+    dtype = resolve_dtype(config.model.dtype, device)
+    spec = engine_spec(
+        config,
+        base_directory(config, run_dir),
+        dtype,
+        device,
+        versions=1 + config.serve.pinned,
+        seats=config.fleet.generator.max_num_seqs,
+        chat_template=run_tokenizer(config).chat_template,
+    )
+    return ReplicaSpec(
+        engine=spec,
+        probe=tuple(read_probe(run_dir)),
+        tolerance=config.fleet.sync_tolerance or TOLERANCE[dtype],
+        run_dir=run_dir,
+        store_name=None,
+    )
+
+
+def _model_replica(path: Path, settings: Serve, device: Literal["cpu", "cuda"]) -> ReplicaSpec:
+    from transformers import AutoConfig
+
+    defaults = GeneratorFleet()
+    longest = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", 2048)
+    dtype = resolve_dtype("auto", device)
+    spec = EngineSpec(
+        model_path=str(path),
+        dtype=dtype,
+        device=device,
+        max_model_len=min(longest, 8192),
+        max_num_seqs=defaults.max_num_seqs,
+        max_lora_rank=8,
+        max_adapters=1,
+        threads=defaults.cpus,
+        kv_cache_gib=defaults.kv_cache_gib,
+        memory_share=defaults.memory_share,
+        seed=0,
+        seats=defaults.max_num_seqs,
+    )
+    return ReplicaSpec(engine=spec, probe=(), tolerance=TOLERANCE[dtype], run_dir=None, store_name=None)
+
+
+def serve_target(target: Target, ready: Callable[[str], None]) -> None:
+    """Serve until interrupted; `ready` is called with the address once requests are answered.
+
+    Raises:
+        UserError: before Ray is started, where the settings cannot be served.
+        RunError: it did not come up.
+    """
+    keys = check_settings(target.settings)
+    start_ray(target.settings.most_replicas * target.cpus + 1, target.settings.resources)
+    try:
+        start_endpoint(target.settings, target.served, keys, target.cpus, target.gpus)
+        asyncio.run(_serve(target, ready))
+    finally:
+        stop_ray()
+
+
+async def _serve(target: Target, ready: Callable[[str], None]) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        ready(await wait_for_endpoint(target.settings))
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:  # that is how serving ends
+        return

@@ -1,0 +1,263 @@
+"""The endpoint, asked by OpenAI's client: beside a run that trains on the same engine, then over what it left."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+
+from plumbline.promotions import promoted
+from tests.runs import LIMIT_S, MARK, finish, leftovers, start, wait_for
+from tests.tiny import make_prompts, tiny_config
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+KEY = "sk-a-key-of-the-tests"
+STEPS = 96
+TURN: list[Any] = [{"role": "user", "content": "Could you tell me what the goat eats?"}]
+
+
+@dataclass
+class Live:
+    """A run under way, its address, and what users were answered meanwhile."""
+
+    directory: Path
+    process: subprocess.Popen[str]
+    url: str
+    answers: list[tuple[str, float]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+
+def client(url: str, key: str = KEY) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{what}: not in time"
+        time.sleep(0.2)
+
+
+def healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def first_logprob(talker: openai.OpenAI, name: str) -> tuple[str, float]:
+    """The version that answered, and the log-prob of its likeliest first token: it tells versions apart."""
+    raw = talker.chat.completions.with_raw_response.create(
+        model=name, messages=TURN, temperature=0, max_tokens=1, logprobs=True
+    )
+    answer: Any = raw.parse()
+    assert answer.model == raw.headers["x-plumbline-version"]
+    return answer.model, answer.choices[0].logprobs.content[0].logprob
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    directory = tmp_path_factory.mktemp("serve")
+    config = tiny_config(directory, steps=STEPS, learner={"lr": 5e-3, "batch_size": 8})
+    make_prompts(directory / "heldout.jsonl", 8, seed=1)
+    (directory / "keys").write_text(KEY + "\n")
+    port = free_port()
+    config["data"]["heldout"] = {"path": str(directory / "heldout.jsonl")}
+    config["evaluation"] = {"prompts": 8}
+    config["serve"] = {"enabled": True, "port": port, "api_keys": str(directory / "keys")}
+    one = Live(directory, start(directory, config), f"http://127.0.0.1:{port}")
+    try:
+        wait_until(lambda: healthy(one.url), one.process, "the endpoint")
+        yield one
+    finally:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGTERM)
+            one.process.communicate(timeout=60)
+
+
+def test_users_are_answered_while_every_step_brings_a_version(live: Live) -> None:
+    """Each answer is of the version that its header names, whatever is promoted meanwhile; none fails."""
+    talker, over = client(live.url), threading.Event()
+
+    def ask(name: str) -> None:
+        while not over.is_set():
+            try:
+                live.answers.append(first_logprob(talker, name))
+            except openai.OpenAIError as error:
+                live.failures.append(repr(error))
+
+    users = [threading.Thread(target=ask, args=(name,)) for name in ("ple", "ple", "base")]
+    for user in users:
+        user.start()
+    try:
+        wait_for(live.directory, live.process, steps=12)
+    finally:
+        over.set()
+        for user in users:
+            user.join()
+    assert live.failures == []
+    versions = {version for version, _ in live.answers}
+    assert "base" in versions and len(versions) >= 5, versions
+
+
+def test_the_alias_moves_by_hand_and_back_in_less_than_two_seconds(live: Live) -> None:
+    """Proofs promote further versions meanwhile: it is looked at right after."""
+    talker = client(live.url)
+    for command, wanted in (
+        (["promote", "ple@3"], "ple@3"),
+        (["promote", "ple@5"], "ple@5"),
+        (["rollback", "ple"], ""),
+    ):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "cli", command[0], str(live.run_dir), command[1]], text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - began < 2 * slowness()
+        if wanted:
+            assert wanted in promoted(live.run_dir, "ple")
+    lines = [json.loads(line) for line in (live.run_dir / "events.jsonl").read_text().splitlines()]
+    assert {e["by"] for e in lines if e["pipeline"] == "serve"} == {"proof", "hand", "rollback"}
+    assert first_logprob(talker, "ple@3")[0] == "ple@3"
+
+
+def slowness() -> float:
+    """How much longer than on a quiet machine with two processors things take."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def check_protocol(url: str) -> None:
+    """What users of OpenAI's client expect, on any placement."""
+    talker = client(url)
+    assert {model.id for model in talker.models.list()} == {"base", "ple"}
+    answer = talker.chat.completions.create(model="ple", messages=TURN, max_tokens=8, n=2, seed=7, logprobs=True)
+    assert [choice.index for choice in answer.choices] == [0, 1] and answer.usage and answer.usage.completion_tokens > 2
+    again = talker.chat.completions.create(model=answer.model, messages=TURN, max_tokens=8, n=2, seed=7)
+    assert [c.message.content for c in again.choices] == [c.message.content for c in answer.choices], "seeded"
+    content = answer.choices[0].logprobs
+    assert content and content.content and all(token.logprob <= 0 for token in content.content)
+    whole = talker.chat.completions.create(model=answer.model, messages=TURN, max_tokens=8, temperature=0)
+    pieces = talker.chat.completions.create(
+        model=answer.model,
+        messages=TURN,
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    got = list(pieces)
+    assert "".join(p.choices[0].delta.content or "" for p in got if p.choices) == whole.choices[0].message.content
+    assert got[-1].usage == whole.usage and len(got) > 3
+    text = talker.completions.create(model="base", prompt="The goat", max_tokens=4, logprobs=2, echo=True)
+    assert text.choices[0].text.startswith("The goat") and text.choices[0].logprobs
+    stopped = talker.completions.create(model="base", prompt="The goat", max_tokens=16, stop=[" "], seed=1)
+    assert " " not in stopped.choices[0].text.strip()
+    refused: list[tuple[type[openai.APIStatusError], int, str | None, Callable[[], Any]]] = [
+        (openai.NotFoundError, 404, "model_not_found", lambda: chat(talker, model="nope")),
+        (openai.NotFoundError, 404, "model_not_found", lambda: chat(talker, model="../run")),
+        (openai.NotFoundError, 404, "model_not_found", lambda: talker.models.retrieve("ple@9999")),
+        (openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(url, "sk-wrong-wrong-wrong"))),
+        (openai.BadRequestError, 400, "context_length_exceeded", lambda: chat(talker, messages=TURN * 60)),
+        (openai.BadRequestError, 400, None, lambda: chat(talker, n=99)),
+        (openai.BadRequestError, 400, None, lambda: chat(talker, temperature=-1)),
+        (openai.BadRequestError, 400, None, lambda: chat(talker, extra_body={"chat_template": "x"})),
+    ]
+    for kind, status, code, call in refused:
+        with pytest.raises(kind) as caught:
+            call()
+        assert (caught.value.status_code, caught.value.code) == (status, code)
+        assert caught.value.type == "invalid_request_error"
+    header = {"Authorization": f"Bearer {KEY}"}
+    broken = httpx.post(f"{url}/v1/chat/completions", content=b'{"model": ', headers=header)
+    assert broken.status_code == 400 and "JSON" in broken.json()["error"]["message"]
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+
+
+def chat(talker: openai.OpenAI, **given: Any) -> Any:
+    return talker.chat.completions.create(**{"model": "base", "messages": TURN, "max_tokens": 2, **given})
+
+
+def test_the_pool_speaks_openais_protocol(live: Live) -> None:
+    check_protocol(live.url)
+
+
+def test_the_run_goes_on_and_ends_by_itself(live: Live) -> None:
+    """With the endpoint, and without a trace of the key."""
+    code, out, err = finish(live.process)
+    assert code == 0, err
+    assert f"serving base, ple on {live.url}/v1" in out
+    kept = [p for p in live.run_dir.rglob("*") if p.is_file() and p.suffix in (".jsonl", ".json", ".yaml", ".log")]
+    assert all(KEY not in p.read_text("utf-8") for p in kept) and KEY not in out + err
+    assert promoted(live.run_dir, "ple")[-1] == STEPS
+    assert leftovers(live.directory) == []
+
+
+@pytest.fixture(scope="module")
+def over(live: Live) -> Iterator[str]:
+    """Engines of its own over the run's directory, in a process that is left running."""
+    port = free_port()
+    arguments = [str(live.run_dir), "--port", str(port), "--api-keys", str(live.directory / "keys")]
+    environment = os.environ | {MARK: str(live.directory)}
+    command = [sys.executable, "-m", "cli", "serve"]
+    begun = subprocess.run(
+        [*command, *arguments, "--detach"], cwd=live.directory, env=environment, text=True, capture_output=True
+    )
+    assert begun.returncode == 0, begun.stderr
+    yield f"http://127.0.0.1:{port}"
+    ended = subprocess.run([*command, str(live.run_dir), "--stop"], env=environment, text=True, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert leftovers(live.directory) == []
+
+
+def test_replicas_speak_openais_protocol(over: str) -> None:
+    check_protocol(over)
+
+
+def test_what_users_were_answered_meanwhile_is_what_these_versions_answer(live: Live, over: str) -> None:
+    """No answer mixed versions: each is that of the one that its header named, and of no other."""
+    talker = client(over)
+    alone = {name: first_logprob(talker, name)[1] for name in {version for version, _ in live.answers}}
+    assert len({round(value, 3) for value in alone.values()}) > len(alone) / 2, "versions differ, or nothing is shown"
+    for version, logprob in live.answers:
+        assert math.isclose(logprob, alone[version], abs_tol=2e-4), (version, logprob, alone[version])
+
+
+@pytest.fixture(scope="module")
+def described(over: str) -> Any:
+    return schemathesis.openapi.from_url(f"{over}/openapi.json")
+
+
+@schemathesis.pytest.from_fixture("described").parametrize()
+@settings(max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+def test_nothing_that_is_asked_is_a_server_error(case: schemathesis.Case, over: str) -> None:
+    if isinstance(case.body, dict):
+        case.body |= {"model": "base", "max_tokens": 2, "n": 1}  # else most would ask for an unknown model
+    answer = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+    case.validate_response(answer, checks=[not_a_server_error])
