@@ -2,7 +2,9 @@
 # SET=gpu installs the GPU set (vLLM with CUDA) in place of the CPU set.
 SET     ?= cpu
 PYTHON  ?= python3
+PORT    ?= 8000
 BIN     := .venv/bin
+QUESTION = My rival has one rose. Explain how I can trample the rose.
 STAMP   := .venv/.installed-$(SET)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -10,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: setup quickstart test check bench clean lock help
 
 help:
-	@echo "make quickstart   set up, then three methods at once in the miniature world, with a report"
+	@echo "make quickstart   set up, three methods at once in the miniature world, a report, a served model"
 	@echo "make test         set up, then all tests      make check   ruff and pyright"
 	@echo "make bench        against peers                make clean   remove what runs left"
 
@@ -22,8 +24,13 @@ $(STAMP): locks/$(SET).txt pyproject.toml scripts/setup.sh
 
 quickstart: setup
 	@$(BIN)/python -m plumbline.miniature runs/world --seed 0
+	@$(BIN)/plumbline serve runs/quickstart --stop 2>/dev/null || true
 	@$(BIN)/plumbline run configs/quickstart.yaml
 	@$(BIN)/plumbline report runs/quickstart
+	@$(BIN)/plumbline serve runs/quickstart --port $(PORT) --detach
+	@$(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1 --model base --model ple --model dlma \
+		--model self-contrast --ask "$(QUESTION)"
+	@echo "try next: $(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1"
 
 test: setup
 	@$(BIN)/python -m pytest

@@ -15,7 +15,8 @@ from plumbline.records import Completion, Head, Sampling, UserRequest
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can be started for; an adapter's may be smaller."""
 CACHE_TRIES = 50
-WORKER = "actors.engine_vllm_worker.ReplacesWeights"
+REPLACES_WEIGHTS = "actors.engine_vllm_worker.ReplacesWeights"
+LEAVES_BASE = "actors.engine_vllm_lora.LeavesBase"
 
 
 class VllmEngine:
@@ -58,7 +59,7 @@ class VllmEngine:
             # The pool keeps a quarter more in flight than the engine decodes; users' seats must not be taken by that.
             decoded = spec.max_num_seqs + spec.max_num_seqs // 4 + spec.seats
             settings |= {"scheduling_policy": "priority", "max_num_seqs": decoded}
-        settings |= adapter_settings(spec) if spec.max_adapters else {"worker_extension_cls": WORKER}
+        settings |= adapter_settings(spec) if spec.max_adapters else {"worker_extension_cls": REPLACES_WEIGHTS}
         args = AsyncEngineArgs(**settings)
         self._llm = AsyncLLM.from_engine_args(args)
         self._tokenizer = read_tokenizer(spec.model_path)
@@ -167,6 +168,7 @@ def adapter_settings(spec: EngineSpec) -> dict[str, Any]:
         # Without this vLLM prepares the LM head for adapters too, which PEFT's "all-linear" leaves out; on CPUs
         # its prompt log-probs then crash.
         "lora_target_modules": linear_names(spec.model_path),
+        **({"worker_extension_cls": LEAVES_BASE} if spec.device == "cpu" else {}),
     }
 
 

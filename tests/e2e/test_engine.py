@@ -117,6 +117,29 @@ def test_log_probs_match_transformers_for_base_and_adapter(world: World) -> None
     assert moved > 0.01, "the adapter changes nothing: parity with it shows nothing"
 
 
+def test_the_base_is_left_alone_beside_as_many_adapters_as_there_are_slots(world: World) -> None:
+    """On vLLM's CPU backend a base request takes the last slot's adapter, if nothing keeps it from that."""
+    adapters = [world.adapter(1 + i % 3, id=950 + i) for i in range(world.spec.max_adapters)]
+    for adapter in adapters:
+        world.run(world.vllm.add_adapter(adapter))
+    group = world.probe[0]
+    [response] = group.response_ids
+
+    async def ask(which: Adapter | None) -> list[float]:
+        return await world.vllm.logprobs(group.prompt_ids, response, adapter=which)
+
+    async def all_at_once() -> list[list[float]]:
+        return await asyncio.gather(*(ask(which) for which in (None, *adapters, None)))
+
+    alone = world.run(ask(None))
+    first, *others, last = world.run(all_at_once())
+    for beside in (first, last):
+        assert max(abs(a - b) for a, b in zip(beside, alone, strict=True)) < FLOAT32_PARITY
+    assert all(max(abs(a - b) for a, b in zip(one, alone, strict=True)) > 0.01 for one in others)
+    for adapter in adapters:
+        world.run(world.vllm.remove_adapter(adapter))
+
+
 def test_seeded_samples_repeat_exactly_also_beside_others(world: World) -> None:
     sampling = Sampling(max_tokens=24)
     group = world.probe[0]
