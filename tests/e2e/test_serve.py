@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from plumbline.promotions import promoted
@@ -27,7 +27,7 @@ from tests.tiny import make_prompts, tiny_config
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 KEY = "sk-a-key-of-the-tests"
-STEPS = 96
+STEPS = 64
 TURN: list[Any] = [{"role": "user", "content": "Could you tell me what the goat eats?"}]
 
 
@@ -245,15 +245,21 @@ def test_what_users_were_answered_meanwhile_is_what_these_versions_answer(live: 
         assert math.isclose(logprob, alone[version], abs_tol=2e-4), (version, logprob, alone[version])
 
 
-@pytest.fixture(scope="module")
-def described(over: str) -> Any:
-    return schemathesis.openapi.from_url(f"{over}/openapi.json")
+def test_nothing_that_is_asked_is_a_server_error(over: str) -> None:
+    """Requests made from the description of each operation, right ones and wrong ones."""
 
+    def ask(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict):
+            case.body |= {"model": "base", "max_tokens": 2, "n": 1}  # else most would ask for an unknown model
+        answer = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+        case.validate_response(answer, checks=[not_a_server_error])
+        asked.append(answer.status_code)
 
-@schemathesis.pytest.from_fixture("described").parametrize()
-@settings(max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-def test_nothing_that_is_asked_is_a_server_error(case: schemathesis.Case, over: str) -> None:
-    if isinstance(case.body, dict):
-        case.body |= {"model": "base", "max_tokens": 2, "n": 1}  # else most would ask for an unknown model
-    answer = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
-    case.validate_response(answer, checks=[not_a_server_error])
+    asked: list[int] = []
+    few = settings(max_examples=12, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    right, wrong = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+    for found in schemathesis.openapi.from_url(f"{over}/openapi.json").get_all_operations():
+        operation: Any = found.ok()  # type: ignore[union-attr]
+        for mode in (right, wrong) if operation.method == "post" else (right,):
+            few(given(case=operation.as_strategy(generation_mode=mode))(ask))()
+    assert {200, 400} <= set(asked)
