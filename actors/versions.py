@@ -18,7 +18,7 @@ from typing import Protocol
 from actors.engine import Adapter, Engine
 from actors.metrics import PROBE_DIFFERENCE, PROOF_SECONDS
 from actors.weights import Proof, prove
-from plumbline.errors import RunError
+from plumbline.errors import RunError, SyncError
 from plumbline.records import PolicyRef, Publication, TokenGroup
 
 Fetch = Callable[[PolicyRef], Awaitable[Publication]]
@@ -59,9 +59,9 @@ class Prober:
         return [sum(response) / len(response) for responses in scored for response in responses]
 
     async def prove(self, publication: Publication, adapter: Adapter | None) -> Proof:
-        """See `actors.weights.prove`."""
+        """See `actors.weights.prove`. Raises SyncError, also where the base is not what it was."""
         started = time.monotonic()
-        measured = await self.measure(adapter)
+        measured = await (self._beside_base(publication.ref, adapter) if adapter else self.measure(None))
         PROOF_SECONDS.observe(time.monotonic() - started, policy=publication.ref.policy)
         previous = PolicyRef(policy=publication.ref.policy, version=publication.ref.version - 1)
         reference = previous if previous in self.measured else PolicyRef()
@@ -76,6 +76,14 @@ class Prober:
         PROBE_DIFFERENCE.set(proof.difference, policy=publication.ref.policy)
         self.measured[publication.ref] = measured
         return proof
+
+    async def _beside_base(self, ref: PolicyRef, adapter: Adapter) -> list[float]:
+        """What the adapter measures, asked in one go with the base, as requests are: that must be left alone."""
+        measured, base = await asyncio.gather(self.measure(adapter), self.measure(None))
+        moved = max((abs(a - b) for a, b in zip(base, self.measured[PolicyRef()], strict=True)), default=0.0)
+        if not moved <= self._tolerance:
+            raise SyncError(ref.policy, ref.version, self.name, moved, "beside it, the base answers otherwise")
+        return measured
 
     async def prove_base(self, left: PolicyRef) -> Proof:
         """Prove that the engine is back at its base, from the version `left`: what it measured first is expected."""

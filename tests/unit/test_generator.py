@@ -34,6 +34,7 @@ class FakeEngine:
         self.whole = 0.0
         self.replaced: list[str] = []
         self.deaf = False
+        self.leaks = False
         self.added: list[Adapter] = []
         self.removed: list[Adapter] = []
         self.allowed = asyncio.Event()
@@ -52,7 +53,8 @@ class FakeEngine:
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, adapter: Adapter | None
     ) -> list[float]:
         await asyncio.sleep(0)
-        return [BASE_LOGP + (self.loaded[adapter.id] if adapter else self.whole)] * len(response_ids)
+        beside = max(self.loaded.values(), default=0.0) if self.leaks else self.whole
+        return [BASE_LOGP + (self.loaded[adapter.id] if adapter else beside)] * len(response_ids)
 
     async def add_adapter(self, adapter: Adapter) -> None:
         await asyncio.sleep(0)
@@ -294,6 +296,18 @@ def test_what_was_not_proved_is_never_served(play: Play) -> None:
             await bench.generator.logprobs(PROBE, ple(2))
         [generation] = await bench.generator.generate([request(1)])
         assert generation.completions[0].text == "0.1/5"
+
+    play(scenario)
+
+
+def test_an_adapter_that_changes_the_base_is_never_served(play: Play) -> None:
+    """As vLLM's CPU backend once had it: beside adapters, the base was answered by one of them."""
+
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.load(ple(1))
+        bench.engine.leaks = True
+        with pytest.raises(SyncError, match=r"ple v000002 .* generator-0: beside it, the base answers otherwise"):
+            await bench.generator.load(ple(2))
 
     play(scenario)
 
