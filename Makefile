@@ -9,11 +9,12 @@ STAMP   := .venv/.installed-$(SET)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test check bench clean lock help
+.PHONY: setup quickstart test test-cluster check bench clean lock help
 
 help:
 	@echo "make quickstart   set up, three methods at once in the miniature world, a report, a served model"
-	@echo "make test         set up, then all tests      make check   ruff and pyright"
+	@echo "make test         set up, then all tests but those of clusters, which are make test-cluster"
+	@echo "make check        ruff, pyright, docs"
 	@echo "make bench        against peers                make clean   remove what runs left"
 
 setup: $(STAMP)
@@ -34,6 +35,9 @@ quickstart: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+test-cluster: setup
+	@$(BIN)/python -m pytest -m cluster
 
 check: setup
 	@$(BIN)/ruff check .

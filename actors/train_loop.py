@@ -88,8 +88,14 @@ def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
     except PlumblineError as error:
         feed.fail(spec.section.name, error)
     except Exception as error:
-        feed.fail(spec.section.name, RunError(f"the learner of {spec.section.name} failed: {error!r}"))
+        if not lost_peer(error):
+            feed.fail(spec.section.name, RunError(f"the learner of {spec.section.name} failed: {error!r}"))
         raise
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether another worker went away in the middle of an exchange; Ray Train then starts all of them anew."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def count_part(pipeline: str, metrics: Mapping[str, float], updates: int, samples: int, seconds: float) -> None:

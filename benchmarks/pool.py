@@ -16,11 +16,12 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -104,11 +105,9 @@ class Bare:
     @classmethod
     def generate(cls, spec: EngineSpec, requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
         """Seconds, and the sampled ids of every request."""
-        import os
-
         if spec.device == "cpu":
             os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-            os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+            torch.set_num_threads(spec.threads)
         from vllm import LLM, SamplingParams, TokensPrompt
 
         from actors.engine_vllm import adapter_settings
@@ -137,21 +136,28 @@ class Bare:
 
 
 class Consumer:
-    """What stands at the other end of a channel: leases parts, reads them, acknowledges them, gives their slots back."""
+    """The other end of a channel: leases parts, reads and acknowledges them, and gives their slots back."""
 
     def run(self, channel: Any) -> int:
         """Until the channel closes; returns how many records there were."""
         records = 0
         ray.get(channel.attach.remote("consumer", 0))
-        while lease := ray.get(channel.lease.remote("consumer")):
+        while True:
+            lease: Any = ray.get(channel.lease.remote("consumer"))
+            if lease is None:
+                return records
             records += len(ray.get(lease.box.ref))
             ray.get([channel.ack.remote(lease.step, "consumer"), channel.release.remote()])
-        return records
+
+
+def actor(kind: Any) -> Any:
+    """One of its own process, which takes no CPU from the others' count."""
+    return ray.remote(kind).options(num_cpus=0, max_concurrency=1000).remote()
 
 
 async def through_pool(fleet: Fleet, pool: Pool, requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
     """Seconds until the consumer has all, in parts of `PART` requests, and the sampled ids."""
-    channel, consumer = fleet.add_channel(4, "bench"), ray.remote(Consumer).options(num_cpus=0).remote()
+    channel, consumer = fleet.add_channel(4, "bench"), actor(Consumer)
     consumed = consumer.run.remote(channel)
     await ask(channel.depth.remote())
     drawn: list[Generation] = []
@@ -195,6 +201,7 @@ async def sampling(out: Path, rounds: int) -> None:
     await fleet.ready()
     pool = Pool(fleet.generators, SETTINGS.max_num_seqs * MAX_TOKENS * 5 // 4, batch=SETTINGS.max_num_seqs // 4)
     rows, ratios, same = [], [], True
+    os.environ["OMP_NUM_THREADS"] = str(spec.threads)  # read once, where the other process begins
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
 
         async def bare(requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
@@ -238,13 +245,13 @@ class Instant:
 
 async def records(out: Path, rounds: int) -> None:
     make_world(out)
-    rows, base = [], 0.0
-    for engines in ENGINES:
-        rates = [await records_per_s(out / "records", out, engines) for _ in range(rounds)]
-        rate = statistics.median(rates)
-        base = base or rate
-        rows.append([str(engines), f"{rate:.0f}", f"{min(rates):.0f} to {max(rates):.0f}", f"{rate / base:.2f}×"])
-    print(table(["engines", "records/s, median", f"{rounds} runs", "against one engine"], rows))
+    turns = [[await records_per_s(out / "records", out, engines) for engines in ENGINES] for _ in range(rounds)]
+    rows = []
+    for engines, rates in zip(ENGINES, zip(*turns, strict=True), strict=True):
+        ratio = statistics.median(rate / turn[0] for rate, turn in zip(rates, turns, strict=True))
+        span = f"{min(rates):.0f} to {max(rates):.0f}"
+        rows.append([str(engines), f"{statistics.median(rates):.0f}", span, f"{ratio:.2f}×"])
+    print(table(["engines", "records/s, median", f"of {rounds}", "against one engine in the same turn"], rows))
     print(f"\n{RECORDS} records in parts of {PART}; 2 answers of 24 tokens each\n")
 
 
@@ -277,11 +284,11 @@ async def records_per_s(directory: Path, out: Path, engines: int) -> float:
         fleet=fleet,
     )
     fleet.scorer = fleet.add_scorers(ScorerFleet(), ScorerSpec(function=REWARD))
-    instant = [ray.remote(Instant).options(num_cpus=0, max_concurrency=1000).remote() for _ in range(engines)]
+    instant = [actor(Instant) for _ in range(engines)]
     await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
     context.pool = Pool(instant, capacity=256 * 24 * 5 // 4, batch=64)
     method = PleMethod(context, section)
-    channel, consumer = fleet.add_channel(method.slots, "bench"), ray.remote(Consumer).options(num_cpus=0).remote()
+    channel, consumer = fleet.add_channel(method.slots, "bench"), actor(Consumer)
     consumed = consumer.run.remote(channel)
     await ask(channel.depth.remote())
     started = time.perf_counter()
@@ -346,7 +353,7 @@ async def seconds_to_prove(directory: Path, model: Path, kind: str) -> list[floa
     return seconds
 
 
-PARTS: dict[str, Callable[[Path, int], Awaitable[None]]] = {
+PARTS: dict[str, Callable[[Path, int], Coroutine[Any, Any, None]]] = {
     "sampling": sampling,
     "records": records,
     "versions": versions,

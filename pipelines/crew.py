@@ -91,6 +91,7 @@ class Crew:
     async def _bring(self, generator: Any, since: float) -> None:
         """Wait until it is loaded and has proved all current versions; then the pool asks it too."""
         name, pool = self._context.fleet.generator_names[generator], self._context.pool
+        await self._list()  # without it, where it is lost
         await self._started(generator)
         proved: set[PolicyRef] = set()
         while missing := set(pool.current.values()) - proved:  # more may have come while it proved others

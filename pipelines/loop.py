@@ -191,7 +191,8 @@ async def advance(context: Context, method: RollingMethod, channel: Any, progres
         ref = PolicyRef(policy=method.name, version=step)
         publication = await ask(context.fleet.store.wait.remote(ref))
         # Whole weights would take π0's place, which is still being drawn from: they are proved once it no longer is.
-        proofs = [] if method.displaces_base and progress.undrawn else await prove_everywhere(context, ref)
+        later = method.displaces_base and progress.undrawn > 0
+        proofs = [] if later else await prove_everywhere(context, ref)
         progress.proved = max(step, progress.proved)
         if step > progress.resumed:
             await ask(channel.release.remote())
@@ -212,7 +213,7 @@ async def advance(context: Context, method: RollingMethod, channel: Any, progres
                 **memory(),
             }
         )
-        if proofs and context.promoter:
+        if context.promoter and not later:  # without any generator, the first that joins proves it
             await asyncio.to_thread(context.storage.pull_directory, version_directory(context.run_dir, ref), PROOF)
             context.promoter.offer(ref, last=step == method.total)
         clock, busy = now, now_busy

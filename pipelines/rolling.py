@@ -63,6 +63,7 @@ class RollingMethod(ABC):
         self.parts = Parts(str(directory), schema)
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self._prompts = list(prompts)
+        self._orders: dict[int, list[int]] = {}
         if not self.rejected.rows():
             self.rejected.add(0, unfit)
         per_pass = batch_count(len(self._prompts), section.batch_size)
@@ -117,9 +118,11 @@ class RollingMethod(ABC):
         """The step's prompts: the same at every call, each once a pass, in an order that changes with the pass."""
         size, count = self._section.batch_size, len(self._prompts)
         pass_, position = divmod(step - 1, batch_count(count, size))
-        order = list(range(count))
-        random.Random(f"{self._context.config.seed}-{self.name}-{pass_}").shuffle(order)
-        return [self._prompts[i] for i in order[position * size : (position + 1) * size]]
+        if pass_ not in self._orders:
+            order = list(range(count))
+            random.Random(f"{self._context.config.seed}-{self.name}-{pass_}").shuffle(order)
+            self._orders = {pass_: order}  # of many prompts it takes as long as a step
+        return [self._prompts[i] for i in self._orders[pass_][position * size : (position + 1) * size]]
 
     def _request(
         self, step: int, prompt: Prompt, ref: PolicyRef, *, kind: str, steering: str | None = None, n: int = 1

@@ -1,6 +1,7 @@
 """An endpoint on Ray Serve: started beside a live run, or over what a run or a model left."""
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ApplicationStatus
 
 from plumbline.endpoint import Serve
-from plumbline.errors import ConfigError, RunError
+from plumbline.errors import ConfigError, RunError, in_one_line
 from plumbline.promotions import Catalog
 from serve.app import Endpoint, build_app
 from serve.backends import Generators, Replicas
@@ -73,14 +75,22 @@ def check_settings(settings: Serve) -> Keys:
 
 
 def start_endpoint(settings: Serve, served: Served, keys: Keys, cpus: int = 1, gpus: float = 0) -> None:
-    """Deploy it on the Ray that this process is connected to; `wait_for_endpoint` waits until it answers."""
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": settings.host, "port": settings.port},
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    )
+    """Deploy it on the Ray that this process is connected to; `wait_for_endpoint` waits until it answers.
+
+    Raises:
+        RunError: Ray Serve did not start.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     target = serve.RunTarget(target=application(settings, served, keys, cpus, gpus), name=APP, route_prefix="/")
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": settings.host, "port": settings.port},
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        )
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    except RayError as error:
+        raise RunError(f"Ray Serve did not start: {in_one_line(error)}") from None
 
 
 def application(settings: Serve, served: Served, keys: Keys, cpus: int, gpus: float) -> Any:

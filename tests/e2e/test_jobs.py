@@ -1,58 +1,25 @@
 """`ray job submit` to a running cluster: stopped as by Ctrl-C, resumed by a second job, with and without waiting."""
 
-import contextlib
 import os
 import re
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from tests.runs import MARK, assert_each_prompt_once, events
+from tests.clusters import PATIENCE_S, ROOT, Head, free_ports, own_environment
+from tests.runs import assert_each_prompt_once, events
 from tests.tiny import tiny_config, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-PATIENCE_S = 600
-BIN = Path(sys.executable).parent
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
-@dataclass(frozen=True)
-class Head:
-    """A cluster with ports, a token and files of its own; `environment` reaches it."""
-
-    address: str
-    environment: dict[str, str]
-
-    def job(self, verb: str, *arguments: str, **options: str) -> subprocess.Popen[str]:
-        """`ray job VERB`, both outputs in one."""
-        command = [str(BIN / "ray"), "job", verb, "--address", self.address, *arguments]
-        return subprocess.Popen(
-            command, env=self.environment | options, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def started(kind: str, ports: dict[str, int], temporary: str, options: list[str], environment: dict[str, str]) -> Any:
+def start_node(kind: str, ports: dict[str, int], environment: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
     """A node, by the last of cluster.yaml's commands for its kind, with other ports and without the autoscaler.
 
     The commands before it, `ray stop`, would end every Ray of this machine.
@@ -60,58 +27,32 @@ def started(kind: str, ports: dict[str, int], temporary: str, options: list[str]
     command = yaml.safe_load((ROOT / "cluster.yaml").read_text())[f"{kind}_start_ray_commands"][-1]
     command = command.replace("6379", str(ports["port"])).replace("8076", str(ports[f"{kind}-objects"]))
     command = re.sub(r"--autoscaling-config=\S+", "", command)
-    with (Path(temporary) / f"{kind}.log").open("w") as log:
+    with (Path(environment["RAY_TMPDIR"]) / f"{kind}.log").open("w") as log:
         arguments = ["bash", "-c", " ".join([command, "--block", "--node-ip-address=127.0.0.1", *options])]
-        return subprocess.Popen(arguments, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head and a worker, started as cluster.yaml says, and everything that came of them gone at the end."""
-    temporary = tempfile.mkdtemp(prefix="plumb", dir="/tmp")  # sockets in it must have short names
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment = keep | {
-        MARK: temporary,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # the image has `plumbline` in its path too
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_AUTH_MODE": "token",
-        "RAY_HEAD_IP": "127.0.0.1",
-        "RAY_TMPDIR": temporary,
-    }
+    """A head and a worker, started as cluster.yaml says."""
     names = ["port", "head-objects", "worker-objects", "dashboard", "agent", "client", "metrics"]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    of_head = [f"--temp-dir={temporary}", "--num-cpus=0", """--resources='{"head": 1}'"""]
+    of_head = ["--num-cpus=0", """--resources='{"head": 1}'""", f"--metrics-export-port={ports['metrics']}"]
     of_head += [f"--dashboard-port={ports['dashboard']}", f"--dashboard-agent-listen-port={ports['agent']}"]
-    of_head += [f"--ray-client-server-port={ports['client']}", f"--metrics-export-port={ports['metrics']}"]
-    of_worker = ["--num-cpus=4", """--resources='{"generator": 1, "learner": 1}'"""]
-    nodes = [started("head", ports, temporary, of_head, environment)]
-    one = Head(address=f"http://127.0.0.1:{ports['dashboard']}", environment=environment)
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while (listing := one.job("list")).wait() != 0:
-            assert nodes[0].poll() is None, (Path(temporary) / "head.log").read_text()
-            assert time.monotonic() < deadline, listing.communicate()
-            time.sleep(1)
-        nodes.append(started("worker", ports, temporary, of_worker, environment))
+    of_head += [f"--ray-client-server-port={ports['client']}"]
+    with own_environment() as environment:
+        temporary = environment["RAY_TMPDIR"]
+        starting = start_node("head", ports, environment, f"--temp-dir={temporary}", *of_head)
+        one = Head(address=f"http://127.0.0.1:{ports['dashboard']}", environment=environment)
+        one.wait(starting, Path(temporary) / "head.log")
+        # With files of its own, as on a machine of its own: the agents of two nodes would share the copies of a job's.
+        of_worker = [
+            "--num-cpus=4",
+            """--resources='{"generator": 1, "learner": 1}'""",
+            f"--temp-dir={temporary}/worker",
+        ]
+        start_node("worker", ports, environment | {"RAY_HEAD_IP": "127.0.0.1"}, *of_worker)
         yield one
-    finally:
-        for node in reversed(nodes):
-            os.killpg(node.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(timeout=60)
-        for left in of_cluster(temporary):
-            left.kill()
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def of_cluster(mark: str) -> list[psutil.Process]:
-    """All processes that the cluster started, and those that they did."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-    return found
 
 
 @pytest.fixture
@@ -128,23 +69,6 @@ def project(tmp_path: Path) -> Path:
         (directory / left_behind).mkdir()
         (directory / left_behind / "large").write_bytes(os.urandom(2**20))
     return directory
-
-
-def submitted(output: str) -> str:
-    [job] = set(re.findall(r"raysubmit_\w+", output))
-    return job
-
-
-def wait_until(head: Head, job: str, ended: str) -> str:
-    """The job's log once its status is `ended`."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        told = head.job("status", job).communicate(timeout=PATIENCE_S)[0]
-        if ended in told:
-            return head.job("logs", job).communicate(timeout=PATIENCE_S)[0]
-        assert not re.search("FAILED|SUCCEEDED|STOPPED", told), head.job("logs", job).communicate(timeout=60)[0]
-        assert time.monotonic() < deadline, told
-        time.sleep(1)
 
 
 def test_a_job_is_stopped_and_resumed_by_another(head: Head, project: Path, tmp_path: Path) -> None:
@@ -176,7 +100,8 @@ def test_a_job_is_stopped_and_resumed_by_another(head: Head, project: Path, tmp_
     second = head.job("submit", "--no-wait", "--working-dir", str(project), "--", "plumbline", "resume", str(run_dir))
     told, _ = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 0, told
-    log = wait_until(head, submitted(told), "SUCCEEDED")
+    [job] = set(re.findall(r"raysubmit_\w+", told))
+    log = head.log_once(job, "succeeded")
     assert "done in" in log
     assert_each_prompt_once(tmp_path)
     assert all(p.stat().st_mtime_ns == then for p, then in before.items()), "a part was written twice"

@@ -4,6 +4,7 @@
 machine; so the head is started here, and ended by the mark in its processes' environment.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -22,14 +23,19 @@ from ray._private.authentication.authentication_token_setup import (
     enable_token_auth_by_default,
     ensure_token_if_auth_enabled,
 )
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
+)
 
 from tests.runs import MARK, events, start
 from tests.tiny import tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1500)]
 PATIENCE_S = 1200
 EPOCHS = 40
+COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,23 +43,17 @@ def local_ray() -> None:
     """In place of the Ray that the other files of this directory share."""
 
 
-@pytest.fixture
-def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head with room for all but generators; the autoscaler may add two nodes for those, and ends idle ones."""
-    monkeypatch.setenv(MARK, str(tmp_path))
-    enable_token_auth_by_default()
-    ensure_token_if_auth_enabled()
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    settings = {
+def cluster_config(address: str) -> dict[str, Any]:
+    """A head, and two generator nodes at most that are no machines but processes of this one."""
+    return {
         "cluster_name": "fake",
         "max_workers": 4,
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 1.0,
         "provider": {
-            "type": "fake_multinode",
+            # By its own name, `fake_multinode`, Ray would look for defaults that its wheels do not have.
+            "type": "external",
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -72,8 +72,24 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         },
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "auth": {},
+        # What Ray would take from a provider's defaults.
+        **{f"{what}_commands": [] for what in COMMANDS},
+        "file_mounts": {},
+        "cluster_synced_files": [],
     }
-    (tmp_path / "cluster.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head with room for all but generators; the autoscaler may add two nodes for those, and ends idle ones."""
+    monkeypatch.setenv(MARK, str(tmp_path))
+    enable_token_auth_by_default()
+    ensure_token_if_auth_enabled()
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    (tmp_path / "cluster.json").write_text(json.dumps(cluster_config(address)))
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
     command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--object-store-memory=100000000"]
     environment = {
@@ -100,18 +116,29 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def end(directory: Path) -> None:
     """Stop every process that was started for a test in `directory`."""
     deadline = time.monotonic() + 30
-    while mine := [p for p in psutil.process_iter() if p.pid != os.getpid() and marked(p, directory)]:
-        assert time.monotonic() < deadline, mine
-        for process in mine:
+    while there := mine(directory):
+        assert time.monotonic() < deadline, there
+        for process in there:
             process.kill()
-        psutil.wait_procs(mine, timeout=1)
+        psutil.wait_procs(there, timeout=1)
 
 
-def marked(process: psutil.Process, directory: Path) -> bool:
-    try:
-        return process.environ().get(MARK) == str(directory) and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+def mine(directory: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(directory) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def commands(directory: Path) -> str:
+    """Command lines of the processes that were started for a test."""
+    lines = []
+    for process in mine(directory):
+        with contextlib.suppress(psutil.Error):
+            lines.append(" ".join(process.cmdline()))
+    return "\n".join(lines)
 
 
 def generator_nodes() -> int:
@@ -146,6 +173,7 @@ def test_nodes_come_on_lag_and_go_when_idle(tmp_path: Path, address: str) -> Non
     try:
         while process.poll() is None or counts[-1]:
             assert time.time() < began + PATIENCE_S, told
+            assert "autoscaler/v2/monitor.py" in commands(tmp_path), "Ray's autoscaler has ended"
             if (now := generator_nodes()) != counts[-1]:
                 counts.append(now)
                 told.append((time.time(), f"{now} generator nodes"))

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from tests.runs import MARK, assert_each_prompt_once, events, finish, leftovers, start
 from tests.tiny import make_prompts, make_tiny_model, tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1500)]
 PATIENCE_S = 600
 STEPS = 60
 

@@ -10,6 +10,7 @@ import yaml
 from plumbline.config import Config, FullPolicy, LoraPolicy, Ple, RewardModel, Sft
 from plumbline.config_file import dump_config, load_config, parse_config
 from plumbline.errors import ConfigError
+from plumbline.section import bounds
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TREE: Mapping[str, Any] = {
@@ -122,6 +123,40 @@ def test_overrides_reach_sections_lists_and_what_the_file_leaves_out(tmp_path: P
     assert config.seed == 7
     assert isinstance(config.pipelines[0], Ple)
     assert config.pipelines[0].generation.stop == ["END"]
+
+
+@pytest.mark.parametrize(
+    ("given", "least", "most"), [("3", 3, 3), ("[1, 4]", 1, 4), ("[0, 2]", 0, 2), ("[2, 2]", 2, 2)]
+)
+def test_a_number_of_generators_or_its_bounds(tmp_path: Path, given: str, least: int, most: int) -> None:
+    config = load_config(written(tmp_path), [f"fleet.generator.replicas={given}"])
+    assert bounds(config.fleet.generator.replicas) == (least, most)
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(dump_config(config))
+    assert load_config(kept) == config, "a resumed run has the same"
+
+
+@pytest.mark.parametrize("given", ["0", "[0, 0]", "[4, 1]", "[1]", "[1, 2, 3]", "[-1, 2]", "many", "1.5", "true"])
+@pytest.mark.parametrize("key", ["fleet.generator.replicas", "pipelines.0.learner.workers"])
+def test_what_is_neither_a_number_nor_its_bounds(tmp_path: Path, key: str, given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path), [f"{key}={given}"])
+    line = str(caught.value)
+    assert (
+        f"{key}: should be a count of 1 or more, or its bounds, such as [1, 4], got {yaml.safe_load(given)!r}" in line
+    )
+
+
+def test_a_learner_has_a_worker(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`workers` is \[0, 2\]; a learner has at least one worker"):
+        load_config(written(tmp_path), ["pipelines.0.learner.workers=[0, 2]"])
+
+
+def test_generators_that_answer_users_are_never_none(tmp_path: Path) -> None:
+    sets = ["fleet.generator.replicas=[0, 2]", "serve.enabled=true"]
+    with pytest.raises(ConfigError, match="let its lower bound be 1"):
+        load_config(written(tmp_path), sets)
+    assert load_config(written(tmp_path), [*sets, "serve.placement=replicas"]).serve.enabled
 
 
 def test_an_override_can_take_a_section_away(tmp_path: Path) -> None:

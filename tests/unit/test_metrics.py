@@ -1,6 +1,7 @@
 """Metrics: what plain classes may call anywhere, what Ray gets of it, and a dashboard that shows exactly these."""
 
 import ast
+import asyncio
 import json
 import re
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from actors import metrics
+from actors.versions import Prober
+from plumbline.records import PolicyRef, Publication, TokenGroup
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text("utf-8"))
@@ -28,10 +31,14 @@ class FakeMetric:
         self.calls: list[tuple[float, dict[str, str]]] = []
 
     def inc(self, value: float, tags: dict[str, str]) -> None:
-        assert value > 0 and set(tags) == set(self.tag_keys)  # as Ray's does
+        assert value > 0  # or Ray raises
+        self.set(value, tags)
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert tags.keys() == {*self.tag_keys}
         self.calls.append((value, tags))
 
-    set = observe = inc
+    observe = set
 
 
 @pytest.fixture
@@ -89,6 +96,31 @@ def test_a_gauge_is_told_again_so_that_ray_does_not_forget_it(ray: ModuleType) -
     gauge.refresh()
     again = {tags["pipeline"]: value for value, tags in calls(gauge)[before:]}
     assert again == {"ple": 3, "dlma": 2}
+
+
+def test_a_proof_is_counted_by_generator_and_policy(ray: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for metric in (metrics.PROOF_SECONDS, metrics.PROBE_DIFFERENCE):
+        monkeypatch.setattr(metric, "_made", None)
+
+    class Engine:
+        async def logprobs(self, prompt_ids: list[int], response_ids: list[int], *, adapter: object) -> list[float]:
+            return [-1.5] * len(response_ids)
+
+    publication = Publication(
+        ref=PolicyRef(policy="ple", version=1),
+        files={},
+        probe_logps=[-1.5],
+        previous_probe_logps=[-1.5],
+        base_probe_logps=[-1.5],
+    )
+    engine: Any = Engine()
+    prober = Prober("generator-1", engine, [TokenGroup([1], [[2, 3]])], tolerance=1e-3)
+    prober.measured[PolicyRef()] = [-1.5]
+    asyncio.run(prober.prove(publication, None))
+    tags = {"run": "tiny", "replica": "scorer-1", "policy": "ple"}
+    [(seconds, told)] = calls(metrics.PROOF_SECONDS)
+    assert seconds > 0 and told == tags
+    assert calls(metrics.PROBE_DIFFERENCE) == [(0.0, tags)]
 
 
 def test_what_is_declared_has_a_fitting_name() -> None:

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
-from actors.train_loop import LearnerSpec, train
+from actors.train_loop import LearnerSpec, Worker, train
 from plumbline.checkpoint import latest_step
 from plumbline.config import Model, Ple, RewardModel, Sft
 from plumbline.errors import LossError, RunError
@@ -348,6 +351,33 @@ def test_an_unforeseen_failure_is_told_and_raised(run_dir: Path, tiny_model: Pat
 
 
 # The other pipelines
+
+
+def test_a_worker_whose_peer_went_away_leaves_it_to_ray_train(
+    run_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting = f"file://{run_dir}/meeting"
+    code = (
+        "import os, sys, torch.distributed as dist; dist.init_process_group('gloo', sys.argv[1], rank=1, world_size=2)"
+    )
+    peer = subprocess.Popen([sys.executable, "-c", f"{code}; dist.barrier(); os._exit(9)", meeting])
+    dist.init_process_group("gloo", meeting, rank=0, world_size=2)
+    try:
+        dist.barrier()
+        peer.wait()
+        with pytest.raises(RuntimeError) as caught:
+            dist.all_reduce(torch.ones(1))
+    finally:
+        dist.destroy_process_group()
+
+    def exchange(worker: Worker) -> None:
+        raise caught.value
+
+    monkeypatch.setattr(Worker, "run", exchange)
+    feed = MemoryFeed(parts_of(run_dir))
+    with pytest.raises(RuntimeError):
+        train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    assert feed.failures == []
 
 
 def test_sft_trains_all_weights_and_publishes_a_model_at_the_end(tmp_path: Path, tiny_model: Path) -> None:
