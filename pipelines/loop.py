@@ -249,7 +249,8 @@ async def prove_everywhere(context: Context, ref: PolicyRef) -> list[Any]:
 
     async def one(generator: Any) -> Any:
         try:
-            return await ask(generator.load.remote(ref))
+            with pool.hold(generator):
+                return await ask(generator.load.remote(ref))
         except LostError:
             pool.lose(generator)
 

@@ -11,8 +11,8 @@ Generators join and leave while it works (`pipelines.crew`): what a lost one was
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A generator of the pool, the tokens it was asked for and has not answered, and whether any batch is there."""
+    """A generator of the pool, the tokens it was asked for and has not answered, and what keeps it from leaving."""
 
     generator: Any
     load: int = 0
@@ -131,6 +131,22 @@ class Pool:
             if member.batches:
                 await member.idle.wait()
 
+    @contextmanager
+    def hold(self, generator: Any) -> Iterator[None]:
+        """One of its generators does not leave before the end, though it may be lost.
+
+        Raises:
+            LostError: it has left.
+        """
+        member = next((one for one in self._members if one.generator == generator), None)
+        if member is None:
+            raise LostError("it has left the pool")
+        member.batches += 1
+        try:
+            yield
+        finally:
+            self._release(member)
+
     def fail(self, error: Exception) -> None:
         """Everyone who waits, now or later, gets `error`."""
         self._failure = error
@@ -228,10 +244,13 @@ class Pool:
 
     def _free(self, ticket: Ticket, member: Member) -> None:
         member.load -= ticket.tokens
+        self._release(member)
+        self._serve()
+
+    def _release(self, member: Member) -> None:
         member.batches -= 1
         if not member.batches:
             member.idle.set()
-        self._serve()
 
     def _remove(self, member: Member) -> None:
         if member in self._members:

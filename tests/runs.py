@@ -75,9 +75,9 @@ def kill(directory: Path, title: str) -> int:
     return len(chosen)
 
 
-def leftovers(directory: Path) -> list[str]:
+def leftovers(directory: Path, patience_s: float = 15) -> list[str]:
     """What of a run is still there a moment after its end."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + patience_s
     while (found := processes(directory)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return [" ".join(p.cmdline()) for p in found]

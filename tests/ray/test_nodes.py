@@ -37,7 +37,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     )
     yield one
     one.shutdown()
-    assert leftovers(tmp_path) == []
+    assert leftovers(tmp_path, patience_s=120) == []
 
 
 def join(cluster: Cluster, role: str) -> Any:

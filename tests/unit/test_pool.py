@@ -186,6 +186,20 @@ def test_one_that_leaves_ends_its_batches_and_gets_no_more() -> None:
     run(work())
 
 
+def test_one_that_is_held_leaves_afterwards() -> None:
+    async def work() -> None:
+        pool = Pool(["a"], capacity=20)
+        with pool.hold("a"):
+            leaving = asyncio.create_task(pool.leave("a"))
+            await asyncio.sleep(0.01)
+            assert pool.generators == [] and not leaving.done()
+        await leaving
+        with pytest.raises(LostError), pool.hold("a"):
+            pass
+
+    run(work())
+
+
 def test_what_a_lost_one_was_asked_goes_to_another_before_what_its_pipeline_asked_later() -> None:
     async def work() -> None:
         pool, order = Pool(["spot"], capacity=10), []
