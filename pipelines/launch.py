@@ -330,6 +330,8 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
         one = config.embedder
         device = "cuda" if one.gpus else "cpu"
         fleet.add_embedders(one, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size))
+    if train:
+        fleet.trainer()  # loads meanwhile
     beside()
     await fleet.ready()
     if fleet.reference:

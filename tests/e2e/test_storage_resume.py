@@ -10,7 +10,7 @@ from plumbline.parts import Parts
 from tests.runs import assert_each_prompt_once, finish, leftovers, start, wait_for
 from tests.tiny import make_prompts, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def test_a_run_goes_on_where_its_storage_stands(tmp_path: Path) -> None:
