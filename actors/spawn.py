@@ -9,7 +9,7 @@ import os
 import signal
 import uuid
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,9 +91,11 @@ def is_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def absent(resources: Iterable[str]) -> list[str]:
-    """Those that no node of the cluster offers now: who asks for them waits until one joins."""
-    return sorted(set(resources) - ray.cluster_resources().keys())
+def missing(asked: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Resources of which all nodes together offer less now than is asked for; with what is asked, and what there is."""
+    offered = ray.cluster_resources()
+    each = ((name, amount, offered.get(name, 0.0)) for name, amount in sorted(asked.items()))
+    return [(name, amount, there) for name, amount, there in each if amount > there]
 
 
 def beside_driver() -> dict[str, Any]:

@@ -25,12 +25,6 @@ def check_endpoint(config: Config) -> Keys:
     return check_settings(config.serve)
 
 
-def endpoint_cpus(config: Config) -> int:
-    """Processors of the engines that only users ask."""
-    own = config.serve.enabled and config.serve.placement == "replicas"
-    return config.serve.most_replicas * config.fleet.generator.cpus if own else 0
-
-
 def begin_endpoint(context: Context, keys: Keys) -> None:
     """Start it; engines load meanwhile. Aliases mean π0 until a version of theirs is promoted."""
     config = context.config

@@ -4,6 +4,7 @@ check -> run directory -> Ray -> π0 (`sft`) -> fleet -> pipelines -> evaluation
 """
 
 import asyncio
+import math
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -15,11 +16,11 @@ from actors.embedder import EmbedderSpec
 from actors.engine import engine_spec, resolve_engine
 from actors.reference import ReferenceSpec
 from actors.scorer import ScorerSpec
-from actors.spawn import Fleet, absent, ask, is_job, start_fleet, start_ray, stop_ray
+from actors.spawn import Fleet, ask, is_job, missing, start_fleet, start_ray, stop_ray
 from pipelines.context import Context, Event, EventLog
 from pipelines.crew import keep_crew
 from pipelines.dlma import DlmaMethod
-from pipelines.endpoint import await_endpoint, begin_endpoint, check_endpoint, endpoint_cpus
+from pipelines.endpoint import await_endpoint, begin_endpoint, check_endpoint
 from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
 from pipelines.gate import Promoter
 from pipelines.loop import first_failure, run_method
@@ -41,6 +42,7 @@ from plumbline.config import (
     Sft,
 )
 from plumbline.config_file import load_config as read_config
+from plumbline.demand import demand, named
 from plumbline.doctor import check, model_directory, resolve_dtype, run_device, run_tokenizer
 from plumbline.errors import ConfigError, PlumblineError, RunError
 from plumbline.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
@@ -48,7 +50,6 @@ from plumbline.policies import base_directory, model_path, parse_ref, read_publi
 from plumbline.prompting import encode_response, render
 from plumbline.records import PolicyRef, Prompt, TokenGroup
 from plumbline.run_dir import open_run_dir
-from plumbline.section import bounds
 from plumbline.tracking import Trackers, start_trackers
 from serve.keys import Keys
 from serve.launch import stop_endpoint
@@ -109,17 +110,7 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
     """Start Ray, do the work, stop Ray: also when interrupted or terminated, which end alike."""
     task = asyncio.current_task()
     assert task is not None
-    fleet = config.fleet
-    together = sum(bounds(p.learner.workers)[1] * p.learner.cpus for p in config.pipelines)
-    first = bounds(config.sft.learner.workers)[1] * config.sft.learner.cpus if config.sft else 0
-    start_ray(
-        bounds(fleet.generator.replicas)[1] * fleet.generator.cpus
-        + max(together, first)
-        + int(fleet.scorer.replicas * fleet.scorer.cpus)
-        + endpoint_cpus(config),
-        config.resources,
-        run=config.name,
-    )
+    start_ray(math.ceil(demand(config, most=True)["CPU"]), named(config), run=config.name)
     # After Ray has started: it has a handler of its own, which would end this process at once.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
@@ -148,8 +139,10 @@ async def run_pipelines(
         PlumblineError: the failure of the only pipeline, or a RunError that names those that failed.
     """
     context = make_context(config, run_dir, prompts, listen, trackers)
-    for name in absent(config.resources):
-        context.events.say(f"no node offers {name!r} yet; what asks for it waits until one joins")
+    for name, asked, offered in missing(demand(config)):
+        context.events.say(
+            f"the run asks for {asked:g} {name}, all nodes offer {offered:g}: what finds no room waits until one joins"
+        )
     if is_job() and run_dir.is_relative_to(Path.cwd()) and not config.storage_path:
         context.events.say("the job's copy of the working directory holds this run, and Ray removes it; use --run-dir")
     if context.storage.url:

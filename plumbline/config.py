@@ -325,16 +325,6 @@ class Config(Section):
         return self
 
     @property
-    def resources(self) -> set[str]:
-        """Names of all Ray resources that its actors ask for."""
-        fleet = self.fleet
-        sections: list[Any] = [fleet.generator, fleet.scorer, fleet.reference]
-        sections += [self.embedder] if self.embedder else []
-        sections += [self.serve] if self.serve.enabled else []
-        sections += [p.learner for p in (*self.pipelines, *([self.sft] if self.sft else []))]
-        return {name for section in sections for name in section.resources}
-
-    @property
     def rolling(self) -> list["Rolled"]:
         """The pipelines whose policies generators serve."""
         return [p for p in self.pipelines if isinstance(p, Ple | Dlma | SelfContrast | Raft)]

@@ -24,6 +24,7 @@ from plumbline.config import (
     SelfContrast,
     Sft,
 )
+from plumbline.demand import demand, named
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.lengths import check_targets, needs_target, section_lengths, sft_group
 from plumbline.mirror import check_storage
@@ -91,7 +92,7 @@ def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
 
 def run_device(config: Config) -> Literal["cpu", "cuda"]:
     """Where engines and learners compute. A cluster's head may have no GPU: there, asking for GPUs says so."""
-    if config.fleet.device == "auto" and os.environ.get("RAY_ADDRESS") and _gpus(config):
+    if config.fleet.device == "auto" and os.environ.get("RAY_ADDRESS") and demand(config)["GPU"]:
         return "cuda"
     return resolve_device(config.fleet.device)
 
@@ -309,30 +310,17 @@ def _devices(config: Config) -> str:
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if config.fleet.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("fleet.engine: vllm, but vLLM is not installed here; write auto or transformers")
-    asked = _gpus(config)
+    asked = demand(config)["GPU"]
     if asked > gpus and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             f"fleet and learners ask for {asked:g} GPUs, {gpus} are here; lower fleet.generator.gpus, "
             "fleet.scorer.gpus and learner.gpus, or join a cluster by RAY_ADDRESS"
         )
     note = f"{device}, {gpus} GPUs, {os.cpu_count()} CPUs"
-    if config.resources:
+    if names := named(config):
         offers = "nodes of the cluster must offer" if os.environ.get("RAY_ADDRESS") else "a Ray started here offers"
-        note += f"; {offers} {', '.join(sorted(config.resources))}"
+        note += f"; {offers} {', '.join(names)}"
     return note
-
-
-def _gpus(config: Config) -> float:
-    """GPUs that all actors together ask for."""
-    learners = [p.learner for p in config.pipelines] + ([config.sft.learner] if config.sft else [])
-    asked = bounds(config.fleet.generator.replicas)[0] * config.fleet.generator.gpus
-    asked += sum(bounds(learner.workers)[0] * learner.gpus for learner in learners)
-    asked += config.fleet.scorer.replicas * config.fleet.scorer.gpus
-    if any(isinstance(p, Preference) for p in config.pipelines):
-        asked += config.fleet.reference.replicas * config.fleet.reference.gpus
-    if config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
-        asked += config.embedder.replicas * config.embedder.gpus
-    return asked
 
 
 def _memory(config: Config) -> str:

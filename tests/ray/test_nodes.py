@@ -129,4 +129,4 @@ def test_what_no_node_offers_is_waited_for_and_said(tmp_path: Path, cluster: Clu
     finally:
         process.kill()
     assert code == 0, err
-    assert "no node offers 'generator' yet" in out
+    assert "the run asks for 1 generator, all nodes offer 0: what finds no room waits" in out

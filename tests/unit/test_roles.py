@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 from plumbline.config_file import load_config
+from plumbline.demand import demand, named
 from plumbline.doctor import examine, run_device
 from plumbline.errors import ConfigError
 from tests.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +49,28 @@ def test_names_of_all_roles_are_asked_for(path: Path) -> None:
             "fleet.scorer.resources={scorer: 0.5}",
             "fleet.reference.resources={big: 1}",
             "pipelines.0.learner.resources={learner: 1, big: 1}",
-            "embedder={path: /none, resources: {small: 1}}",
         ],
     )
-    assert asked.resources == {"generator", "scorer", "big", "learner", "small"}
-    assert load_config(path).resources == set()
+    assert named(asked) == ["big", "generator", "learner", "scorer"]
+    assert named(load_config(path)) == []
+
+
+def test_demand_is_of_all_that_runs_at_once() -> None:
+    asked = load_config(
+        ROOT / "configs/comments.yaml",
+        [
+            "fleet.generator={replicas: [0, 4], cpus: 3, gpus: 1, resources: {generator: 1}}",
+            "fleet.scorer={gpus: 0.25, resources: {learner: 0.25}}",
+            "fleet.reference.resources={big: 1}",
+            "embedder.resources={small: 0.5}",
+            "pipelines.0.learner={workers: [1, 2], cpus: 2, gpus: 1, resources: {learner: 1}}",
+            "serve={enabled: true, placement: replicas, replicas: [1, 2], resources: {users: 1}}",
+        ],
+    )
+    names = {"big": 1, "small": 0.5, "generator": 1, "users": 1, "learner": 1.5}  # with the judge, two rewards
+    assert demand(asked) == {"CPU": 3 + 3 + 2 + 1 + 1, "GPU": 1 + 1 + 0.5 + 1, **names}
+    names |= {"generator": 4, "users": 2, "learner": 2.5}
+    assert demand(asked, most=True) == {"CPU": 4 * 3 + 2 * 3 + 2 * 2 + 1 + 1, "GPU": 4 + 2 + 0.5 + 2, **names}
 
 
 def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
