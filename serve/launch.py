@@ -127,7 +127,9 @@ def replicas(settings: Serve, spec: ReplicaSpec, cpus: int, gpus: float) -> Any:
     seats = spec.engine.seats
     if isinstance(settings.replicas, tuple):
         least, most = settings.replicas
-        bounds = AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=max(1, seats // 2))
+        # Before users are told 429, there should be as many engines as there may be.
+        each = max(1, min(seats // 2, settings.limits.in_flight // most))
+        bounds = AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=each)
         scale = {"autoscaling_config": bounds}
     actor = {"num_cpus": cpus, "num_gpus": gpus, "resources": settings.resources}
     deployment = serve.deployment(

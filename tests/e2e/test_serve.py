@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,14 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from plumbline.promotions import promoted
-from tests.runs import LIMIT_S, MARK, events, finish, leftovers, start, wait_for
+from tests.endpoints import KEY, TURN, client, first_logprob, free_port, healthy, served, wait_until
+from tests.runs import events, finish, leftovers, start, wait_for
 from tests.tiny import make_prompts, tiny_config
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-KEY = "sk-a-key-of-the-tests"
 STEPS = 64
-TURN: list[Any] = [{"role": "user", "content": "Could you tell me what the goat eats?"}]
 
 
 @dataclass
@@ -44,41 +42,6 @@ class Live:
     @property
     def run_dir(self) -> Path:
         return self.directory / "run"
-
-
-def client(url: str, key: str = KEY) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not ready():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{what}: not in time"
-        time.sleep(0.2)
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=10).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def first_logprob(talker: openai.OpenAI, name: str) -> tuple[str, float]:
-    """The version that answered, and the log-prob of its likeliest first token: it tells versions apart."""
-    raw = talker.chat.completions.with_raw_response.create(
-        model=name, messages=TURN, temperature=0, max_tokens=1, logprobs=True
-    )
-    answer: Any = raw.parse()
-    assert answer.model == raw.headers["x-plumbline-version"]
-    return answer.model, answer.choices[0].logprobs.content[0].logprob
 
 
 @pytest.fixture(scope="module")
@@ -218,17 +181,8 @@ def test_the_run_goes_on_and_ends_by_itself(live: Live) -> None:
 @pytest.fixture(scope="module")
 def over(live: Live) -> Iterator[str]:
     """Engines of its own over the run's directory, in a process that is left running."""
-    port = free_port()
-    arguments = [str(live.run_dir), "--port", str(port), "--api-keys", str(live.directory / "keys")]
-    environment = os.environ | {MARK: str(live.directory)}
-    command = [sys.executable, "-m", "cli", "serve"]
-    begun = subprocess.run(
-        [*command, *arguments, "--detach"], cwd=live.directory, env=environment, text=True, capture_output=True
-    )
-    assert begun.returncode == 0, begun.stderr
-    yield f"http://127.0.0.1:{port}"
-    ended = subprocess.run([*command, str(live.run_dir), "--stop"], env=environment, text=True, capture_output=True)
-    assert ended.returncode == 0, ended.stderr
+    with served(live.directory, "--api-keys", str(live.directory / "keys")) as url:
+        yield url
     assert leftovers(live.directory) == []
 
 
