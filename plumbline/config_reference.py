@@ -55,6 +55,11 @@ pipelines:
 evaluation:
   prompts: 512
   judge: {type: classifier, path: /models/judge}
+serve:                                      # users are answered while it trains
+  enabled: true
+  gate: {every: 4, prompts: 64}
+tracking: {mlflow: {uri: http://mlflow:5000}} # beside TensorBoard
+storage_path: s3://bucket/runs              # the run is also kept in s3://bucket/runs/polite
 """
 """A config with every common section; a test loads it."""
 
