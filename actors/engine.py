@@ -44,6 +44,20 @@ class EngineSpec:
     seats: int = 0
     chat_template: str | None = None
 
+    @property
+    def batch(self) -> int:
+        """Answers that a pipeline should ask for at a time."""
+        return max(1, self.max_num_seqs // 4)
+
+    @property
+    def in_flight(self) -> int:
+        """Answers that it should be asked for at once.
+
+        More than it decodes: some wait there, to take a free place before the pool hears of it. Where users have seats
+        nothing may wait, for what waits would take them; so it decodes all of these, and there are fewer.
+        """
+        return self.max_num_seqs + (1 if self.seats else 3) * self.batch
+
 
 def engine_spec(
     config: Config,

@@ -56,9 +56,7 @@ class VllmEngine:
         else:
             settings["gpu_memory_utilization"] = spec.memory_share
         if spec.seats:
-            # The pool keeps a quarter more in flight than the engine decodes; users' seats must not be taken by that.
-            decoded = spec.max_num_seqs + spec.max_num_seqs // 4 + spec.seats
-            settings |= {"scheduling_policy": "priority", "max_num_seqs": decoded}
+            settings |= {"scheduling_policy": "priority", "max_num_seqs": spec.in_flight + spec.seats}
         settings |= adapter_settings(spec) if spec.max_adapters else {"worker_extension_cls": REPLACES_WEIGHTS}
         args = AsyncEngineArgs(**settings)
         self._llm = AsyncLLM.from_engine_args(args)

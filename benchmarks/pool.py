@@ -152,7 +152,7 @@ class Consumer:
 
 def actor(kind: Any) -> Any:
     """One of its own process, which takes no CPU from the others' count."""
-    return ray.remote(kind).options(num_cpus=0, max_concurrency=1000).remote()
+    return ray.remote(kind).options(num_cpus=0).remote()
 
 
 async def through_pool(fleet: Fleet, pool: Pool, requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
@@ -199,7 +199,7 @@ async def sampling(out: Path, rounds: int) -> None:
     fleet = start_fleet(keep=4)
     fleet.add_generators(SETTINGS, "vllm", spec, [], 1.0, keep=2)
     await fleet.ready()
-    pool = Pool(fleet.generators, SETTINGS.max_num_seqs * MAX_TOKENS * 5 // 4, batch=SETTINGS.max_num_seqs // 4)
+    pool = Pool(fleet.generators, spec.in_flight * MAX_TOKENS, batch=spec.batch)
     rows, ratios, same = [], [], True
     os.environ["OMP_NUM_THREADS"] = str(spec.threads)  # read once, where the other process begins
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
@@ -286,7 +286,8 @@ async def records_per_s(directory: Path, out: Path, engines: int) -> float:
     fleet.scorer = fleet.add_scorers(ScorerFleet(), ScorerSpec(function=REWARD))
     instant = [actor(Instant) for _ in range(engines)]
     await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
-    context.pool = Pool(instant, capacity=256 * 24 * 5 // 4, batch=64)
+    spec = replace(engine_spec(out / "model"), max_num_seqs=GeneratorFleet().max_num_seqs)
+    context.pool = Pool(instant, capacity=spec.in_flight * 24, batch=spec.batch)
     method = PleMethod(context, section)
     channel, consumer = fleet.add_channel(method.slots, "bench"), actor(Consumer)
     consumed = consumer.run.remote(channel)

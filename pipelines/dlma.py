@@ -35,11 +35,8 @@ class DlmaMethod(RollingMethod):
         """Two answers a prompt, and six log-probs of π0: four for the margin, two as DPO's reference."""
         if self._given:
             return self._given.rollout(step, prompts)
-        asked = [
-            self._request(step, prompt, ref, kind=kind, steering=steering)
-            for prompt in prompts
-            for kind, steering in (("positive", self._contrast.positive), ("negative", self._contrast.negative))
-        ]
+        sides = {"positive": self._contrast.positive, "negative": self._contrast.negative}
+        asked = self._requests(step, prompts, ref, sides)
         judged = [self._contrast_prompts(prompt) for prompt in prompts]
         queries = [query for query in self._queries(prompts) for _ in range(2)]
         context = self._context

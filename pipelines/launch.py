@@ -330,9 +330,7 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
     if fleet.reference:
         context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
     longest = max(p.generation.max_tokens for p in config.rolling)
-    # A quarter more than an engine decodes at once: a free place is filled at once, and no queue builds up in them.
-    capacity = settings.max_num_seqs * longest * 5 // 4
-    context.pool = Pool(fleet.generators, capacity=capacity, batch=max(1, settings.max_num_seqs // 4))
+    context.pool = Pool(fleet.generators, capacity=spec.in_flight * longest, batch=spec.batch)
     context.beside.append(asyncio.create_task(keep_crew(context)))
 
 

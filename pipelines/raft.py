@@ -19,7 +19,7 @@ class RaftMethod(RollingMethod):
         self._samples = section.samples
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
-        asked = [self._request(step, prompt, ref, kind="sample", n=self._samples) for prompt in prompts]
+        asked = self._requests(step, prompts, ref, {"sample": None}, n=self._samples)
         scorer, queries = self._context.pick(self._context.fleet.scorer), self._queries(prompts)
         drawn, scores = await self._generated(asked, lambda answers: scorer.score_generations.remote(queries, answers))
         rows, rejected = [], []

@@ -21,7 +21,7 @@ from plumbline.config import Frozen, FullPolicy, Raft, Rolled, SelfContrast
 from plumbline.errors import RunError
 from plumbline.lengths import needs_target, section_lengths, sft_group
 from plumbline.parts import Parts, Rejected
-from plumbline.prompting import render
+from plumbline.prompting import render, render_all
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
 from plumbline.rollouts import prompt_text
 
@@ -124,17 +124,23 @@ class RollingMethod(ABC):
             self._orders = {pass_: order}  # of many prompts it takes as long as a step
         return [self._prompts[i] for i in self._orders[pass_][position * size : (position + 1) * size]]
 
-    def _request(
-        self, step: int, prompt: Prompt, ref: PolicyRef, *, kind: str, steering: str | None = None, n: int = 1
-    ) -> GenerateRequest:
-        return GenerateRequest(
-            key=f"{step}/{prompt.id}/{kind}",
-            prompt_ids=render(self._context.tokenizer, prompt.messages, principle=steering),
-            ref=ref,
-            sampling=self._sampling,
-            seed=zlib.crc32(f"{self._context.config.seed}/{self.name}/{step}/{prompt.id}/{kind}".encode()) >> 1,
-            n=n,
-        )
+    def _requests(
+        self, step: int, prompts: Sequence[Prompt], ref: PolicyRef, steering: Mapping[str, str | None], n: int = 1
+    ) -> list[GenerateRequest]:
+        """One for each prompt and each kind of `steering`: all of a prompt, then those of the next."""
+        asked = [(prompt, kind, text) for prompt in prompts for kind, text in steering.items()]
+        rendered = render_all(self._context.tokenizer, [(prompt.messages, text) for prompt, _, text in asked])
+        return [
+            GenerateRequest(
+                key=f"{step}/{prompt.id}/{kind}",
+                prompt_ids=ids,
+                ref=ref,
+                sampling=self._sampling,
+                seed=zlib.crc32(f"{self._context.config.seed}/{self.name}/{step}/{prompt.id}/{kind}".encode()) >> 1,
+                n=n,
+            )
+            for (prompt, kind, _), ids in zip(asked, rendered, strict=True)
+        ]
 
     async def _generated(self, requests: Sequence[GenerateRequest], *then: Callable[[Any], Any]) -> list[Any]:
         """Answers to `requests` from the pool, and what each of `then` made of them.

@@ -45,7 +45,7 @@ class SelfContrastMethod(RollingMethod):
     async def _of_samples(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
         """R samples a prompt from one request; the target is the positive."""
         settings = self._contrast
-        asked = [self._request(step, prompt, ref, kind="sample", n=settings.samples) for prompt in prompts]
+        asked = self._requests(step, prompts, ref, {"sample": None}, n=settings.samples)
         targets = [prompt.target or "" for prompt in prompts]
         then = []
         if settings.filter:

@@ -132,6 +132,20 @@ def render(
     return ids + tokenizer.encode(response_prefix, add_special_tokens=False) if response_prefix else ids
 
 
+def render_all(
+    tokenizer: "PreTrainedTokenizerBase", asked: Sequence[tuple[Sequence[Message], str | None]]
+) -> list[list[int]]:
+    """`render` of conversations with their principles in one call of the tokenizer.
+
+    Each call lets go of the interpreter's lock, and a busy process is slow to get it back.
+
+    Raises:
+        ModelError: the chat template refuses one of them.
+    """
+    texts = [_render_text(tokenizer, place_principle(tokenizer, messages, principle)) for messages, principle in asked]
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []  # type: ignore[call-overload]
+
+
 def place_principle(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], principle: str | None
 ) -> list[Message]:

@@ -21,6 +21,7 @@ from plumbline.prompting import (
     place_principle,
     principle_text,
     render,
+    render_all,
     strip_stop,
 )
 from plumbline.records import Message
@@ -106,6 +107,13 @@ def test_placing_leaves_the_conversation_as_it_was(tokenizer: "PreTrainedTokeniz
 def test_a_response_prefix_is_part_of_the_prompt(tokenizer: "PreTrainedTokenizerBase") -> None:
     plain = render(tokenizer, [USER])
     assert render(tokenizer, [USER], response_prefix="Sure") == plain + encode_response(tokenizer, "Sure", ended=False)
+
+
+def test_many_are_rendered_as_one_by_one(tokenizer: "PreTrainedTokenizerBase") -> None:
+    asked = [([USER], None), ([SYSTEM, USER, ANSWER, AGAIN], "Be kind."), ([USER], "Be kind.")]
+    one_by_one = [render(tokenizer, messages, principle=principle) for messages, principle in asked]
+    assert render_all(tokenizer, asked) == one_by_one
+    assert render_all(tokenizer, []) == []
 
 
 def test_a_template_adds_the_only_special_tokens(directory: Path) -> None:
