@@ -246,7 +246,9 @@ def fetcher(store_name: str | None, run_dir: Path | None) -> Fetch:
             # By name: a handle among the arguments would put them where a restart may not find them.
             store: Any = ray.get_actor(store_name)
             with contextlib.suppress(KeyError):
-                return await store.fetch.remote(ref)
+                held: Publication = await store.fetch.remote(ref)
+                if held.files or run_dir is None:  # of an old whole model the store has only the log-probs
+                    return held
         if run_dir is None or not version_directory(run_dir, ref).is_dir():
             raise KeyError(f"no published version {ref}")
         return await asyncio.to_thread(read_publication, run_dir, ref)
