@@ -60,7 +60,9 @@ def swapped(ports: list[int], temporary: str, name: str) -> dict[str, Any]:
     for i, kind in enumerate(options):
         command = config[f"{kind}_start_ray_commands"][-1]  # without `ray stop`, which would end every Ray here
         command = command.replace("6379", str(ports[0])).replace("8076", str(ports[6 + i]))
-        config[f"{kind}_start_ray_commands"] = [f"{command} {options[kind]}"]
+        # Ray's newer autoscaler takes the head for the one node of the provider's one type that there should be.
+        older = command.replace("ray start", "RAY_enable_autoscaler_v2=0 ray start")
+        config[f"{kind}_start_ray_commands"] = [f"{older} {options[kind]}"]
     return config
 
 
