@@ -62,7 +62,7 @@ def cluster_config(address: str) -> dict[str, Any]:
             "gcs_address": address,
         },
         "available_node_types": {
-            FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+            FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 2, "learner": 1}, "node_config": {}, "max_workers": 0},
             "generator": {
                 "resources": {"CPU": 1, "generator": 1, "object_store_memory": 80 * 2**20},
                 "node_config": {},
@@ -91,6 +91,7 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     address = f"127.0.0.1:{port}"
     (tmp_path / "cluster.json").write_text(json.dumps(cluster_config(address)))
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
+    command += ['--resources={"learner": 1}']
     command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--object-store-memory=100000000"]
     environment = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -151,7 +152,8 @@ def test_nodes_come_on_lag_and_go_when_idle(tmp_path: Path, address: str) -> Non
     config["pipelines"] = [
         # All parts are drawn first; then it learns from them again and again, and nobody needs a generator.
         {"type": "raft", "samples": 2, "epochs": EPOCHS, "ahead": 8}
-        | {key: ple[key] for key in ("batch_size", "generation", "learner")}
+        | {key: ple[key] for key in ("batch_size", "generation")}
+        | {"learner": ple["learner"] | {"resources": {"learner": 1}}}  # else it may sit down on a generator's node
     ]
     config["data"]["heldout"] = config["data"]["train"]
     config["evaluation"] = {"prompts": 16}
