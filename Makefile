@@ -50,6 +50,8 @@ bench: setup
 	@$(BIN)/python benchmarks/dpo.py
 	@$(BIN)/python benchmarks/dlma.py
 	@$(BIN)/python benchmarks/together.py
+	@$(BIN)/python benchmarks/pool.py
+	@$(BIN)/python benchmarks/serving.py
 	@$(BIN)/python benchmarks/results.py --seeds 0 --variants ple staleness-0
 
 # Needs uv and, where the package index has no CPU build of torch, PyTorch's own index or wheels (UV_FIND_LINKS).
