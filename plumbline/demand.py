@@ -43,4 +43,4 @@ def named(config: Config) -> list[str]:
 
 def _held(count: int, cpus: float, gpus: float, resources: Mapping[str, float]) -> Counter[str]:
     each = {"CPU": cpus, "GPU": gpus, **resources}
-    return Counter({name: count * amount for name, amount in each.items()})  # type: ignore[arg-type]
+    return Counter({name: count * amount for name, amount in each.items()})

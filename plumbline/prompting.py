@@ -143,7 +143,7 @@ def render_all(
         ModelError: the chat template refuses one of them.
     """
     texts = [_render_text(tokenizer, place_principle(tokenizer, messages, principle)) for messages, principle in asked]
-    return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []  # type: ignore[call-overload]
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
 
 
 def place_principle(
