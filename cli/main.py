@@ -145,8 +145,13 @@ def _run(config: Any, run_dir: Path) -> int:
     from plumbline.display import Display, duration, result_text
 
     started = time.monotonic()
+    endpoint = None
+    if config.serve.enabled:
+        from serve.live import LiveEndpoint
+
+        endpoint = LiveEndpoint(config)
     with Display() as display:
-        result = run(config, run_dir, display, prompts)
+        result = run(config, run_dir, display, prompts, endpoint)
     print(result_text(result))
     print(f"done in {duration(time.monotonic() - started)}; everything is in {run_dir}")
     return 0

@@ -16,6 +16,7 @@ from actors.train_loop import LearnerSpec
 from actors.weights import TOLERANCE
 from pipelines.pool import Pool
 from plumbline.config import Config, FullPolicy, Pipeline
+from plumbline.endpoint import LiveRun
 from plumbline.records import Prompt, TokenGroup
 from plumbline.storage import Storage
 from plumbline.tracking import Trackers
@@ -96,6 +97,21 @@ class Context:
     def pick(self, replicas: Sequence[Any]) -> Any:
         """One of an actor's replicas, each in turn."""
         return replicas[next(self._turns) % len(replicas)]
+
+    def live_run(self) -> LiveRun:
+        """What an endpoint beside the run is told of it."""
+        return LiveRun(
+            run_dir=self.run_dir,
+            policies=tuple(p.name for p in self.config.served),
+            model_path=self.model_path,
+            dtype=self.dtype,
+            device=self.device,
+            probe=self.probe,
+            tolerance=self.tolerance,
+            chat_template=self.tokenizer.chat_template,
+            store=self.fleet.store,
+            store_name=self.fleet.store_name,
+        )
 
     async def close(self) -> None:
         """End what runs beside the pipelines, and stop every actor."""

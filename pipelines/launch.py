@@ -20,7 +20,6 @@ from actors.spawn import Fleet, ask, is_job, missing, start_fleet, start_ray, st
 from pipelines.context import Context, Event, EventLog
 from pipelines.crew import keep_crew
 from pipelines.dlma import DlmaMethod
-from pipelines.endpoint import await_endpoint, begin_endpoint, check_endpoint
 from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
 from pipelines.gate import Promoter
 from pipelines.loop import first_failure, run_method
@@ -44,39 +43,43 @@ from plumbline.config import (
 from plumbline.config_file import load_config as read_config
 from plumbline.demand import demand, named
 from plumbline.doctor import check, model_directory, resolve_dtype, run_device, run_tokenizer
+from plumbline.endpoint import RunEndpoint
 from plumbline.errors import ConfigError, PlumblineError, RunError
 from plumbline.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.policies import base_directory, model_path, parse_ref, read_publication, versions, write_probe
 from plumbline.prompting import encode_response, render
-from plumbline.records import PolicyRef, Prompt, TokenGroup
+from plumbline.records import PolicyRef, Prompt, TokenGroup, public_name
 from plumbline.run_dir import open_run_dir
 from plumbline.tracking import Trackers, start_trackers
-from serve.keys import Keys
-from serve.launch import stop_endpoint
 
 PROBE_GROUPS = 16
 """Prompts of the probe that versions are proved on, one response each."""
 
 
 def run(
-    config: Config, run_dir: Path, listen: Callable[[Event], None], prompts: list[Prompt] | None = None
+    config: Config,
+    run_dir: Path,
+    listen: Callable[[Event], None],
+    prompts: list[Prompt],
+    endpoint: RunEndpoint | None,
 ) -> dict[str, Any]:
     """Run all pipelines of a config; continues what `run_dir` holds of it. Returns the evaluation, or nothing.
 
     Args:
-        prompts: what `plumbline.doctor.check` returned, where the caller has called it; else it is called here.
+        prompts: what `plumbline.doctor.check` returned.
+        endpoint: answers users meanwhile, where the config has `serve.enabled`.
 
     Raises:
         UserError: before anything is written, where the config cannot be run.
         RunError: the run ended early; what `run_dir` holds is whole, and the same call continues it.
     """
-    checked = check(config, run_dir) if prompts is None else prompts
-    keys = check_endpoint(config)
     open_run_dir(config, run_dir)
     storage = open_storage(config, run_dir)
     saving = pushed_at_end(storage, run_dir, lambda message: listen({"message": message}))
     with saving, start_trackers(config, run_dir, listen) as trackers:
-        return asyncio.run(within_ray(config, lambda: run_pipelines(config, run_dir, checked, listen, trackers, keys)))
+        return asyncio.run(
+            within_ray(config, lambda: run_pipelines(config, run_dir, prompts, listen, trackers, endpoint))
+        )
 
 
 def compare(
@@ -129,7 +132,7 @@ async def run_pipelines(
     prompts: list[Prompt],
     listen: Callable[[Event], None],
     trackers: Trackers,
-    keys: Keys,
+    endpoint: RunEndpoint | None,
 ) -> dict[str, Any]:
     """π0, then all pipelines at once over one fleet, then before against after.
 
@@ -152,11 +155,14 @@ async def run_pipelines(
             context.events.say("training π0 (sft)")
             context.model_path = await run_sft(context, config.sft, serves=False)
         if config.rolling:
-            beside = (lambda: begin_endpoint(context, keys)) if config.serve.enabled else (lambda: None)
+            if endpoint:
+                context.events.say("starting the endpoint")
+            beside = (lambda: endpoint.start(context.live_run())) if endpoint else (lambda: None)
             await fill_fleet(context, train=True, beside=beside)
             write_probe(run_dir, context.probe)
-        if config.serve.enabled:
-            await await_endpoint(context)
+        if endpoint:
+            names = ", ".join(["base", *(public_name(p.name) for p in config.served)])
+            context.events.say(f"serving {names} on {await endpoint.ready()}/v1")
             context.promoter = Promoter(context)
         ended = asyncio.Event()
         watching = asyncio.create_task(watch_pool(context, ended)) if config.rolling else None
@@ -176,8 +182,8 @@ async def run_pipelines(
             raise the_failure(config, failed)
         return result
     finally:
-        if config.serve.enabled:
-            stop_endpoint()
+        if endpoint:
+            endpoint.stop()
         await context.close()
 
 

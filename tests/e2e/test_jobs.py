@@ -49,7 +49,7 @@ def head() -> Iterator[Head]:
         of_worker = [
             "--num-cpus=4",
             """--resources='{"generator": 1, "learner": 1}'""",
-            f"--temp-dir={temporary}/worker",
+            f"--temp-dir={temporary}/second",
         ]
         start_node("worker", ports, environment | {"RAY_HEAD_IP": "127.0.0.1"}, *of_worker)
         yield one

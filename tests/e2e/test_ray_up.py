@@ -54,7 +54,7 @@ def swapped(ports: list[int], temporary: str, name: str) -> dict[str, Any]:
     options = {
         "head": f"--num-cpus=0 --resources='{{\"head\": 1}}' --temp-dir={temporary} --dashboard-port={ports[2]} "
         f"--dashboard-agent-listen-port={ports[3]} --ray-client-server-port={ports[4]}",
-        "worker": f'--num-cpus=4 --resources=\'{{"generator": 1, "learner": 1}}\' --temp-dir={temporary}/worker '
+        "worker": f'--num-cpus=4 --resources=\'{{"generator": 1, "learner": 1}}\' --temp-dir={temporary}/second '
         f"--node-ip-address={WORKER} --dashboard-agent-listen-port={ports[5]}",
     }
     for i, kind in enumerate(options):

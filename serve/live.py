@@ -1,0 +1,61 @@
+"""The endpoint beside a run: users ask the policies while they are being trained."""
+
+from actors.engine import engine_spec, resolve_engine
+from plumbline.config import Config
+from plumbline.endpoint import LiveRun
+from plumbline.errors import ConfigError
+from serve.launch import Served, check_settings, start_endpoint, stop_endpoint, wait_for_endpoint
+from serve.replica import ReplicaSpec
+
+
+class LiveEndpoint:
+    """A `plumbline.endpoint.RunEndpoint` on Ray Serve.
+
+    Raises:
+        ConfigError: the run cannot be served so.
+    """
+
+    def __init__(self, config: Config) -> None:
+        if not config.rolling:
+            raise ConfigError(
+                "serve.enabled: there is nothing to serve; give a pipeline that generates, such as `type: ple`"
+            )
+        if resolve_engine(config.fleet.engine) != "vllm":
+            raise ConfigError(
+                f"serve.enabled: it needs vLLM, and `fleet.engine: {config.fleet.engine}` gives none here"
+            )
+        self._config, self._keys = config, check_settings(config.serve)
+
+    def start(self, run: LiveRun) -> None:
+        """On the run's own generators, or on engines of its own."""
+        settings, generator = self._config.serve, self._config.fleet.generator
+        replica = self._replica(run) if settings.placement == "replicas" else None
+        served = Served(run_dir=run.run_dir, live=run.policies, store=run.store, replica=replica)
+        start_endpoint(settings, served, self._keys, generator.cpus, generator.gpus)
+
+    async def ready(self) -> str:
+        """See `wait_for_endpoint`."""
+        return await wait_for_endpoint(self._config.serve)
+
+    def stop(self) -> None:
+        """See `stop_endpoint`."""
+        stop_endpoint()
+
+    def _replica(self, run: LiveRun) -> ReplicaSpec:
+        config = self._config
+        engine = engine_spec(
+            config,
+            run.model_path,
+            run.dtype,
+            run.device,
+            versions=1 + config.serve.pinned,
+            seats=config.fleet.generator.max_num_seqs,
+            chat_template=run.chat_template,
+        )
+        return ReplicaSpec(
+            engine=engine,
+            probe=tuple(run.probe),
+            tolerance=run.tolerance,
+            run_dir=run.run_dir,
+            store_name=run.store_name,
+        )
