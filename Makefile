@@ -43,7 +43,7 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
-	@$(BIN)/python -m plumbline.config_reference --check
+	@$(BIN)/python -m plumbline.config.reference --check
 
 bench: setup
 	@$(BIN)/python benchmarks/group_logps.py

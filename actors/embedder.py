@@ -1,7 +1,7 @@
 """Sentence embeddings: how near each answer is to its prompt's target, for Self-Contrast's filter (METHODS.md §2).
 
 Pipelines pass a generator's answers on unread; the embedder reads them where they are. It sees responses only, never a
-prompt. What has no cosine is nan: `plumbline.selection` leaves it out, and the pipeline's commit counts it (§4).
+prompt. What has no cosine is nan: `plumbline.methods.selection` leaves it out, the pipeline's commit counts it (§4).
 """
 
 import os

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal, TypeVar
 
-from actors.engine import Adapter, Engine, EngineSpec, start_engine
+from actors.engines.seam import Adapter, Engine, EngineSpec
+from actors.engines.start import start_engine
 from actors.metrics import GENERATOR_ACTIVE, GENERATOR_REQUESTS, GENERATOR_TOKENS
 from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersions, score
 from actors.weights import Proof

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.metrics import REFERENCE_HITS, REFERENCE_ITEMS, REFERENCE_SECONDS
-from plumbline.logp_cache import LogpCache, model_fingerprint
+from plumbline.models.logp_cache import LogpCache, model_fingerprint
 from plumbline.records import Completion, Generation, TokenGroup
 
 CACHE_FILE = "logps.sqlite"
@@ -58,10 +58,10 @@ class Reference:
     def __init__(self, spec: ReferenceSpec) -> None:
         import torch
 
-        from actors.policy import load_model
-        from plumbline.config import Model
-        from plumbline.modeling import disable_dropout
-        from plumbline.prompting import read_tokenizer
+        from actors.learning.policy import load_model
+        from plumbline.config.data import Model
+        from plumbline.data.prompting import read_tokenizer
+        from plumbline.models.group_logps import disable_dropout
 
         torch.set_num_threads(spec.threads)
         self._spec = spec
@@ -151,7 +151,7 @@ class Reference:
         """Log-probs by the model, kept in the cache one micro-batch after another."""
         import torch
 
-        from plumbline.modeling import group_logps, pack
+        from plumbline.models.group_logps import group_logps, pack
 
         values: list[list[float]] = [[] for _ in groups]
         for indices in pack(groups, self._spec.batch_tokens):

@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
 from plumbline.errors import ConfigError
+from plumbline.models.classifier import Reads, classifier_logits, reward_ids
 from plumbline.records import Generation, Message, ScoreRequest
-from plumbline.rewarding import Reads, classifier_logits, reward_ids
 
 RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
 
@@ -98,7 +98,7 @@ class ClassifierReward:
         import torch
         from transformers import AutoModelForSequenceClassification
 
-        from plumbline.prompting import read_tokenizer
+        from plumbline.data.prompting import read_tokenizer
 
         torch.set_num_threads(spec.threads)
         assert spec.path is not None

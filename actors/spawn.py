@@ -20,21 +20,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
 from actors.embedder import Embedder, EmbedderSpec
-from actors.engine import EngineSpec
+from actors.engines.seam import EngineSpec
 from actors.generator import Generator
-from actors.learner import Trainer
+from actors.learning.learner import Trainer
+from actors.learning.worker import LearnerSpec
 from actors.metrics import RUN_VARIABLE
 from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
-from actors.train_loop import LearnerSpec
 from actors.versions import Fetch
 from actors.weights import PolicyStore
+from plumbline.config.fleet import Embedder as EmbedderFleet
+from plumbline.config.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
+from plumbline.config.section import bounds
 from plumbline.errors import LostError, PlumblineError, RunError, in_one_line
-from plumbline.fleet import Embedder as EmbedderFleet
-from plumbline.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
-from plumbline.policies import read_publication, version_directory
 from plumbline.records import PolicyRef, Publication, TokenGroup
-from plumbline.section import bounds
+from plumbline.runs.policies import read_publication, version_directory
 
 RESTARTS = 100
 """Deaths of one generator or scorer that Ray mends before a run gives up."""

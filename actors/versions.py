@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from actors.engine import Adapter, Engine
+from actors.engines.seam import Adapter, Engine
 from actors.metrics import PROBE_DIFFERENCE, PROOF_SECONDS
 from actors.weights import Proof, prove
 from plumbline.errors import RunError, SyncError

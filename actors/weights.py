@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plumbline.errors import PlumblineError, SyncError
-from plumbline.policies import is_adapter
 from plumbline.records import PolicyRef, Publication
+from plumbline.runs.policies import is_adapter
 
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2.5e-1}
 """Nats a token by which a probe response's log-prob may differ between learner and engine. Measured: 1e-6 in float32,

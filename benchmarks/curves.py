@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from worlds import comparison, events
 
-from plumbline.report_plots import DASHES, STYLE, colors, running_mean
+from plumbline.report.plots import DASHES, STYLE, colors, running_mean
 
 INK = "#737c87"
 """More than 4 to 1 against white and against GitHub's black alike."""

@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from worlds import events, make_world, table
 
-from plumbline.dataset import read_prompts
-from plumbline.prompting import load_tokenizer, render
+from plumbline.data.dataset import read_prompts
+from plumbline.data.prompting import load_tokenizer, render
 from plumbline.records import Prompt
 
 POSITIVE = "Give a lawful, correct, polite and complete answer."

@@ -36,8 +36,8 @@ from transformers.utils import logging as transformers_logging
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from plumbline.losses import dpo_loss
-from plumbline.modeling import group_logps
+from plumbline.methods.losses import dpo_loss
+from plumbline.models.group_logps import group_logps
 from plumbline.records import TokenGroup
 
 TARGETS = {(146, 256, 8): 3.0, (146, 64, 8): 6.0, (400, 64, 8): 10.0, (64, 128, 1): 1.3}  # prompt, response, negatives

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from plumbline.modeling import group_logps, pack
+from plumbline.models.group_logps import group_logps, pack
 from plumbline.records import TokenGroup
 
 SHAPES = [(146, 64, 8), (400, 64, 8), (146, 256, 8), (64, 128, 1)]  # prompt, response, negatives

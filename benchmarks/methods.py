@@ -15,7 +15,7 @@ from typing import Any
 
 from worlds import comparison, events, interval, rewards, run, table
 
-from plumbline.evaluation import paired_interval, reward_win_rate
+from plumbline.methods.evaluation import paired_interval, reward_win_rate
 
 
 def row(seed: int, figures: dict[str, Any], rewards: dict[str, list[float]]) -> list[str]:

@@ -33,8 +33,8 @@ from small_model import make_model
 from worlds import table
 
 from actors.channel import Box
-from actors.engine import EngineSpec
-from actors.policy import LearnedPolicy
+from actors.engines.seam import EngineSpec
+from actors.learning.policy import LearnedPolicy
 from actors.scorer import ScorerSpec
 from actors.spawn import Fleet, ask, gather, start_fleet, start_ray, stop_ray
 from actors.weights import TOLERANCE
@@ -42,15 +42,16 @@ from pipelines.context import Context, EventLog
 from pipelines.loop import Progress, produce, prove_everywhere
 from pipelines.ple import PleMethod
 from pipelines.pool import Pool
-from plumbline.config import Model, Ple
-from plumbline.config_file import parse_config
-from plumbline.dataset import read_prompts
-from plumbline.fleet import GeneratorFleet, ScorerFleet
+from plumbline.config.data import Model
+from plumbline.config.file import parse_config
+from plumbline.config.fleet import GeneratorFleet, ScorerFleet
+from plumbline.config.pipelines import Ple
+from plumbline.data.dataset import read_prompts
+from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.miniature.language import TARGET, sample_answer, sample_request
 from plumbline.miniature.tokenizer import make_tokenizer
-from plumbline.policies import read_publication, version_directory
-from plumbline.prompting import encode_response, load_tokenizer, render
 from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Publication, Sampling, TokenGroup
+from plumbline.runs.policies import read_publication, version_directory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
@@ -98,7 +99,7 @@ def make_world(out: Path) -> Path:
 
 
 class Bare:
-    """`vllm.LLM` in a process of its own, with the settings of `actors.engine_vllm`."""
+    """`vllm.LLM` in a process of its own, with the settings of `actors.engines.vllm`."""
 
     llm: Any = None
 
@@ -110,7 +111,7 @@ class Bare:
             torch.set_num_threads(spec.threads)
         from vllm import LLM, SamplingParams, TokensPrompt
 
-        from actors.engine_vllm import adapter_settings
+        from actors.engines.vllm import adapter_settings
 
         if cls.llm is None:
             settings: dict[str, Any] = adapter_settings(spec)
@@ -270,7 +271,7 @@ async def records_per_s(directory: Path, out: Path, engines: int) -> float:
         },
         origin="benchmark",
     )
-    [section] = config.rolling
+    [section] = config.methods
     assert isinstance(section, Ple)
     fleet = start_fleet(keep=4)
     context = Context(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plumbline.config_file import load_config
+from plumbline.config.file import load_config
 
 HELDOUT = 512  # prompts that every version is compared on
 

@@ -116,7 +116,7 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """`plumbline run`."""
-    from plumbline.config_file import load_config
+    from plumbline.config.file import load_config
 
     config = load_config(options.config, options.overrides)
     options.run_dir = (options.run_dir or Path("runs") / config.name).absolute()
@@ -125,7 +125,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def resume_command(options: argparse.Namespace) -> int:
     """`plumbline resume`."""
-    from plumbline.config_file import load_config
+    from plumbline.config.file import load_config
 
     kept = options.run_dir / "config.yaml"
     if not kept.is_file():
@@ -141,8 +141,8 @@ def _run(config: Any, run_dir: Path) -> int:
 
     prompts = check(config, run_dir)  # before Ray and vLLM are even imported: wrong input is told at once
 
-    from pipelines.launch import run
-    from plumbline.display import Display, duration, result_text
+    from cli.display import Display, duration, result_text
+    from pipelines.run import run
 
     started = time.monotonic()
     endpoint = None
@@ -159,14 +159,14 @@ def _run(config: Any, run_dir: Path) -> int:
 
 def evaluate_command(options: argparse.Namespace) -> int:
     """`plumbline evaluate`."""
-    from plumbline.policies import servable
+    from plumbline.runs.policies import servable
 
     run_dir = options.run_dir.absolute()
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{options.run_dir}: no run directory: there is no config.yaml in it")
 
-    from pipelines.launch import compare
-    from plumbline.display import Display, result_text
+    from cli.display import Display, result_text
+    from pipelines.run import compare
 
     with Display() as display:
         result = compare(run_dir, options.of or ["base", *servable(run_dir)], options.prompts, display)
@@ -176,7 +176,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
 def report_command(options: argparse.Namespace) -> int:
     """`plumbline report`."""
-    from plumbline.report import write_report
+    from plumbline.report.page import write_report
 
     print(write_report(options.run_dir))
     return 0
@@ -184,7 +184,7 @@ def report_command(options: argparse.Namespace) -> int:
 
 def doctor_command(options: argparse.Namespace) -> int:
     """`plumbline doctor`: everything is looked at; the exit code is 2 where a run would fail."""
-    from plumbline.config_file import load_config
+    from plumbline.config.file import load_config
     from plumbline.doctor import examine
 
     config = load_config(options.config, options.overrides)
@@ -198,7 +198,7 @@ def doctor_command(options: argparse.Namespace) -> int:
 
 def validate_command(options: argparse.Namespace) -> int:
     """`plumbline validate`."""
-    from plumbline.dataset import read_labelled, read_preferences, read_prompts, summarize
+    from plumbline.data.dataset import read_labelled, read_preferences, read_prompts, summarize
 
     columns = _columns(options.column)
     if options.kind == "labelled":
@@ -223,7 +223,7 @@ def theory_command(options: argparse.Namespace) -> int:
     if wrong := [count for count in options.pairs if not count >= 1]:
         raise UserError(f"--pairs {wrong[0]:g}: it should be 1 or more, a number of balanced pairs")
 
-    from plumbline.theory import measure, theory_text
+    from cli.theory import measure, theory_text
 
     theory = measure(
         options.model_dir,

@@ -44,7 +44,7 @@ def serve_command(options: argparse.Namespace) -> int:
         return stop(target)
     if options.detach:
         return detach(options, target)
-    from plumbline.display import Display
+    from cli.display import Display
     from serve.target import read_target, serve_target
 
     given = {"host": options.host, "port": options.port, "api_keys": options.api_keys}
@@ -126,8 +126,8 @@ def running(pid_file: Path) -> bool:
 
 def promote_command(options: argparse.Namespace) -> int:
     """`plumbline promote`."""
-    from plumbline.policies import parse_ref
-    from plumbline.promotions import Promotion, policy_named, promote
+    from plumbline.runs.policies import parse_ref
+    from plumbline.runs.promotions import Promotion, policy_named, promote
 
     name, at, version = options.version.partition("@")
     ref = parse_ref(options.run_dir, policy_named(options.run_dir, name) + at + version)
@@ -138,7 +138,7 @@ def promote_command(options: argparse.Namespace) -> int:
 
 def rollback_command(options: argparse.Namespace) -> int:
     """`plumbline rollback`."""
-    from plumbline.promotions import policy_named, rollback
+    from plumbline.runs.promotions import policy_named, rollback
 
     ref = rollback(options.run_dir, policy_named(options.run_dir, options.policy))
     print(f"{options.policy} means {ref} again")

@@ -1,1 +1,1 @@
-"""Who talks to whom: one file a method, wiring only. `launch` is what the command line calls."""
+"""Who talks to whom: one file a method, wiring only. `run` is what the command line calls."""

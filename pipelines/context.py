@@ -9,22 +9,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from actors.learning.worker import LearnerSpec
 from actors.spawn import Fleet
-from actors.train_loop import LearnerSpec
 from actors.weights import TOLERANCE
 from pipelines.pool import Pool
-from plumbline.config import Config, FullPolicy, Pipeline
-from plumbline.endpoint import LiveRun
-from plumbline.records import Prompt, TokenGroup
-from plumbline.storage import Storage
-from plumbline.tracking import Trackers
+from plumbline.config.learner import FullPolicy
+from plumbline.config.pipelines import Pipeline
+from plumbline.config.tree import Config
+from plumbline.records import PolicyRef, Prompt, TokenGroup
+from plumbline.runs.endpoint import LiveRun
+from plumbline.runs.storage import Storage
+from plumbline.tracking.feed import Trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from pipelines.gate import Promoter
 
 Event = Mapping[str, Any]
 
@@ -65,6 +65,18 @@ class EventLog:
         self._listen({"message": message})
 
 
+class Promoter(Protocol):
+    """Decides which proved versions users get; `pipelines.gate.Gatekeeper` where the run has an endpoint."""
+
+    def offer(self, ref: PolicyRef, *, last: bool) -> None:
+        """A version was proved by all generators; `last`: of its run. Returns at once."""
+        ...
+
+    async def finish(self) -> None:
+        """Wait for what is still being looked at."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Context:
     """One run. `model_path` is π0's directory: the config's model, or what the `sft` section made of it.
@@ -86,7 +98,7 @@ class Context:
     fingerprint: str = ""
     pool: Pool = field(default_factory=lambda: Pool([], 0))
     beside: list["asyncio.Task[None]"] = field(default_factory=list)
-    promoter: "Promoter | None" = None
+    promoter: Promoter | None = None
     _turns: Iterator[int] = field(default_factory=itertools.count)
 
     @property

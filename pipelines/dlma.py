@@ -10,21 +10,20 @@ import torch
 
 from actors.reference import ContrastLogps, ContrastPrompts
 from pipelines.context import Context
-from pipelines.given import GivenParts
-from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
-from plumbline.config import Dlma
-from plumbline.lengths import dlma_contrast
-from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, values
-from plumbline.prompting import render
+from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from pipelines.offline import OfflinePairs
+from plumbline.config.pipelines import Dlma
+from plumbline.data.prompting import dlma_contrast, render
+from plumbline.methods.selection import self_reward_margin
 from plumbline.records import Completion, PolicyRef, Prompt, Sample
-from plumbline.selection import self_reward_margin
+from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, values
 
 
-class DlmaMethod(RollingMethod):
+class DlmaMethod(Method):
     """Pairs of π0's own answers, with its own margins."""
 
     def __init__(self, context: Context, section: Dlma) -> None:
-        self._given = GivenParts(context, section.pairs) if section.pairs else None
+        self._given = OfflinePairs(context, section.pairs) if section.pairs else None
         prompts = (self._given.prompts, []) if self._given else fitting(context, section)
         super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
         self._dlma = section
@@ -66,10 +65,10 @@ class DlmaMethod(RollingMethod):
                 model=context.fingerprint,
                 judged=judgement,
             )
-        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(answers))
+        return Rollout(rows=rows, rejected=rejected, tokens=sum(one.tokens for one in answers))
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
-        """See `plumbline.pairs.pair_samples`."""
+        """See `plumbline.runs.pairs.pair_samples`."""
         return pair_samples(rows)
 
     def describe(self, rows: Sequence[Row]) -> dict[str, float]:

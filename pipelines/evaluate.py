@@ -13,13 +13,12 @@ from typing import Any
 from actors.scorer import Query
 from actors.spawn import ask, gather
 from pipelines.context import Context
-from pipelines.rolling import sampled_tokens
-from plumbline.config import Config
-from plumbline.config import Generation as Settings
-from plumbline.dataset import read_prompts
-from plumbline.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
-from plumbline.lengths import section_lengths, steerings
-from plumbline.prompting import encode_response, render
+from plumbline.config.pipelines import Generation as Settings
+from plumbline.config.tree import Config
+from plumbline.data.dataset import read_prompts
+from plumbline.data.length_filter import section_lengths
+from plumbline.data.prompting import encode_response, render, steerings
+from plumbline.methods.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
 
 TURN = "evaluation"
@@ -43,7 +42,7 @@ class Answers:
 
 def evaluation_principle(config: Config) -> str | None:
     """What stands before the guided prompts: PLE's principle, or the wanted side of DLMA's contrast."""
-    texts = [text for section in config.rolling for text in steerings(section)[:1]]
+    texts = [text for section in config.methods for text in steerings(section)[:1]]
     return next(iter(texts), None)
 
 
@@ -53,7 +52,7 @@ def heldout_prompts(context: Context) -> list[Prompt]:
     assert settings is not None and config.data.heldout is not None
     source = config.data.heldout
     prompts = read_prompts(source.path, **source.reading)
-    fitting = [p for p in prompts if all(section_lengths(config, context.tokenizer, s, p).fit for s in config.rolling)]
+    fitting = [p for p in prompts if all(section_lengths(config, context.tokenizer, s, p).fit for s in config.methods)]
     random.Random(config.seed).shuffle(fitting)
     return fitting[: settings.prompts]
 
@@ -64,7 +63,7 @@ async def answers_by_name(
     """Every candidate's answers to the held-out prompts, sampled as the config says."""
     config = context.config
     assert config.evaluation is not None
-    settings = config.evaluation.generation or config.rolling[0].generation
+    settings = config.evaluation.generation or config.methods[0].generation
     answers = {}
     for name, ref in candidates.items():
         context.events.say(f"evaluating {name} on {len(prompts)} held-out prompts")
@@ -124,7 +123,7 @@ async def generated(context: Context, requests: Sequence[GenerateRequest]) -> li
 
     batches = [requests[i : i + pool.batch] for i in range(0, len(requests), pool.batch)]
     generations = [generation for batch in await gather(*map(one, batches)) for generation in batch]
-    pool.count(TURN, sampled_tokens(generations))
+    pool.count(TURN, sum(one.tokens for one in generations))
     return generations
 
 

@@ -10,16 +10,19 @@ from collections.abc import Mapping
 
 from pipelines.context import Context
 from pipelines.evaluate import Answers, answers_of, evaluation_principle, finite, heldout_prompts
-from plumbline.endpoint import Gate
+from plumbline.config.serving import Gate
 from plumbline.errors import RunError
-from plumbline.promotions import Promotion, promote, promoted
 from plumbline.records import PolicyRef, Prompt
+from plumbline.runs.promotions import Promotion, promote, promoted
 
 Figures = Mapping[str, float]
 
 
-class Promoter:
-    """Promotes versions of all policies of a run, one look at a time; of a policy's that wait, the newest."""
+class Gatekeeper:
+    """Promotes versions of all policies of a run, one look at a time; of a policy's that wait, the newest.
+
+    A `pipelines.context.Promoter`.
+    """
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -70,7 +73,7 @@ class Promoter:
             config = self._context.config
             assert config.evaluation is not None
             self._prompts = self._prompts or (await asyncio.to_thread(heldout_prompts, self._context))[: gate.prompts]
-            settings = config.evaluation.generation or config.rolling[0].generation
+            settings = config.evaluation.generation or config.methods[0].generation
             answers = await answers_of(self._context, ref, self._prompts, settings, evaluation_principle(config))
             self._seen[ref] = figures_of(answers)
         return self._seen[ref]

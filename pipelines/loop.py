@@ -1,7 +1,7 @@
-"""The stages that every method shares. A run of a method (`RollingMethod`) is three coroutines and a learner:
+"""The stages that every method shares. A run of a method (`Method`) is three coroutines and a learner:
 
     produce:  draw -> generate -> score -> commit -> channel       (one task a step, as many at once as there are slots)
-    learner:                                         channel -> train -> publish    (a process, `actors.learner`)
+    learner:                                         channel -> train -> publish    (`actors.learning.learner`)
     advance:                                                             publish -> prove -> release the step's slot
 
 `produce` waits for a slot, `advance` gives it back once every generator has proved the version that the step made. The
@@ -21,15 +21,15 @@ from typing import Any
 import ray
 
 from actors.channel import Box
+from actors.learning.worker import LearnerSpec
 from actors.spawn import ask, start_learner
-from actors.train_loop import LearnerSpec
 from pipelines.context import Context
-from pipelines.rolling import RollingMethod, Rollout
-from pipelines.watch import busy_seconds, busy_share, memory
-from plumbline.config import Frozen, Rolled
+from pipelines.method import Method, Rollout
+from pipelines.monitor import busy_seconds, busy_share, memory
+from plumbline.config.pipelines import Frozen, MethodSection
 from plumbline.errors import LostError, RunError
-from plumbline.policies import PROOF, version_directory
 from plumbline.records import PolicyRef, Sample
+from plumbline.runs.policies import PROOF, version_directory
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class Progress:
     tokens: dict[int, int] = field(default_factory=dict)
 
 
-async def run_method(context: Context, method: RollingMethod, section: Rolled) -> None:
+async def run_method(context: Context, method: Method, section: MethodSection) -> None:
     """Run a method from where its checkpoints stand to its last step.
 
     Raises:
@@ -78,7 +78,7 @@ async def run_method(context: Context, method: RollingMethod, section: Rolled) -
         raise
 
 
-async def make_parts(context: Context, method: RollingMethod) -> None:
+async def make_parts(context: Context, method: Method) -> None:
     """Only generate: all parts that are not there yet, as many at once as there are slots."""
     slots = asyncio.Semaphore(method.slots)
     committed = method.parts.steps()
@@ -135,7 +135,7 @@ def first_failure(error: BaseException) -> BaseException:
     return error
 
 
-async def produce(context: Context, method: RollingMethod, channel: Any, progress: Progress) -> None:
+async def produce(context: Context, method: Method, channel: Any, progress: Progress) -> None:
     """Consumes prompts and slots; produces parts and, through the channel, boxed samples. Waits for slots."""
     if progress.resumed and not (method.displaces_base and progress.undrawn):
         await prove_everywhere(context, PolicyRef(policy=method.name, version=progress.resumed))
@@ -164,7 +164,7 @@ async def produce(context: Context, method: RollingMethod, channel: Any, progres
     await ask(channel.close.remote())
 
 
-async def commit(context: Context, method: RollingMethod, part: int, rollout: Rollout) -> None:
+async def commit(context: Context, method: Method, part: int, rollout: Rollout) -> None:
     """The one write of a part. The part comes last: rejected rows without their part are dropped on resume.
 
     So it is in the storage, whose copy of the rejected rows is as new as any part that is there.
@@ -176,7 +176,7 @@ async def commit(context: Context, method: RollingMethod, part: int, rollout: Ro
     await asyncio.to_thread(context.storage.push, *(file for file in files if file.exists()))
 
 
-async def advance(context: Context, method: RollingMethod, channel: Any, progress: Progress) -> None:
+async def advance(context: Context, method: Method, channel: Any, progress: Progress) -> None:
     """Consumes published versions; produces proofs, free slots and events. Waits for the learner.
 
     It begins at the first step without an event: those that were saved just before an interruption get theirs now.
@@ -219,7 +219,7 @@ async def advance(context: Context, method: RollingMethod, channel: Any, progres
         clock, busy = now, now_busy
 
 
-async def step_event(method: RollingMethod, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+async def step_event(method: Method, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
     """What a step's event says of its part, beside the learner's `metrics`."""
     part = method.part(step)
     return {

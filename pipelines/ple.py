@@ -1,20 +1,21 @@
 """PLE (METHODS.md §3): an answer with and one without a principle, both scored, a ranking and a weighted-SFT loss.
 
-Wiring only: what is drawn, asked and kept. The stages are `pipelines.loop`'s, the loss is `plumbline.losses.ple_loss`.
+Wiring only: what is drawn, asked and kept. The stages are `pipelines.loop`'s, the loss is
+`plumbline.methods.losses.ple_loss`.
 """
 
 import math
 from collections.abc import Sequence
 
 from pipelines.context import Context
-from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
-from plumbline.config import Ple
-from plumbline.prompting import principle_text
+from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from plumbline.config.pipelines import Ple
+from plumbline.data.prompting import principle_text
 from plumbline.records import Completion, PolicyRef, Prompt, Sample
-from plumbline.rollouts import PLE_SCHEMA, ple_row, ple_sample
+from plumbline.runs.rollouts import PLE_SCHEMA, ple_row, ple_sample
 
 
-class PleMethod(RollingMethod):
+class PleMethod(Method):
     """Online: the newest proved policy answers, at most `max_staleness` versions behind."""
 
     def __init__(self, context: Context, section: Ple) -> None:
@@ -54,10 +55,10 @@ class PleMethod(RollingMethod):
                     engine=plain.engine,
                 )
             )
-        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(answers))
+        return Rollout(rows=rows, rejected=rejected, tokens=sum(one.tokens for one in answers))
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
-        """See `plumbline.rollouts.ple_sample`."""
+        """See `plumbline.runs.rollouts.ple_sample`."""
         return [ple_sample(row) for row in rows]
 
     def describe(self, rows: Sequence[Row]) -> dict[str, float]:

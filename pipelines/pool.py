@@ -6,7 +6,7 @@ tokens over weight, behind the pipeline's batch before it and never before now, 
 newcomer does not wait behind another's queue, nobody saves up what it did not use, and what a finished pipeline leaves
 goes to the others at once.
 
-Generators join and leave while it works (`pipelines.crew`): what a lost one was asked goes to another.
+Generators join and leave while it works (`pipelines.autoscaler`): what a lost one was asked goes to another.
 """
 
 import asyncio

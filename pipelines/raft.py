@@ -5,13 +5,13 @@ import statistics
 from collections.abc import Sequence
 
 from pipelines.context import Context
-from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
-from plumbline.config import Raft
+from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from plumbline.config.pipelines import Raft
 from plumbline.records import PolicyRef, Prompt, Sample
-from plumbline.rollouts import BEST_SCHEMA, best_row, best_sample
+from plumbline.runs.rollouts import BEST_SCHEMA, best_row, best_sample
 
 
-class RaftMethod(RollingMethod):
+class RaftMethod(Method):
     """The best answer a prompt."""
 
     def __init__(self, context: Context, section: Raft) -> None:
@@ -39,10 +39,10 @@ class RaftMethod(RollingMethod):
                     engine=generation.engine,
                 )
             )
-        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(drawn))
+        return Rollout(rows=rows, rejected=rejected, tokens=sum(one.tokens for one in drawn))
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
-        """See `plumbline.rollouts.best_sample`."""
+        """See `plumbline.runs.rollouts.best_sample`."""
         return [best_sample(row) for row in rows]
 
     def describe(self, rows: Sequence[Row]) -> dict[str, float]:

@@ -9,11 +9,12 @@ from actors.spawn import ask
 from pipelines.context import Context
 from pipelines.loop import train_on
 from pipelines.sft import shuffled_batches
-from plumbline.config import RewardModel, Source
-from plumbline.dataset import read_labelled, read_preferences
-from plumbline.policies import PROOF, version_directory
+from plumbline.config.data import Source
+from plumbline.config.pipelines import RewardModel
+from plumbline.data.dataset import read_labelled, read_preferences
+from plumbline.models.classifier import reward_ids
 from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
-from plumbline.rewarding import reward_ids
+from plumbline.runs.policies import PROOF, version_directory
 
 
 async def run_reward(context: Context, section: RewardModel) -> Path:

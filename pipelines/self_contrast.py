@@ -11,28 +11,28 @@ from collections.abc import Sequence
 
 from actors.spawn import gather
 from pipelines.context import Context
-from pipelines.given import GivenParts
-from pipelines.rolling import RollingMethod, Rollout, Row, fitting, rejected_row, sampled_tokens
-from plumbline.config import SelfContrast
-from plumbline.evaluation import data_accuracy
-from plumbline.given import is_parts, read_given_preferences, usable_rejected
-from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, prompts_of, values
-from plumbline.prompting import encode_response
+from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from pipelines.offline import OfflinePairs
+from plumbline.config.pipelines import SelfContrast
+from plumbline.data.prompting import encode_response
+from plumbline.methods.evaluation import data_accuracy
+from plumbline.methods.selection import select_negatives
 from plumbline.records import Generation, PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
-from plumbline.selection import select_negatives
+from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, prompts_of, values
+from plumbline.runs.preferences import is_parts, read_preference_file, usable_rejected
 
 
-class SelfContrastMethod(RollingMethod):
+class SelfContrastMethod(Method):
     """A positive and m negatives a prompt."""
 
     def __init__(self, context: Context, section: SelfContrast) -> None:
         self._contrast = section
         self._given = None
         if section.pairs and is_parts(section.pairs):
-            self._given = GivenParts(context, section.pairs)
+            self._given = OfflinePairs(context, section.pairs)
             prompts = (self._given.prompts, [])
         else:
-            prompts = fitting(context, section, read_given_preferences(section.pairs) if section.pairs else None)
+            prompts = fitting(context, section, read_preference_file(section.pairs) if section.pairs else None)
         super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
@@ -63,7 +63,7 @@ class SelfContrastMethod(RollingMethod):
                 detail = f"fewer than {settings.negatives} usable ones among {settings.samples} samples"
                 rejected.append(rejected_row(step, prompt, "too few negatives", detail))
         rows = await self._rows(step, groups, engine=drawn[0].engine)
-        return Rollout(rows=rows, rejected=rejected, tokens=sampled_tokens(drawn))
+        return Rollout(rows=rows, rejected=rejected, tokens=sum(one.tokens for one in drawn))
 
     def _negatives(
         self, step: int, prompt: Prompt, drawn: Generation, similarities: Sequence[float] | None
@@ -144,7 +144,7 @@ class SelfContrastMethod(RollingMethod):
         return Answer(text=text, ids=encode_response(self._context.tokenizer, text))
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
-        """See `plumbline.pairs.pair_samples`."""
+        """See `plumbline.runs.pairs.pair_samples`."""
         return pair_samples(rows)
 
     def describe(self, rows: Sequence[Row]) -> dict[str, float]:

@@ -5,10 +5,10 @@ import random
 
 from pipelines.context import Context
 from pipelines.loop import train_on
-from plumbline.config import Sft
-from plumbline.lengths import sft_group
-from plumbline.policies import PROOF, version_directory
+from plumbline.config.pipelines import Sft
+from plumbline.data.length_filter import sft_group
 from plumbline.records import PolicyRef, Sample
+from plumbline.runs.policies import PROOF, version_directory
 
 
 async def run_sft(context: Context, section: Sft, *, serves: bool) -> str:

@@ -12,27 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from plumbline.config import (
-    ClassifierReward,
-    Config,
-    Dlma,
-    Preference,
-    ProgramReward,
-    Reward,
-    RewardModel,
-    Rolled,
-    SelfContrast,
-    Sft,
-)
-from plumbline.demand import demand, named
+from plumbline.config.data import ClassifierReward, ProgramReward, Reward
+from plumbline.config.demand import demand, named
+from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, SelfContrast, Sft
+from plumbline.config.section import bounds
+from plumbline.config.tree import Config
+from plumbline.data.length_filter import check_targets, needs_target, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
-from plumbline.lengths import check_targets, needs_target, section_lengths, sft_group
-from plumbline.mirror import check_storage
-from plumbline.policies import model_path
 from plumbline.records import Prompt
-from plumbline.run_dir import check_run_dir
-from plumbline.section import bounds
-from plumbline.tracking import check_tracking
+from plumbline.runs.directory import check_run_dir
+from plumbline.runs.mirror import check_storage
+from plumbline.runs.policies import model_path
+from plumbline.tracking.feed import check_tracking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +109,7 @@ def resolve_dtype(
 
 def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """The tokenizer of `model`, with a chat template where a pipeline renders conversations. Raises ModelError."""
-    from plumbline.prompting import load_tokenizer, read_tokenizer
+    from plumbline.data.prompting import load_tokenizer, read_tokenizer
 
     renders = any(not isinstance(p, RewardModel) or p.reads == "conversation" for p in config.pipelines)
     if renders or config.model.chat_template:
@@ -196,7 +187,7 @@ def _embedder(path: str) -> str:
 
 
 def _classifier(key: str, path: str) -> str:
-    from plumbline.prompting import read_tokenizer
+    from plumbline.data.prompting import read_tokenizer
 
     note = model_directory(path, key)
     settings = json.loads((Path(path) / "config.json").read_text("utf-8"))
@@ -221,7 +212,7 @@ class _Rows:
 
 def _read(config: Config) -> _Rows:
     """Every row, by every reader that a pipeline will read it with. Raises DataError."""
-    from plumbline.dataset import read_labelled, read_preferences, read_prompts
+    from plumbline.data.dataset import read_labelled, read_preferences, read_prompts
 
     readers: list[Callable[..., list]] = [read_prompts] if _needs_prompts(config) else []
     for section in config.pipelines:
@@ -255,7 +246,7 @@ def _room(config: Config, rows: _Rows) -> None:
     if not _needs_prompts(config):
         return
     tokenizer = run_tokenizer(config)
-    for section in config.rolling:
+    for section in config.methods:
         for source, prompts in ((config.data.train, rows.prompts), (config.data.heldout, rows.heldout)):
             if source and not any(section_lengths(config, tokenizer, section, p).fit for p in prompts):
                 raise DataError(
@@ -273,7 +264,9 @@ def _room(config: Config, rows: _Rows) -> None:
             )
 
 
-def _answers(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Rolled, prompts: list[Prompt]) -> None:
+def _answers(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", section: MethodSection, prompts: list[Prompt]
+) -> None:
     """The targets or given pairs that a pipeline learns from. Raises DataError."""
     if isinstance(section, Preference) and section.pairs is not None:
         _given(config, section)
@@ -288,13 +281,13 @@ def _answers(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Roll
 
 def _given(config: Config, section: Preference) -> None:
     """Pairs from elsewhere: parts of this very model, or a preference file. Raises DataError."""
-    from plumbline.given import check_model, is_parts, read_given_preferences, read_parts
-    from plumbline.logp_cache import model_fingerprint
+    from plumbline.models.logp_cache import model_fingerprint
+    from plumbline.runs.preferences import check_model, is_parts, read_parts, read_preference_file
 
     source = section.pairs
     assert source is not None
     if not isinstance(section, Dlma) and not is_parts(source):
-        read_given_preferences(source)
+        read_preference_file(source)
         return
     rows = read_parts(source)  # dlma trains on parts alone: it needs their margins
     if isinstance(section, Dlma) and any(row["margin"] is None for row in rows):

@@ -116,6 +116,11 @@ class Generation:
     engine: str
     completions: tuple[Completion, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(len(one.ids) for one in self.completions)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserRequest:

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible endpoint over published versions. It holds nothing yet."""
+"""The OpenAI-compatible endpoint over published versions."""

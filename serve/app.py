@@ -13,9 +13,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from plumbline.endpoint import Limits
-from plumbline.promotions import Catalog
+from plumbline.config.serving import Limits
 from plumbline.records import Head, PolicyRef, UserRequest, public_name
+from plumbline.runs.promotions import Catalog
 from serve.backends import Backend
 from serve.errors import ApiError, from_engine, unknown_model
 from serve.keys import Keys

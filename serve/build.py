@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from serve.deploy import application
 from serve.keys import check_bind, read_keys
-from serve.launch import application
 from serve.target import read_target
 
 

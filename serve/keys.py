@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plumbline.endpoint import LOCAL_HOSTS
+from plumbline.config.serving import LOCAL_HOSTS
 from plumbline.errors import ConfigError
 from serve.errors import ApiError
 

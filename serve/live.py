@@ -1,22 +1,23 @@
 """The endpoint beside a run: users ask the policies while they are being trained."""
 
-from actors.engine import engine_spec, resolve_engine
-from plumbline.config import Config
-from plumbline.endpoint import LiveRun
+from actors.engines.seam import engine_spec
+from actors.engines.start import resolve_engine
+from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
-from serve.launch import Served, check_settings, start_endpoint, stop_endpoint, wait_for_endpoint
+from plumbline.runs.endpoint import LiveRun
+from serve.deploy import Served, check_settings, start_endpoint, stop_endpoint, wait_for_endpoint
 from serve.replica import ReplicaSpec
 
 
 class LiveEndpoint:
-    """A `plumbline.endpoint.RunEndpoint` on Ray Serve.
+    """A `plumbline.runs.endpoint.RunEndpoint` on Ray Serve.
 
     Raises:
         ConfigError: the run cannot be served so.
     """
 
     def __init__(self, config: Config) -> None:
-        if not config.rolling:
+        if not config.methods:
             raise ConfigError(
                 "serve.enabled: there is nothing to serve; give a pipeline that generates, such as `type: ple`"
             )

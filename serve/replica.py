@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.engine import EngineSpec
+from actors.engines.seam import EngineSpec
 from actors.generator import Generator
 from actors.spawn import fetcher
 from plumbline.records import Head, TokenGroup, UserRequest

@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
 
-from plumbline.endpoint import Limits
+from plumbline.config.serving import Limits
 from serve.errors import ApiError
 
 Kind = Literal["chat", "completion"]

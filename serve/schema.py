@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from plumbline.endpoint import Limits
+from plumbline.config.serving import Limits
 from serve.requests import Kind
 
 _NUMBER = {"type": "number"}

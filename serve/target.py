@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from actors.engine import EngineSpec, engine_spec
+from actors.engines.seam import EngineSpec, engine_spec
 from actors.spawn import start_ray, stop_ray
 from actors.weights import TOLERANCE
-from plumbline.config import Config
-from plumbline.config_file import load_config
+from plumbline.config.file import load_config
+from plumbline.config.fleet import GeneratorFleet
+from plumbline.config.serving import Serve
+from plumbline.config.tree import Config
 from plumbline.doctor import resolve_device, resolve_dtype, run_device, run_tokenizer
-from plumbline.endpoint import Serve
 from plumbline.errors import ModelError
-from plumbline.fleet import GeneratorFleet
-from plumbline.policies import base_directory, read_probe
-from plumbline.promotions import Catalog
-from serve.launch import Served, check_settings, start_endpoint, wait_for_endpoint
+from plumbline.runs.policies import base_directory, read_probe
+from plumbline.runs.promotions import Catalog
+from serve.deploy import Served, check_settings, start_endpoint, wait_for_endpoint
 from serve.replica import ReplicaSpec
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from plumbline.parts import Parts, Rejected
+from plumbline.runs.parts import Parts, Rejected
 from tests.tiny import write_config
 
 LIMIT_S = 400

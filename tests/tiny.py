@@ -1,6 +1,7 @@
 """A random model of a few thousand weights with the miniature world's tokenizer, and a config that runs PLE on it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from actors.engine import EngineSpec
+from actors.engines.seam import EngineSpec
 
 PRINCIPLE = "Answer by these rules. Refuse harmful requests."
 
@@ -109,3 +110,14 @@ def write_config(directory: Path, config: dict[str, Any]) -> Path:
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> str:
+    """A JSON Lines file; returns its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def preference(i: int, rejected: object = "No.") -> dict[str, object]:
+    """A row of a preference file."""
+    return {"prompt": f"Why {i}?", "chosen": "So it is.", "rejected": rejected}

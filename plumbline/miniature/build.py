@@ -159,7 +159,7 @@ def _code_version() -> str:
     """Changes with any source file that a world depends on."""
     here = Path(__file__).parent
     sources = [file for file in sorted(here.glob("*.py")) if not file.name.startswith("__")]
-    sources.append(here.parent / "prompting.py")
+    sources.append(here.parent / "data" / "prompting.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in sources)).hexdigest()[:16]
 
 
@@ -246,8 +246,8 @@ def _figures(
     report: Progress,
 ) -> dict[str, float]:
     """See `World`; [N] held-out rows in, a handful of numbers out."""
+    from plumbline.data.prompting import encode_response, render
     from plumbline.miniature import training
-    from plumbline.prompting import encode_response, render
     from plumbline.records import Message
 
     queries = [str(row["prompt"]) for row in rows]

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from plumbline.data.prompting import CONTRASTS, PRINCIPLES, TEMPLATES
 from plumbline.miniature import language, wording
 from plumbline.miniature.topics import ASPECTS, TOPICS
-from plumbline.prompting import CONTRASTS, PRINCIPLES, TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from plumbline.data.prompting import encode_response, render
 from plumbline.miniature.language import (
     ADVERSE,
     GUIDED,
@@ -26,7 +27,6 @@ from plumbline.miniature.language import (
     sample_steering,
 )
 from plumbline.miniature.tokenizer import BEGIN
-from plumbline.prompting import encode_response, render
 from plumbline.records import Message
 
 HARMFUL_SHARE = 0.3

@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from actors.engine import Adapter, start_engine
+from actors.engines.seam import Adapter
+from actors.engines.start import start_engine
 from actors.generator import Generator
-from actors.policy import LearnedPolicy
+from actors.learning.policy import LearnedPolicy
 from actors.versions import AdapterVersions, WholeVersions
-from plumbline.config import Model, Ple
-from plumbline.dataset import read_prompts
+from plumbline.config.data import Model
+from plumbline.config.pipelines import Ple
+from plumbline.data.dataset import read_prompts
+from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.errors import SyncError
-from plumbline.policies import read_publication, version_directory
-from plumbline.prompting import encode_response, load_tokenizer, render
 from plumbline.records import GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
+from plumbline.runs.policies import read_publication, version_directory
 from tests.tiny import engine_spec, make_prompts, make_tiny_model
 
 pytest.importorskip("vllm")

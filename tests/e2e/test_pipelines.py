@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from plumbline.logp_cache import model_fingerprint
-from plumbline.pairs import PAIR_SCHEMA, Answer, pair_rows
-from plumbline.parts import Parts, Rejected
-from plumbline.policies import versions
+from plumbline.models.logp_cache import model_fingerprint
 from plumbline.records import Message, Prompt
+from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows
+from plumbline.runs.parts import Parts, Rejected
+from plumbline.runs.policies import versions
 from tests.tiny import make_prompts, make_tiny_embedder, tiny_config, write_config
 
 pytestmark = pytest.mark.slow

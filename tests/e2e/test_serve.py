@@ -19,7 +19,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
-from plumbline.promotions import promoted
+from plumbline.runs.promotions import promoted
 from tests.endpoints import KEY, TURN, client, first_logprob, free_port, healthy, served, wait_until
 from tests.runs import events, finish, leftovers, start, wait_for
 from tests.tiny import make_prompts, tiny_config

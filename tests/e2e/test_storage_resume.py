@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plumbline.parts import Parts
+from plumbline.runs.parts import Parts
 from tests.runs import assert_each_prompt_once, finish, leftovers, start, wait_for
 from tests.tiny import make_prompts, tiny_config
 

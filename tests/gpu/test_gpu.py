@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbline.config import Model, Ple
-from plumbline.dataset import read_prompts
-from plumbline.modeling import group_logps, sequence_logps
-from plumbline.prompting import encode_response, load_tokenizer, render
+from plumbline.config.data import Model
+from plumbline.config.pipelines import Ple
+from plumbline.data.dataset import read_prompts
+from plumbline.data.prompting import encode_response, load_tokenizer, render
+from plumbline.models.group_logps import group_logps, sequence_logps
 from plumbline.records import TokenGroup
 from tests.tiny import engine_spec, make_prompts, make_tiny_model
 
@@ -30,7 +31,7 @@ def groups_of(directory: Path) -> list[TokenGroup]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_group_logps_match_one_sequence_at_a_time(tmp_path: Path, dtype: str, tolerance: float) -> None:
-    from actors.policy import load_model
+    from actors.learning.policy import load_model
 
     make_tiny_model(tmp_path / "model")
     model = load_model(Model.model_validate({"path": str(tmp_path / "model")}), dtype).to("cuda").eval()
@@ -44,8 +45,8 @@ def test_group_logps_match_one_sequence_at_a_time(tmp_path: Path, dtype: str, to
 
 def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    from actors.engine import start_engine
-    from actors.policy import LearnedPolicy
+    from actors.engines.start import start_engine
+    from actors.learning.policy import LearnedPolicy
     from actors.weights import TOLERANCE
 
     model = make_tiny_model(tmp_path / "model")

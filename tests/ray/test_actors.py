@@ -10,8 +10,8 @@ import ray
 from actors.channel import Box, Channel
 from actors.scorer import Query, ScorerSpec
 from actors.spawn import ask, start_fleet
+from plumbline.config.fleet import ScorerFleet
 from plumbline.errors import ConfigError, LossError, RunError, SyncError
-from plumbline.fleet import ScorerFleet
 from plumbline.records import Completion, Generation, Message, PolicyRef, Publication
 
 

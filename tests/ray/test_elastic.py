@@ -14,7 +14,7 @@ from ray._private.authentication.authentication_token_setup import (
 from ray.cluster_utils import Cluster
 
 from actors.channel import Box, Channel
-from actors.learner import Trainer
+from actors.learning.learner import Trainer
 from actors.spawn import start_ray, stop_ray
 from actors.weights import PolicyStore
 from plumbline.records import PolicyRef

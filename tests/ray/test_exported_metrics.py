@@ -14,7 +14,7 @@ from actors.channel import Box
 from actors.metrics import POOL_GENERATORS, POOL_TOKENS
 from actors.scorer import ScorerSpec
 from actors.spawn import ask, start_fleet, start_ray, stop_ray
-from plumbline.fleet import ScorerFleet
+from plumbline.config.fleet import ScorerFleet
 from plumbline.records import Message, ScoreRequest
 
 FORGOTTEN_S = 30

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from actors.channel import Box, Channel
-from actors.learner import fit
-from actors.train_loop import LearnerSpec, train
+from actors.learning.learner import fit
+from actors.learning.worker import LearnerSpec, train
 from actors.weights import PolicyStore
-from plumbline.checkpoint import latest_step
-from plumbline.config import Model, SelfContrast
-from plumbline.policies import version_directory
+from plumbline.config.data import Model
+from plumbline.config.pipelines import SelfContrast
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
+from plumbline.runs.checkpoint import latest_step
+from plumbline.runs.policies import version_directory
 from tests.feed import MemoryFeed
 from tests.tiny import make_tiny_model
 

@@ -11,12 +11,13 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from plumbline.config_file import load_config
-from plumbline.demand import named
+from plumbline.config.demand import named
+from plumbline.config.file import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_v1.schema.json").read_text())
@@ -190,3 +191,18 @@ def test_the_service_names_an_application_that_there_is() -> None:
     assert keys == {"PLUMBLINE_API_KEYS"}
     assert application.args["resources"] == {"serve": 1}
     assert offered("rayservice")["serve"]["serve"] == 1
+
+
+def test_a_submitted_checkout_is_whole() -> None:
+    """A rule such as `runs/`, meant for what runs leave at the top, would drop `plumbline/runs/` from every job."""
+    ignored = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+    assert len(ignored) == 2
+    code = [
+        path
+        for name in ("plumbline", "actors", "pipelines", "serve", "cli")
+        for path in (ROOT / name).rglob("*")
+        if "__pycache__" not in path.parts
+    ]
+    assert len(code) > 100
+    assert not [path for path in code for rule in ignored if rule(path)]
+    assert all(any(rule(ROOT / name) for rule in ignored) for name in ("runs/quickstart/events.jsonl", ".venv/bin/ray"))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cli.main import parser
-from plumbline.config import Config
-from plumbline.config_file import load_config
-from plumbline.config_reference import anchor
+from plumbline.config.file import load_config
+from plumbline.config.reference import anchor
+from plumbline.config.tree import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -113,7 +113,7 @@ def test_a_file_that_is_named_is_there(page: Path, path: str) -> None:
 
 @pytest.mark.parametrize(("page", "name"), NAMES, ids=name_of)
 def test_a_name_of_the_code_is_there(page: Path, name: str) -> None:
-    """`plumbline.losses.dpo_loss` is in plumbline/losses.py, read without importing it."""
+    """`plumbline.methods.losses.dpo_loss` is in plumbline/methods/losses.py, read without importing it."""
     parts = name.split(".")
     here, rest = ROOT / parts[0], parts[1:]
     while rest and (here / rest[0]).is_dir():

@@ -1,0 +1,1 @@
+"""What computes a generator's tokens: vLLM, or plain transformers."""

@@ -1,0 +1,129 @@
+"""The seam between a generator and what computes its tokens: vLLM, or plain transformers where no vLLM wheel exists.
+
+An engine serves one base model and any number of LoRA adapters beside it, or one model whose weights are replaced. The
+generator above it knows about policies, versions and proofs; an engine knows only about weights.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from plumbline.config.learner import FullPolicy, LoraPolicy
+from plumbline.config.tree import Config
+from plumbline.records import Completion, Head, Sampling, UserRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter on the engine's own disk, as PEFT writes it. `id` >= 1 is never used twice in an engine's life."""
+
+    id: int
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """All that an engine needs to start; picklable. `kv_cache_gib` counts on CPUs, `memory_share` on GPUs.
+
+    `max_adapters` is 0 for an engine that takes whole weights (`Engine.load_weights`), and no adapters. With `seats` it
+    answers users too, up to so many beside the `max_num_seqs` of rollouts and before them, with `chat_template`.
+    """
+
+    model_path: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["cpu", "cuda"]
+    max_model_len: int
+    max_num_seqs: int
+    max_lora_rank: int
+    max_adapters: int
+    threads: int
+    kv_cache_gib: float
+    memory_share: float
+    seed: int
+    seats: int = 0
+    chat_template: str | None = None
+
+    @property
+    def batch(self) -> int:
+        """Answers that a pipeline should ask for at a time."""
+        return max(1, self.max_num_seqs // 4)
+
+    @property
+    def in_flight(self) -> int:
+        """Answers that it should be asked for at once.
+
+        More than it decodes: some wait there, to take a free place before the pool hears of it. Where users have seats
+        nothing may wait, for what waits would take them; so it decodes all of these, and there are fewer.
+        """
+        return self.max_num_seqs + (1 if self.seats else 3) * self.batch
+
+
+def engine_spec(
+    config: Config,
+    model_path: str,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    device: Literal["cpu", "cuda"],
+    *,
+    versions: int,
+    seats: int = 0,
+    chat_template: object = None,
+) -> EngineSpec:
+    """An engine for the policies of a run, with room for so many `versions` where they are adapters.
+
+    Args:
+        chat_template: the tokenizer's; a set of several by name is left to the engine.
+    """
+    settings = config.fleet.generator
+    ranks = [p.policy.r for p in config.served if isinstance(p.policy, LoraPolicy)]
+    whole = any(isinstance(p.policy, FullPolicy) for p in config.methods)
+    return EngineSpec(
+        model_path=model_path,
+        dtype=dtype,
+        device=device,
+        max_model_len=config.model.max_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_lora_rank=max(ranks, default=8),
+        max_adapters=0 if whole else versions,
+        threads=settings.cpus,
+        kv_cache_gib=settings.kv_cache_gib,
+        memory_share=settings.memory_share,
+        seed=config.seed,
+        seats=seats,
+        chat_template=chat_template if isinstance(chat_template, str) else None,
+    )
+
+
+class Engine(Protocol):
+    """What a generator asks of it. All calls may overlap; `adapter=None` means the base model."""
+
+    @property
+    def kind(self) -> str:
+        """ "vllm" or "transformers"."""
+        ...
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
+    ) -> list[Completion]:
+        """`n` samples of one prompt; sample i is drawn with seed ``seed + i`` and repeats exactly."""
+        ...
+
+    async def logprobs(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, adapter: Adapter | None
+    ) -> list[float]:
+        """Log-probs of each response token under temperature 1, one a token (METHODS.md §0)."""
+        ...
+
+    def answer(self, request: UserRequest, *, adapter: Adapter | None) -> AsyncIterator[Head | str]:
+        """A user's answer: its head, then pieces of its body. Raises RunError where the engine has no `seats`."""
+        ...
+
+    async def add_adapter(self, adapter: Adapter) -> None: ...
+
+    async def remove_adapter(self, adapter: Adapter) -> None: ...
+
+    async def load_weights(self, path: str) -> None:
+        """Replace all weights by those of a model's directory, of the same shapes. No request may be under way."""
+        ...
+
+    async def close(self) -> None: ...

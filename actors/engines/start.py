@@ -1,0 +1,24 @@
+"""Which engine a config means, and its start. Each is imported only where it is used: vLLM alone takes 14 seconds."""
+
+import importlib.util
+from typing import Literal
+
+from actors.engines.seam import Engine, EngineSpec
+
+
+def resolve_engine(choice: Literal["auto", "vllm", "transformers"]) -> Literal["vllm", "transformers"]:
+    """`auto` is vLLM where it is installed."""
+    if choice != "auto":
+        return choice
+    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+
+
+def start_engine(choice: Literal["vllm", "transformers"], spec: EngineSpec) -> Engine:
+    """Load the model; takes seconds to minutes. Must be called inside a running event loop."""
+    if choice == "vllm":
+        from actors.engines.vllm import VllmEngine
+
+        return VllmEngine(spec)
+    from actors.engines.transformers import TransformersEngine
+
+    return TransformersEngine(spec)

@@ -1,0 +1,144 @@
+"""Plain transformers behind the engine seam: for machines without a vLLM wheel, and the oracle of the parity tests.
+
+One request at a time, its `n` samples as one batch over a KV cache. Slow, and simple enough to be believed.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from actors.engines.seam import Adapter, EngineSpec
+from plumbline.data.prompting import decode, read_tokenizer
+from plumbline.errors import RunError
+from plumbline.records import Completion, Head, Sampling, UserRequest
+
+
+class TransformersEngine:
+    """One model on this process's device; calls queue up behind one lock."""
+
+    kind = "transformers"
+
+    def __init__(self, spec: EngineSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        self._spec = spec
+        self._base = self._read(spec.model_path)
+        self._model: PeftModel | None = None
+        self._tokenizer = read_tokenizer(spec.model_path)
+        self._max_len = spec.max_model_len
+        self._lock = asyncio.Lock()
+
+    def _read(self, path: str) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, self._spec.dtype), use_safetensors=True, trust_remote_code=False
+        )
+        return model.to(self._spec.device).eval()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
+    ) -> list[Completion]:
+        async with self._lock:
+            return await asyncio.to_thread(self._generate, list(prompt_ids), sampling, seed, n, adapter)
+
+    async def logprobs(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, adapter: Adapter | None
+    ) -> list[float]:
+        async with self._lock:
+            return await asyncio.to_thread(self._logprobs, list(prompt_ids), list(response_ids), adapter)
+
+    def answer(self, request: UserRequest, *, adapter: Adapter | None) -> AsyncIterator[Head | str]:
+        raise RunError("serving users needs vLLM: `fleet.engine: vllm`, or auto where it is installed")
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        async with self._lock:
+            if self._model is None:
+                self._model = PeftModel.from_pretrained(self._base, adapter.path, adapter_name=str(adapter.id))
+                self._model.eval()
+            else:
+                self._model.load_adapter(adapter.path, adapter_name=str(adapter.id))
+
+    async def remove_adapter(self, adapter: Adapter) -> None:
+        async with self._lock:
+            # PEFT keeps its last adapter: a model without any is no PEFT model.
+            if self._model is not None and len(self._model.peft_config) > 1:
+                self._model.delete_adapter(str(adapter.id))
+
+    async def load_weights(self, path: str) -> None:
+        async with self._lock:
+            self._base = await asyncio.to_thread(self._read, path)  # read as at the start: ties are the model's own
+
+    async def close(self) -> None:
+        self._model = None
+
+    @contextmanager
+    def _using(self, adapter: Adapter | None) -> Iterator[torch.nn.Module]:
+        if self._model is None:
+            assert adapter is None
+            yield self._base
+        elif adapter is None:
+            with self._model.disable_adapter():
+                yield self._model
+        else:
+            self._model.set_adapter(str(adapter.id))
+            yield self._model
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompt_ids: list[int], sampling: Sampling, seed: int, n: int, adapter: Adapter | None
+    ) -> list[Completion]:
+        device = self._base.device
+        draws = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+        responses: list[list[int]] = [[] for _ in range(n)]
+        done: dict[int, bool] = {}  # sample -> whether it ended by itself
+        ids = torch.tensor([prompt_ids] * n, device=device)
+        cache = DynamicCache(config=self._base.config)
+        limit = min(sampling.max_tokens, self._max_len - len(prompt_ids))
+        with self._using(adapter) as model:
+            for _ in range(limit):
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                picked = [
+                    self._draw(row, sampling, draw) for row, draw in zip(logits.float().cpu(), draws, strict=True)
+                ]
+                for i, token in enumerate(picked):
+                    if i not in done:
+                        responses[i].append(token)
+                        if self._ends(token, responses[i], sampling):
+                            done[i] = True
+                if len(done) == n:
+                    break
+                ids = torch.tensor([[token] for token in picked], device=device)
+        return [
+            Completion(
+                text=decode(self._tokenizer, response, sampling.stop),
+                ids=response,
+                finish_reason="stop" if i in done else "length",
+            )
+            for i, response in enumerate(responses)
+        ]
+
+    @torch.inference_mode()
+    def _logprobs(self, prompt_ids: list[int], response_ids: list[int], adapter: Adapter | None) -> list[float]:
+        ids = torch.tensor([prompt_ids + response_ids], device=self._base.device)
+        with self._using(adapter) as model:
+            logits = model(input_ids=ids, logits_to_keep=len(response_ids) + 1).logits[0, :-1]
+        logps = logits.float().log_softmax(-1)
+        return logps.gather(1, ids[0, len(prompt_ids) :, None])[:, 0].tolist()
+
+    def _draw(self, logits: torch.Tensor, sampling: Sampling, draw: torch.Generator) -> int:
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        probabilities = (logits / sampling.temperature).softmax(-1)
+        if sampling.top_p < 1:
+            ordered, index = probabilities.sort(descending=True)
+            ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+            probabilities = torch.zeros_like(probabilities).scatter(0, index, ordered)
+        return int(torch.multinomial(probabilities, 1, generator=draw))
+
+    def _ends(self, token: int, response: list[int], sampling: Sampling) -> bool:
+        if token == self._tokenizer.eos_token_id:
+            return True
+        return bool(sampling.stop) and any(stop in self._tokenizer.decode(response) for stop in sampling.stop)

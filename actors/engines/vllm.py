@@ -1,0 +1,187 @@
+"""vLLM's `AsyncLLM` behind the engine seam: continuous batching, prefix cache, base and adapters in one batch."""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from actors.engines.seam import Adapter, EngineSpec
+from actors.engines.vllm_openai import OpenAIAnswers
+from plumbline.data.prompting import decode, read_tokenizer
+from plumbline.errors import RunError
+from plumbline.records import Completion, Head, Sampling, UserRequest
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM can be started for; an adapter's may be smaller."""
+CACHE_TRIES = 50
+REPLACES_WEIGHTS = "actors.engines.vllm_worker.ReplacesWeights"
+LEAVES_BASE = "actors.engines.vllm_lora.LeavesBase"
+
+
+class VllmEngine:
+    """One vLLM engine on this process's devices."""
+
+    kind = "vllm"
+
+    def __init__(self, spec: EngineSpec) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if spec.device == "cpu":
+            # One worker inside the engine's own process: two processes instead of three.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = spec.device == "cpu"
+        settings: dict[str, Any] = {
+            "model": spec.model_path,
+            "dtype": spec.dtype,
+            "seed": spec.seed,
+            "max_model_len": spec.max_model_len,
+            "max_num_seqs": spec.max_num_seqs,
+            "disable_log_stats": True,
+            "enforce_eager": on_cpu,
+            "trust_remote_code": False,
+        }
+        if on_cpu:
+            # A per-request seed crashes the CPU backend as soon as a prefill is chunked (STACK.md 9).
+            settings |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(spec.max_model_len, 8192),
+                "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+            }
+        else:
+            settings["gpu_memory_utilization"] = spec.memory_share
+        if spec.seats:
+            settings |= {"scheduling_policy": "priority", "max_num_seqs": spec.in_flight + spec.seats}
+        settings |= adapter_settings(spec) if spec.max_adapters else {"worker_extension_cls": REPLACES_WEIGHTS}
+        args = AsyncEngineArgs(**settings)
+        self._llm = AsyncLLM.from_engine_args(args)
+        self._tokenizer = read_tokenizer(spec.model_path)
+        self._ids = itertools.count()
+        self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
+        self._users = OpenAIAnswers(self._llm, spec.model_path, spec.chat_template) if spec.seats else None
+
+    def _lora(self, adapter: Adapter | None):
+        from vllm.lora.request import LoRARequest
+
+        return adapter and LoRARequest(adapter.name, adapter.id, adapter.path)
+
+    async def _final(self, prompt_ids: Sequence[int], params, adapter: Adapter | None, priority: int = 0):
+        from vllm import TokensPrompt
+
+        last = None
+        async for output in self._llm.generate(
+            TokensPrompt(prompt_token_ids=list(prompt_ids)),
+            params,
+            request_id=str(next(self._ids)),
+            lora_request=self._lora(adapter),
+            priority=priority,
+        ):
+            last = output
+        assert last is not None and last.finished
+        return last
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            n=n,
+            seed=seed,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(sampling.stop),
+            detokenize=bool(sampling.stop),  # only to see where a stop string begins
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._final(prompt_ids, params, adapter, self._rollouts_priority)
+        return [
+            Completion(
+                text=decode(self._tokenizer, one.token_ids, sampling.stop),
+                ids=list(one.token_ids),
+                finish_reason="stop" if one.finish_reason == "stop" else "length",
+            )
+            for one in sorted(output.outputs, key=lambda one: one.index)
+        ]
+
+    async def logprobs(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, adapter: Adapter | None
+    ) -> list[float]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = [*prompt_ids, *response_ids]
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        output = await self._final(ids, params, adapter)
+        scored: Any = output.prompt_logprobs
+        return [scored[i][ids[i]].logprob for i in range(len(prompt_ids), len(ids))]
+
+    def answer(self, request: UserRequest, *, adapter: Adapter | None) -> AsyncIterator[Head | str]:
+        if self._users is None:
+            raise RunError("this engine was started without seats for users")
+        return self._users.answer(request, self._lora(adapter))
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        lora: Any = self._lora(adapter)
+        await self._llm.add_lora(lora)
+
+    async def remove_adapter(self, adapter: Adapter) -> None:
+        await self._llm.remove_lora(adapter.id)
+        if self._users is not None:
+            self._users.forget(adapter.name)
+
+    async def load_weights(self, path: str) -> None:
+        """From the directory into vLLM's workers, on CPUs and GPUs alike; what was cached of old weights is dropped.
+
+        Raises:
+            RunError: a request was under way.
+        """
+        await self._llm.collective_rpc("replace_weights", args=(path,))
+        for _ in range(CACHE_TRIES):
+            if await self._llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(0.1)  # blocks of the last request are still being freed
+        raise RunError("vLLM did not drop its prefix cache after its weights were replaced: a request was under way")
+
+    async def close(self) -> None:
+        self._llm.shutdown()
+
+
+def adapter_settings(spec: EngineSpec) -> dict[str, Any]:
+    """vLLM's arguments for adapters beside the base."""
+    return {
+        "enable_lora": True,
+        "max_loras": spec.max_adapters,
+        "max_cpu_loras": spec.max_adapters,
+        "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
+        # Without this vLLM prepares the LM head for adapters too, which PEFT's "all-linear" leaves out; on CPUs
+        # its prompt log-probs then crash.
+        "lora_target_modules": linear_names(spec.model_path),
+        **({"worker_extension_cls": LEAVES_BASE} if spec.device == "cpu" else {}),
+    }
+
+
+def linear_names(model_path: str) -> list[str]:
+    """Last names of the linear layers that an adapter on all of them touches: every one but the output embedding."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=False))
+    head = model.get_output_embeddings()
+    names = {
+        n.rpartition(".")[2]
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear | Conv1D) and m is not head
+    }
+    return sorted(names)

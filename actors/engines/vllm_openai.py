@@ -1,0 +1,79 @@
+"""vLLM's own OpenAI protocol over an engine that runs already: what `actors.engines.vllm` answers users with."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from plumbline.records import Head, PolicyRef, UserRequest
+
+
+class OpenAIAnswers:
+    """Chats and completions, as vLLM's server gives them, from the weights that each request names.
+
+    Args:
+        llm: vLLM's `AsyncLLM`.
+        model_path: directory of its base model.
+        chat_template: a Jinja template; None is the tokenizer's own.
+    """
+
+    def __init__(self, llm: Any, model_path: str, chat_template: str | None) -> None:
+        from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+        from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+        from vllm.entrypoints.openai.models.protocol import BaseModelPath
+        from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        self._models = OpenAIServingModels(llm, [BaseModelPath(name=PolicyRef().public, model_path=model_path)])
+        template: Any = {"chat_template": chat_template, "chat_template_content_format": "auto"}
+        renderer = OnlineRenderer(llm.model_config, llm.renderer, request_logger=None, **template)
+        common: Any = {"online_renderer": renderer, "request_logger": None}
+        self._chat = OpenAIServingChat(llm, self._models, "assistant", **common, **template)
+        self._completion = OpenAIServingCompletion(llm, self._models, **common)
+
+    async def answer(self, request: UserRequest, lora: Any) -> AsyncIterator[Head | str]:
+        """A head, then the body: pieces of an event stream, or one JSON object.
+
+        Args:
+            lora: the `LoRARequest` of an adapter; without one, the weights that the engine holds answer.
+        """
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        name = request.ref.public
+        if lora is not None:
+            self._models.lora_requests[name] = lora
+        else:
+            self._models.base_model_paths[0].name = name  # of whole weights an engine holds one version at a time
+        result: Any
+        try:
+            result = await self._begin(request, {**request.body, "model": name, "priority": 0})
+        except ValidationError as error:
+            first = error.errors()[0]
+            result = create_error_response(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}")
+        except Exception as error:  # vLLM's server maps them alike: a wrong value of the user's is a 400
+            result = create_error_response(error)
+        if isinstance(result, ErrorResponse):
+            yield Head(status=int(result.error.code or 500), streams=False)
+            yield result.model_dump_json()
+        elif request.streams:
+            yield Head(status=200, streams=True)
+            async for piece in result:
+                yield piece
+        else:
+            yield Head(status=200, streams=False)
+            yield json.dumps(result.model_dump(), ensure_ascii=False)
+
+    def forget(self, name: str) -> None:
+        """An adapter is no longer there."""
+        self._models.lora_requests.pop(name, None)
+
+    async def _begin(self, request: UserRequest, body: dict[str, Any]) -> Any:
+        if request.kind == "chat":
+            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+            return await self._chat.create_chat_completion(ChatCompletionRequest.model_validate(body))
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        return await self._completion.create_completion(CompletionRequest.model_validate(body))

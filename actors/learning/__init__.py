@@ -1,0 +1,1 @@
+"""What a learner's Ray Train workers do."""

@@ -1,0 +1,138 @@
+"""The weights that a learner trains: loaded once, with an adapter or whole, saved as PEFT or transformers read them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from plumbline.config.data import Model
+from plumbline.config.learner import LoraPolicy
+from plumbline.config.pipelines import Pipeline, RewardModel
+from plumbline.data.prompting import load_tokenizer, read_tokenizer
+from plumbline.models.group_logps import disable_dropout, group_logps
+from plumbline.records import Publication, TokenGroup
+from plumbline.runs.checkpoint import write_directory
+from plumbline.runs.policies import write_proof
+
+
+class LearnedPolicy:
+    """A model in training mode, without dropout; only what the pipeline's policy names is trainable."""
+
+    def __init__(
+        self,
+        section: Pipeline,
+        origin: Model,
+        dtype: Literal["float32", "bfloat16"],
+        device: Literal["cpu", "cuda"],
+        seed: int,
+    ) -> None:
+        torch.manual_seed(seed)  # all workers draw the same initial weights
+        self._section, self._origin, self._seed = section, origin, seed
+        self._dtype: Literal["float32", "bfloat16"] = dtype
+        self._reads_chats = not isinstance(section, RewardModel) or section.reads == "conversation"
+        self.generates = not isinstance(section, RewardModel)
+        model = load_model(origin, dtype, classifier=not self.generates)
+        model.config.use_cache = False
+        if section.learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy = getattr(section, "policy", None)
+        if isinstance(policy, LoraPolicy):
+            from peft import LoraConfig, get_peft_model
+
+            lora = LoraConfig(
+                r=policy.r,
+                lora_alpha=policy.alpha,  # type: ignore[arg-type]  # PEFT divides by r: any number does
+                lora_dropout=0.0,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            model = get_peft_model(model, lora)
+        self.model: Any = model.to(device)
+        disable_dropout(self.model)
+        self.model.train()
+        self.trainable = [p for _, p in self.named_trainable()]
+
+    def named_trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Trainable parameters by name."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def probe(self, groups: Sequence[TokenGroup]) -> list[float]:
+        """See `probe_logps`; for a model that is whole on this worker."""
+        return probe_logps(self.model, groups)
+
+    def save(
+        self, directory: Path, publication: Publication, weights: Mapping[str, Tensor] | None = None, *, adapter: bool
+    ) -> None:
+        """Write weights and what proves them, aside and renamed: an adapter, or a whole model with its tokenizer.
+
+        Args:
+            weights: parameters by name, where the model does not hold them whole: the trainable ones for an adapter
+                and for a model that was trained through one, which is merged here; else all.
+        """
+
+        def write(aside: Path) -> None:
+            if adapter:
+                self.model.save_pretrained(aside, state_dict=given, safe_serialization=True)
+                (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            elif hasattr(self.model, "peft_config"):
+                self._merged(given).save_pretrained(aside, safe_serialization=True)
+                self._tokenizer().save_pretrained(aside)
+            else:
+                kept = self.model.state_dict()
+                buffers = {name: kept[name] for name, _ in self.model.named_buffers() if name in kept}
+                self.model.save_pretrained(aside, state_dict={**buffers, **given}, safe_serialization=True)
+                self._tokenizer().save_pretrained(aside)
+            write_proof(aside, publication)
+
+        given = dict(self.model.named_parameters()) if weights is None else dict(weights)
+        write_directory(directory, write)
+
+    def _merged(self, weights: Mapping[str, Tensor]) -> Any:
+        """A second model with the adapter merged into it: this one is trained on, and may not be whole."""
+        other = LearnedPolicy(self._section, self._origin, self._dtype, "cpu", self._seed)
+        with torch.no_grad():
+            for name, parameter in other.named_trainable():
+                parameter.copy_(weights[name])
+        return other.model.merge_and_unload()
+
+    def _tokenizer(self) -> Any:
+        if self._reads_chats or self._origin.chat_template:
+            return load_tokenizer(self._origin.tokenizer_path, self._origin.chat_template)
+        return read_tokenizer(self._origin.tokenizer_path)
+
+
+def probe_logps(model: Any, groups: Sequence[TokenGroup]) -> list[float]:
+    """Mean log-prob a token of every response, in order; empty without groups."""
+    if not groups:
+        return []
+    with torch.no_grad():
+        logps_GK, tokens_GK = group_logps(model, list(groups))
+    there = tokens_GK > 0
+    return (logps_GK[there] / tokens_GK[there]).tolist()
+
+
+def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:
+    """A causal language model, or a one-logit classifier, from a directory or from a config with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    extra = {"num_labels": 1} if classifier else {}
+    if origin.path is not None:
+        model = factory.from_pretrained(
+            origin.path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **extra
+        )
+    else:
+        assert origin.init is not None
+        tokenizer = read_tokenizer(origin.tokenizer_path)
+        settings = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        config = AutoConfig.for_model(**{**settings, **origin.init, **extra})
+        model = factory.from_config(config).to(getattr(torch, dtype))
+    if classifier and model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    return model

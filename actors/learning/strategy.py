@@ -1,0 +1,153 @@
+"""How a learner's worker turns micro-batches into an update: the seam between plain torch and DeepSpeed.
+
+A worker cuts every update into the same number of micro-batches on all workers, hands them to a `Strategy`, and asks
+it for whole tensors when it saves. Both strategies give the same updates and the same checkpoints, so that a learner
+resumes with another number of workers, or with the other strategy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from actors.learning.policy import LearnedPolicy
+from plumbline.config.learner import Learner
+from plumbline.models.group_logps import pack, split_by_rank
+from plumbline.records import Sample
+
+T = TypeVar("T")
+Loss = Callable[[Any, Sequence[Sample]], tuple[Tensor, dict[str, Tensor]]]
+"""``(model, samples) -> (mean loss, metrics)``, as `actors.learning.objectives.Objective.loss`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Samples of one forward and backward, and the share of the update's mean that their mean loss has. A share of 0
+    fills up a worker that has fewer micro-batches than another."""
+
+    samples: list[Sample]
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What an update did: the gradient's norm before it was clipped, and the result of every micro-batch."""
+
+    grad_norm: float
+    results: list[tuple[Tensor, dict[str, Tensor]]]
+
+
+class Strategy(Protocol):
+    """All calls are collective: every worker makes them, in the same order."""
+
+    def update(self, loss: Loss, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+        """One optimiser step on the sum of ``share * loss`` over all workers. No step where the norm is not finite."""
+        ...
+
+    def forward(self, work: Callable[[Any], T]) -> T:
+        """``work(model)`` without gradients; its forward passes must not depend on the worker."""
+        ...
+
+    def weights(self, *, trainable: bool) -> Mapping[str, Tensor]:
+        """Parameters by name, whole, as the model computes with them: all of them, or those that are trained."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: ``model.NAME`` and ``optimizer.INDEX.KEY``, whole, in the optimiser's precision."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`, also from another number of workers."""
+        ...
+
+
+class TorchStrategy:
+    """Every worker holds the whole model; gradients are summed over workers."""
+
+    def __init__(self, policy: LearnedPolicy, settings: Learner, device: Literal["cpu", "cuda"], world: int) -> None:
+        self._model = policy.model.to(device)
+        self._named = dict(policy.named_trainable())
+        self._parameters = list(self._named.values())
+        self._optimizer = make_optimizer(settings, self._parameters)
+        self._clip_norm, self._world = settings.clip_norm, world
+
+    def update(self, loss: Loss, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+        self._optimizer.zero_grad(set_to_none=False)
+        results = []
+        for micro in micro_batches:
+            value, metrics = loss(self._model, micro.samples)
+            (value * micro.share).backward()
+            results.append((value.detach(), metrics))
+        if self._world > 1:
+            sum_gradients(self._parameters)
+        norm = torch.as_tensor(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm))
+        if norm.isfinite():
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        return Update(grad_norm=float(norm), results=results)
+
+    def forward(self, work: Callable[[Any], T]) -> T:
+        with torch.no_grad():
+            return work(self._model)
+
+    def weights(self, *, trainable: bool) -> Mapping[str, Tensor]:
+        return self._named if trainable else dict(self._model.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": p.detach() for name, p in self._named.items()}
+        for i, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(tensors[f"model.{name}"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": optimizer_state(tensors), "param_groups": groups})
+
+
+def micro_batches(batch: Sequence[Sample], world: int, rank: int, token_budget: int) -> list[MicroBatch]:
+    """This worker's part of an update, in micro-batches of at most `token_budget` tokens; as many on every worker.
+
+    Found without talking to the others. Filled up with the update's smallest sample at share 0.
+    """
+    groups = [sample.group for sample in batch]
+    shards = [
+        [[shard[i] for i in micro] for micro in pack([groups[i] for i in shard], token_budget)]
+        for shard in split_by_rank(groups, world)
+    ]
+    mine = [MicroBatch(samples=[batch[i] for i in micro], share=len(micro) / len(batch)) for micro in shards[rank]]
+    smallest = min(batch, key=lambda sample: sample.group.tokens)
+    return mine + [MicroBatch(samples=[smallest], share=0.0)] * (max(map(len, shards)) - len(mine))
+
+
+def make_optimizer(settings: Learner, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that the config names."""
+    if settings.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The ``optimizer.INDEX.KEY`` of a checkpoint, by index and key; an index is a trainable parameter's position."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+    return state
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Sum gradients over all workers, in one call."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))

@@ -1,0 +1,99 @@
+"""What a run sees of the machinery that its pipelines share: how busy the pool is, who had it, what the caches gave."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import ray
+
+from actors.metrics import POOL_GENERATORS, POOL_OUTSTANDING, POOL_QUEUE, POOL_UTILISATION
+from actors.spawn import ask, gather
+from pipelines.context import Context
+from plumbline.errors import LostError, RunError
+from plumbline.runs.mirror import push_logs
+
+EVERY = 5.0
+"""Seconds between two lines of the pool."""
+
+
+async def monitor_pool(context: Context, ended: asyncio.Event) -> None:
+    """Write a line of the pool now and then, and a last one once `ended` is set: its totals are the whole run's."""
+    clock, busy, sampled = time.monotonic(), await busy_seconds(context), 0
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), EVERY)
+        pool, now, now_busy = context.pool, time.monotonic(), await busy_seconds(context)
+        total = sum(account.sampled for account in pool.accounts.values())
+        utilisation = busy_share(busy, now_busy, now - clock)
+        POOL_GENERATORS.set(len(pool.generators))
+        POOL_QUEUE.set(pool.queue)
+        POOL_OUTSTANDING.set(pool.outstanding)
+        POOL_UTILISATION.set(utilisation)
+        context.events.write(
+            {
+                "pipeline": "pool",
+                "tokens_per_s": (total - sampled) / (now - clock),
+                "queue": pool.queue,
+                "utilisation": utilisation,
+                "shares": pool.shares(),
+                "longest_waits": {name: account.longest_wait for name, account in pool.accounts.items()},
+                **await counts(context),
+            }
+        )
+        if ended.is_set():
+            return
+        clock, busy, sampled = now, now_busy, total
+
+
+async def push_events(context: Context) -> None:
+    """Keep the storage's copy of the events a few seconds behind, until cancelled. What fails is tried again."""
+    while True:
+        await asyncio.sleep(EVERY)
+        try:
+            await asyncio.to_thread(push_logs, context.storage, context.run_dir)
+        except RunError as error:
+            context.events.say(str(error))
+
+
+async def counts(context: Context) -> dict[str, int]:
+    """Hits and misses of the reference's cache, texts embedded and truncated, since the run began."""
+    fleet = context.fleet
+    reference = await gather(*(one.counts.remote() for one in fleet.reference))
+    embedder = await gather(*(one.counts.remote() for one in fleet.embedder))
+    return {
+        **{f"reference_{key}": sum(one[key] for one in reference) for key in (reference or [{}])[0]},
+        **{key: sum(one[key] for one in embedder) for key in (embedder or [{}])[0]},
+    }
+
+
+async def busy_seconds(context: Context) -> dict[Any, float]:
+    """Seconds that each generator of the pool has worked since it started; one that is lost meanwhile is left out."""
+    seconds: dict[Any, float] = {}
+
+    async def one(generator: Any) -> None:
+        with contextlib.suppress(LostError):
+            seconds[generator] = await ask(generator.busy_seconds.remote())
+
+    await asyncio.gather(*map(one, context.pool.generators))
+    return seconds
+
+
+def busy_share(before: Mapping[Any, float], after: Mapping[Any, float], seconds: float) -> float:
+    """Mean share of `seconds` in which a generator worked that was there before and after; 0 without any.
+
+    One that was started again in between counts from there.
+    """
+    shares = [max(0.0, busy - before[one]) / seconds for one, busy in after.items() if one in before]
+    return min(1.0, sum(shares) / len(shares)) if shares else 0.0
+
+
+def memory() -> dict[str, float]:
+    """MiB that this process holds, and that the cluster's object store does."""
+    total, free = (r.get("object_store_memory", 0.0) for r in (ray.cluster_resources(), ray.available_resources()))
+    return {
+        "resident_mib": psutil.Process().memory_info().rss / 2**20,
+        "object_store_mib": (total - free) / 2**20,
+    }

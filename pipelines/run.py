@@ -1,0 +1,383 @@
+"""A run from a config to its last line: what the command line calls, and the only place that starts and stops Ray.
+
+check -> run directory -> Ray -> π0 (`sft`) -> fleet -> pipelines -> evaluation -> teardown
+"""
+
+import asyncio
+import math
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actors.embedder import EmbedderSpec
+from actors.engines.seam import engine_spec
+from actors.engines.start import resolve_engine
+from actors.reference import ReferenceSpec
+from actors.scorer import ScorerSpec
+from actors.spawn import Fleet, ask, is_job, missing, start_fleet, start_ray, stop_ray
+from pipelines.autoscaler import autoscale
+from pipelines.context import Context, Event, EventLog
+from pipelines.dlma import DlmaMethod
+from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
+from pipelines.gate import Gatekeeper
+from pipelines.loop import first_failure, run_method
+from pipelines.monitor import monitor_pool, push_events
+from pipelines.ple import PleMethod
+from pipelines.pool import Pool
+from pipelines.raft import RaftMethod
+from pipelines.reward import run_reward
+from pipelines.self_contrast import SelfContrastMethod
+from pipelines.sft import run_sft
+from plumbline.config.data import ClassifierReward, Reward
+from plumbline.config.demand import demand, named
+from plumbline.config.file import load_config as read_config
+from plumbline.config.pipelines import Pipeline, Preference, RewardModel, SelfContrast, Sft
+from plumbline.config.tree import Config
+from plumbline.data.prompting import encode_response, render
+from plumbline.doctor import check, model_directory, resolve_dtype, run_device, run_tokenizer
+from plumbline.errors import ConfigError, PlumblineError, RunError
+from plumbline.records import PolicyRef, Prompt, TokenGroup, public_name
+from plumbline.runs.directory import open_run_dir
+from plumbline.runs.endpoint import RunEndpoint
+from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
+from plumbline.runs.policies import base_directory, model_path, parse_ref, read_publication, versions, write_probe
+from plumbline.tracking.feed import Trackers, start_trackers
+
+PROBE_GROUPS = 16
+"""Prompts of the probe that versions are proved on, one response each."""
+
+
+def run(
+    config: Config,
+    run_dir: Path,
+    listen: Callable[[Event], None],
+    prompts: list[Prompt],
+    endpoint: RunEndpoint | None,
+) -> dict[str, Any]:
+    """Run all pipelines of a config; continues what `run_dir` holds of it. Returns the evaluation, or nothing.
+
+    Args:
+        prompts: what `plumbline.doctor.check` returned.
+        endpoint: answers users meanwhile, where the config has `serve.enabled`.
+
+    Raises:
+        UserError: before anything is written, where the config cannot be run.
+        RunError: the run ended early; what `run_dir` holds is whole, and the same call continues it.
+    """
+    open_run_dir(config, run_dir)
+    storage = open_storage(config, run_dir)
+    saving = pushed_at_end(storage, run_dir, lambda message: listen({"message": message}))
+    with saving, start_trackers(config, run_dir, listen) as trackers:
+        return asyncio.run(
+            within_ray(config, lambda: run_pipelines(config, run_dir, prompts, listen, trackers, endpoint))
+        )
+
+
+def compare(
+    run_dir: Path, candidates: list[str], prompts: int | None, listen: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Evaluate versions of a run (`base`, `ple`, `ple@12`) or model directories against each other."""
+    config = read_config(run_dir / "config.yaml")
+    settings = config.evaluation
+    if settings is None or config.data.heldout is None:
+        raise ConfigError(f"{run_dir}/config.yaml: to evaluate, it needs `evaluation` and `data.heldout`")
+    if not config.methods:
+        raise ConfigError(
+            f"{run_dir}/config.yaml: to evaluate, it needs a pipeline that generates, such as `type: ple`"
+        )
+    if prompts is not None and prompts < 1:
+        raise ConfigError(f"--prompts {prompts}: it should be 1 or more")
+    named = {name: None if Path(name).is_dir() else parse_ref(run_dir, name) for name in candidates}
+    for name, ref in named.items():
+        if ref is None:
+            model_directory(name, "--of")
+    checked = check(config, run_dir)
+    if prompts is not None:
+        settings = settings.model_copy(update={"prompts": prompts})
+    config = config.model_copy(update={"evaluation": settings})
+    result = asyncio.run(within_ray(config, lambda: compare_policies(config, run_dir, checked, named, listen)))
+    push_logs(run_storage(config, run_dir), run_dir)
+    return result
+
+
+async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
+    """Start Ray, do the work, stop Ray: also when interrupted or terminated, which end alike."""
+    task = asyncio.current_task()
+    assert task is not None
+    start_ray(math.ceil(demand(config, most=True)["CPU"]), named(config), run=config.name)
+    # After Ray has started: it has a handler of its own, which would end this process at once.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await work()
+    except BaseException:
+        if task.cancelling():  # whatever a stage made of being cancelled, the user interrupted the run
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        stop_ray()
+
+
+async def run_pipelines(
+    config: Config,
+    run_dir: Path,
+    prompts: list[Prompt],
+    listen: Callable[[Event], None],
+    trackers: Trackers,
+    endpoint: RunEndpoint | None,
+) -> dict[str, Any]:
+    """π0, then all pipelines at once over one fleet, then before against after.
+
+    A pipeline that fails ends with its own error, the others go on.
+
+    Raises:
+        PlumblineError: the failure of the only pipeline, or a RunError that names those that failed.
+    """
+    context = make_context(config, run_dir, prompts, listen, trackers)
+    for name, asked, offered in missing(demand(config)):
+        context.events.say(
+            f"the run asks for {asked:g} {name}, all nodes offer {offered:g}: what finds no room waits until one joins"
+        )
+    if is_job() and run_dir.is_relative_to(Path.cwd()) and not config.storage_path:
+        context.events.say("the job's copy of the working directory holds this run, and Ray removes it; use --run-dir")
+    if context.storage.url:
+        context.beside.append(asyncio.create_task(push_events(context)))
+    try:
+        if config.sft:
+            context.events.say("training π0 (sft)")
+            context.model_path = await run_sft(context, config.sft, serves=False)
+        if config.methods:
+            if endpoint:
+                context.events.say("starting the endpoint")
+            beside = (lambda: endpoint.start(context.live_run())) if endpoint else (lambda: None)
+            await fill_fleet(context, train=True, beside=beside)
+            write_probe(run_dir, context.probe)
+        if endpoint:
+            names = ", ".join(["base", *(public_name(p.name) for p in config.served)])
+            context.events.say(f"serving {names} on {await endpoint.ready()}/v1")
+            context.promoter = Gatekeeper(context)
+        ended = asyncio.Event()
+        watching = asyncio.create_task(monitor_pool(context, ended)) if config.methods else None
+        results = await asyncio.gather(*(run_one(context, p) for p in config.pipelines), return_exceptions=True)
+        if context.promoter:
+            await context.promoter.finish()
+        if watching:
+            ended.set()
+            await watching
+        failed = {p.name: e for p, e in zip(config.pipelines, results, strict=True) if isinstance(e, BaseException)}
+        for name, error in failed.items():
+            report_failure(context, name, error)
+        result = {}
+        if config.evaluation and config.data.heldout and len(failed) < len(config.pipelines):
+            result = await evaluate_newest(context)
+        if failed:
+            raise the_failure(config, failed)
+        return result
+    finally:
+        if endpoint:
+            endpoint.stop()
+        await context.close()
+
+
+async def run_one(context: Context, section: Pipeline) -> None:
+    """One pipeline, by its type."""
+    if isinstance(section, Sft):
+        await run_sft(context, section, serves=section.serves_adapter)
+    elif isinstance(section, RewardModel):
+        await run_reward(context, section)
+    else:
+        methods = {"ple": PleMethod, "dlma": DlmaMethod, "self_contrast": SelfContrastMethod, "raft": RaftMethod}
+        # Its prompts are tokenised first, which would hold up the other pipelines.
+        method = await asyncio.to_thread(methods[section.type], context, section)
+        await run_method(context, method, section)
+
+
+def report_failure(context: Context, name: str, error: BaseException) -> None:
+    """A line of a failed pipeline's own, in the events and on the screen."""
+    if isinstance(error, PlumblineError):
+        context.events.write({"pipeline": name, "error": str(error)})
+        context.events.say(f"{name} failed: {error}")
+
+
+def the_failure(config: Config, failed: Mapping[str, BaseException]) -> BaseException:
+    """What a run with failed pipelines raises: a bug as it is, the only pipeline's own error, or all in one line."""
+    errors = {name: first_failure(error) for name, error in failed.items()}
+    for error in errors.values():
+        if not isinstance(error, PlumblineError) or len(config.pipelines) == 1:
+            return error
+    told = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    return RunError(f"{len(errors)} of {len(config.pipelines)} pipelines failed ({told}); the others are done")
+
+
+async def evaluate_newest(context: Context) -> dict[str, Any]:
+    """π0 against the newest version of every policy that generators can load; nothing where there is none."""
+    await asyncio.to_thread(pull_versions, context.storage, context.run_dir)  # the learners may be elsewhere
+    there = {p.name: versions(context.run_dir, p.name) for p in context.config.served}
+    newest = {name: PolicyRef(policy=name, version=numbers[-1]) for name, numbers in there.items() if numbers}
+    if not newest or not context.config.methods:
+        return {}
+    for ref in newest.values():  # an older run's version is not in this run's store
+        await context.fleet.store.publish.remote(read_publication(context.run_dir, ref))
+    heldout = heldout_prompts(context)
+    answers = await answers_by_name(context, {"before": PolicyRef(), **newest}, heldout)
+    return write_comparison(context, answers, heldout)
+
+
+async def compare_policies(
+    config: Config,
+    run_dir: Path,
+    prompts: list[Prompt],
+    named: Mapping[str, PolicyRef | None],
+    listen: Callable[[Event], None],
+) -> dict[str, Any]:
+    """See `compare`. Versions of the run share one pool; each model directory gets its own, one after another.
+
+    The prompts are those of the training: what versions are proved on is made from them.
+    """
+    base = base_directory(config, run_dir)
+    pools: dict[str, dict[str, PolicyRef]] = {}
+    for name, ref in named.items():
+        pools.setdefault(base if ref else str(Path(name).resolve()), {})[name] = ref or PolicyRef()
+    answers: dict[str, Answers] = {}
+    heldout: list[Prompt] = []
+    result: dict[str, Any] = {}
+    for directory, refs in pools.items():
+        model = config.model.model_copy(update={"path": directory, "init": None, "tokenizer": None})
+        context = make_context(config.model_copy(update={"model": model}), run_dir, prompts, listen)
+        try:
+            await fill_fleet(context, train=False)
+            for ref in refs.values():
+                if ref.version:
+                    await context.fleet.store.publish.remote(read_publication(run_dir, ref))
+            heldout = heldout or heldout_prompts(context)  # the same for all, whatever their tokenizers
+            answers |= await answers_by_name(context, refs, heldout)
+            result = write_comparison(context, {n: answers[n] for n in named if n in answers}, heldout)
+        finally:
+            await context.close()
+    return result
+
+
+def make_context(
+    config: Config,
+    run_dir: Path,
+    prompts: list[Prompt],
+    listen: Callable[[Event], None],
+    trackers: Trackers | None = None,
+) -> Context:
+    """What all pipelines share, with an empty fleet."""
+    device = run_device(config)
+    context = Context(
+        config=config,
+        run_dir=run_dir,
+        device=device,
+        dtype=resolve_dtype(config.model.dtype, device),
+        tokenizer=run_tokenizer(config),
+        prompts=prompts,
+        events=EventLog(run_dir / "events.jsonl", listen, trackers),
+        fleet=start_fleet(keep=6 + config.kept_versions, run=config.name),
+        model_path=config.model.path or "",
+        storage=run_storage(config, run_dir),
+    )
+    return replace(context, probe=make_probe(context))
+
+
+async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None] = lambda: None) -> None:
+    """Start generators, rewards and what the methods need to `train`, and wait until they are loaded.
+
+    Args:
+        beside: called while they load.
+    """
+    config, fleet = context.config, context.fleet
+    choice = resolve_engine(config.fleet.engine)
+    settings = config.fleet.generator
+    users = config.serve.enabled and train and config.serve.placement == "pool"
+    spec = engine_spec(
+        config,
+        context.model_path,
+        context.dtype,
+        context.device,
+        versions=config.kept_versions * max(1, len(config.served)) + (config.serve.pinned if users else 0),
+        seats=config.serve.seats if users else 0,
+        chat_template=context.tokenizer.chat_template,
+    )
+    context.events.say(f"engine: {choice} (fleet.engine: {config.fleet.engine}), {context.dtype} on {context.device}")
+    fleet.add_generators(
+        settings,
+        choice,
+        spec,
+        context.probe,
+        context.tolerance,
+        keep=config.kept_versions,
+        pinned=config.serve.pinned if users else 0,
+        run_dir=context.run_dir,
+    )
+    if config.reward:
+        fleet.scorer = add_reward(fleet, context, config.reward)
+    if config.evaluation and config.evaluation.judge:
+        fleet.judge = add_reward(fleet, context, config.evaluation.judge, role="judge")
+    if train and any(isinstance(p, Preference) for p in config.pipelines):
+        add_reference(context)
+    if train and config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+        one = config.embedder
+        device = "cuda" if one.gpus else "cpu"
+        fleet.add_embedders(one, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size))
+    if train:
+        fleet.trainer()  # loads meanwhile
+    beside()
+    await fleet.ready()
+    if fleet.reference:
+        context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
+    longest = max(p.generation.max_tokens for p in config.methods)
+    context.pool = Pool(fleet.generators, capacity=spec.in_flight * longest, batch=spec.batch)
+    context.beside.append(asyncio.create_task(autoscale(context)))
+
+
+def add_reference(context: Context) -> None:
+    """The frozen π0, with its cache."""
+    settings = context.config.fleet.reference
+    cache = Path(settings.cache) if settings.cache else user_cache()
+    context.fleet.add_reference(
+        settings,
+        ReferenceSpec(
+            model_path=context.model_path,
+            dtype=context.dtype,
+            device="cuda" if settings.gpus else "cpu",
+            threads=settings.cpus,
+            batch_tokens=settings.batch_tokens,
+            cache=str(cache),
+        ),
+    )
+
+
+def user_cache() -> Path:
+    """Where a user's programs keep what can be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline"
+
+
+def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scorer") -> list[Any]:
+    """The scorers of one reward."""
+    if isinstance(reward, ClassifierReward):
+        spec = ScorerSpec(
+            path=model_path(reward.path),
+            reads=reward.reads,
+            max_len=reward.max_len,
+            batch_tokens=reward.batch_tokens,
+            device="cuda" if context.config.fleet.scorer.gpus else "cpu",
+        )
+    else:
+        spec = ScorerSpec(function=reward.function)
+    return fleet.add_scorers(context.config.fleet.scorer, spec, role)
+
+
+def make_probe(context: Context) -> tuple[TokenGroup, ...]:
+    """Prompts with their targets, or with their own words where there are none: text the policy's changes show on."""
+    groups = []
+    for prompt in context.prompts[: 4 * PROBE_GROUPS]:
+        ids = render(context.tokenizer, prompt.messages)[: context.config.model.max_len // 2]
+        text = prompt.target or prompt.query
+        response = encode_response(context.tokenizer, text)[: context.config.model.max_len // 4]
+        if len(groups) < PROBE_GROUPS and response:
+            groups.append(TokenGroup(ids, [response]))
+    return tuple(groups)

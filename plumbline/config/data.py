@@ -1,0 +1,92 @@
+"""The sections of a config that say what comes from outside a run: the base model, the rows, the rewards."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from plumbline.config.reading import Reading
+from plumbline.config.section import Count, Section
+
+
+class Model(Section):
+    """The base model: a local directory (`path`) or a randomly initialised one (`init`, needs `tokenizer`)."""
+
+    path: str | None = Field(
+        default=None, description="directory of a transformers causal language model in safetensors"
+    )
+    init: dict[str, Any] | None = Field(
+        default=None, description="a transformers config (`model_type`, …), random weights"
+    )
+    tokenizer: str | None = Field(default=None, description="directory of the tokenizer; default: `path`")
+    chat_template: str | None = Field(
+        default=None, description="`chatml`, `plain`, or a Jinja file; default: the tokenizer's"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: float32 on CPUs, else bfloat16"
+    )
+    max_len: int = Field(default=1024, ge=16, description="tokens of a prompt and its response together")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Model":
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of `path` (a model directory) and `init` (a config, random weights)")
+        if self.init is not None and (self.tokenizer is None or "model_type" not in self.init):
+            raise ValueError("`init` needs `model_type` in it and `tokenizer` beside it")
+        return self
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Directory the tokenizer is read from."""
+        path = self.tokenizer or self.path
+        assert path is not None
+        return path
+
+
+class Source(Section):
+    """A file (.jsonl, .jsonl.gz, .parquet, .csv) or a Hugging Face dataset, by directory or name."""
+
+    path: str = Field(description="the file, the dataset's directory or its name")
+    split: str = Field(default="train", description="of a dataset")
+    columns: dict[str, str] = Field(default={}, description="our column name -> the file's, such as {prompt: question}")
+    where: dict[str, str | int | float | bool] = Field(
+        default={}, description="a column of the file -> its value in the rows to use, such as {label: 1}"
+    )
+    limit: Count | None = Field(default=None, description="use the first such rows only")
+
+    @property
+    def reading(self) -> Reading:
+        """What the readers take beside the path."""
+        return Reading(columns=self.columns, where=self.where, split=self.split, limit=self.limit)
+
+
+class Data(Section):
+    """What the run learns on, and what it is judged on."""
+
+    train: Source = Field(description="what the pipelines draw prompts, targets and pairs from")
+    heldout: Source | None = Field(default=None, description="what `evaluation` asks; no training sees it")
+    max_prompt_tokens: Count = Field(
+        default=256, description="longer prompts are counted and listed in rejected.parquet"
+    )
+
+
+class ClassifierReward(Section):
+    """A Hugging Face sequence classifier. Two labels: log-odds of the second; one label: its value."""
+
+    type: Literal["classifier"]
+    path: str = Field(description="its directory, or that of a `reward` pipeline's policy: the newest version is taken")
+    reads: Literal["response", "pair", "conversation"] = Field(
+        default="response",
+        description="the answer alone, (query, answer) as a text pair, or the chat template's rendering",
+    )
+    max_len: Count = Field(default=512, description="tokens; longer inputs are cut, and counted")
+    batch_tokens: Count = Field(default=8192, description="tokens of one forward, padding included")
+
+
+class ProgramReward(Section):
+    """A Python function ``(Sequence[ScoreRequest]) -> list[float]``, named `module:function`."""
+
+    type: Literal["program"]
+    function: str = Field(pattern=r"^[\w.]+:\w+$", description="importable from the working directory")
+
+
+Reward = Annotated[ClassifierReward | ProgramReward, Field(discriminator="type")]

@@ -1,0 +1,47 @@
+"""What a run asks of the machines it runs on: processors, GPUs, and resources that nodes offer by name."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from plumbline.config.pipelines import Preference, SelfContrast
+from plumbline.config.section import bounds
+from plumbline.config.tree import Config
+
+
+def demand(config: Config, *, most: bool = False) -> Counter[str]:
+    """Ray resources that the actors of a run hold at once: `CPU`, `GPU`, and names of the nodes' own.
+
+    Args:
+        most: with as many of a role as there may ever be; else with as few as the run can work with.
+    """
+    at, fleet = int(most), config.fleet
+    generator = fleet.generator
+    total: Counter[str] = Counter()
+    if config.methods:
+        engines = max(1, bounds(generator.replicas)[at])
+        total += _held(engines, generator.cpus, generator.gpus, generator.resources)
+    if config.serve.enabled and config.serve.placement == "replicas":
+        total += _held(bounds(config.serve.replicas)[at], generator.cpus, generator.gpus, config.serve.resources)
+    rewards = bool(config.reward) + bool(config.evaluation and config.evaluation.judge)
+    total += _held(rewards * fleet.scorer.replicas, fleet.scorer.cpus, fleet.scorer.gpus, fleet.scorer.resources)
+    if any(isinstance(p, Preference) for p in config.pipelines):
+        total += _held(fleet.reference.replicas, 0, fleet.reference.gpus, fleet.reference.resources)
+    if config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+        total += _held(config.embedder.replicas, 0, config.embedder.gpus, config.embedder.resources)
+    learners: Counter[str] = Counter()
+    for one in (p.learner for p in config.pipelines):
+        learners += _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
+    if config.sft:  # before the others
+        one = config.sft.learner
+        learners |= _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
+    return total + learners
+
+
+def named(config: Config) -> list[str]:
+    """Names of the nodes' own resources that a run asks for."""
+    return sorted(demand(config, most=True).keys() - {"CPU", "GPU"})
+
+
+def _held(count: int, cpus: float, gpus: float, resources: Mapping[str, float]) -> Counter[str]:
+    each = {"CPU": cpus, "GPU": gpus, **resources}
+    return Counter({name: count * amount for name, amount in each.items()})

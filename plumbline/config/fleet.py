@@ -1,0 +1,75 @@
+"""The sections of a config that say which processes a run has: generators, rewards, the reference, an embedder."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from plumbline.config.section import Count, Elastic, Resources, Section, Share
+
+
+class GeneratorFleet(Section):
+    """One engine an actor; `cpus` are threads and Ray resources alike."""
+
+    replicas: Elastic = Field(
+        default=1, description="engines, or bounds such as [1, 4] or [0, 4] between which their number follows the work"
+    )
+    scale_up_after: float = Field(
+        default=5, ge=0, description="seconds that requests wait before more engines start; without any, none"
+    )
+    scale_down_after: float = Field(
+        default=60, gt=0, description="seconds in which one engine less would have done, before one leaves"
+    )
+    cpus: Count = Field(default=1, description="of an engine")
+    gpus: float = Field(default=0, ge=0, description="of an engine")
+    resources: Resources = Field(default={})
+    max_num_seqs: Count = Field(default=256, description="sequences that an engine decodes together")
+    kv_cache_gib: float = Field(default=0.5, gt=0, description="on CPUs")
+    memory_share: Share = Field(default=0.85, description="of a GPU's memory")
+
+
+class ScorerFleet(Section):
+    """Reward models; a programmatic reward needs one replica without a CPU of its own."""
+
+    replicas: Count = Field(default=1, description="of each reward")
+    cpus: float = Field(default=0, ge=0, description="Ray resources; 0 shares the machine")
+    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    resources: Resources = Field(default={})
+
+
+class ReferenceFleet(Section):
+    """The frozen π0: reference log-probs of DPO, contrastive log-probs of DLMA."""
+
+    replicas: Count = Field(default=1, description="copies of the model")
+    cpus: Count = Field(default=1, description="threads; they share the machine, as Ray resources they count 0")
+    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    resources: Resources = Field(default={})
+    batch_tokens: Count = Field(default=8192, description="tokens of one forward")
+    cache: str | None = Field(
+        default=None,
+        description="directory of the cache of log-probs; default: plumbline in the user's cache directory",
+    )
+
+
+class Embedder(Section):
+    """A sentence-transformers model that compares answers with targets; pooling and maximum length are its own."""
+
+    path: str = Field(description="its directory, or a name of the hub that is in the cache")
+    replicas: Count = Field(default=1, description="copies of the model")
+    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    resources: Resources = Field(default={})
+    batch_size: Count = Field(default=64, description="texts of one forward")
+
+
+class Fleet(Section):
+    """The processes that all pipelines of a run share."""
+
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        default="auto", description="auto: vLLM where it is installed"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where a GPU is visible")
+    generator: GeneratorFleet = GeneratorFleet()
+    scorer: ScorerFleet = ScorerFleet()
+    reference: ReferenceFleet = ReferenceFleet()
+    sync_tolerance: float | None = Field(
+        default=None, gt=0, description="nats a probe token may differ; default: by dtype"
+    )

@@ -1,0 +1,58 @@
+"""The sections of a config that say how a pipeline learns: what of a policy is trained, and by which Ray Train run."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from plumbline.config.section import Count, Elastic, Resources, Section, bounds
+
+
+class LoraPolicy(Section):
+    """An adapter on the shared base."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(default=8, ge=1, le=512, description="rank")
+    alpha: float = Field(default=16, gt=0, description="the scaling is alpha / r")
+
+
+class FullPolicy(Section):
+    """All weights."""
+
+    type: Literal["full"]
+
+
+Policy = Annotated[LoraPolicy | FullPolicy, Field(discriminator="type")]
+
+
+class Learner(Section):
+    """One Ray Train run."""
+
+    strategy: Literal["torch", "deepspeed"] = Field(default="torch", description="deepspeed: ZeRO over the workers")
+    zero: Literal[1, 2, 3] | None = Field(
+        default=None, description="deepspeed cuts over workers: 1 optimiser, 2 gradients too (default), 3 weights too"
+    )
+    workers: Elastic = Field(
+        default=1, description="or bounds such as [1, 4]: as many as the cluster has room for, looked at every minute"
+    )
+    cpus: Count = Field(default=1, description="threads a worker")
+    gpus: float = Field(default=0, ge=0, description="a worker")
+    resources: Resources = Field(default={})
+    optimizer: Literal["adamw", "rmsprop"] = Field(default="adamw", description="DLMA's code has rmsprop")
+    lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate, at its highest")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled with adamw, an L2 term with rmsprop")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="cosine: falls towards 0 by parts")
+    warmup: int = Field(default=0, ge=0, description="optimiser steps of linear warm-up")
+    clip_norm: float = Field(default=1.0, gt=0, description="most that a gradient's norm may be")
+    batch_size: Count = Field(default=64, description="prompts an optimiser step")
+    micro_tokens: Count = Field(default=8192, description="tokens of one forward and backward")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time a step")
+    checkpoint_every: Count | None = Field(default=None, description="parts; default: 1, or 50 for one whole model")
+    max_failures: int = Field(default=3, ge=0, description="dead workers that Ray Train replaces")
+
+    @model_validator(mode="after")
+    def _stage(self) -> "Learner":
+        if self.zero is not None and self.strategy != "deepspeed":
+            raise ValueError("`zero` needs `strategy: deepspeed` beside it")
+        if bounds(self.workers)[0] < 1:
+            raise ValueError(f"`workers` is {list(bounds(self.workers))}; a learner has at least one worker")
+        return self

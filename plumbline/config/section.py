@@ -1,0 +1,57 @@
+"""What every section of a config is made of. Used by `plumbline.config.tree` and `plumbline.config.fleet`."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64, description="what its directory and figures are called"
+    ),
+]
+
+
+def _by_name(resources: dict[str, float]) -> dict[str, float]:
+    reserved = {"CPU", "GPU", "memory", "object_store_memory"}
+    for name in resources:
+        if name in reserved or not re.fullmatch(r"[A-Za-z][\w.:-]*", name):
+            raise ValueError(
+                f"{name!r} is no resource by name, such as generator; cpus and gpus have keys of their own"
+            )
+    return resources
+
+
+Resources = Annotated[
+    dict[str, Annotated[float, Field(ge=0.0001, le=10_000)]],
+    AfterValidator(_by_name),
+    Field(description="Ray resources by name, such as {generator: 1}: it lands on nodes that offer them"),
+]
+
+
+def _in_order(value: Any) -> Any:
+    """One line for what is neither a count nor bounds: a union's own errors name its kinds, which no config has."""
+    pair = list(value) if isinstance(value, list | tuple) else [value, value]
+    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in pair)
+    if not whole or len(pair) != 2 or not 0 <= pair[0] <= pair[1] or pair[1] < 1:
+        given = f", got {value}" if isinstance(value, list) else ""
+        raise ValueError(f"should be a count of 1 or more, or its bounds, such as [1, 4]{given}")
+    return tuple(pair) if isinstance(value, list) else value
+
+
+Elastic = Annotated[Count | tuple[Annotated[int, Field(ge=0)], Count], BeforeValidator(_in_order)]
+"""How many there are, 1 or more; or the bounds between which that changes, of which the lower may be 0."""
+
+
+def bounds(count: int | tuple[int, int]) -> tuple[int, int]:
+    """Least and most of an `Elastic`; a fixed number is both."""
+    return count if isinstance(count, tuple) else (count, count)
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

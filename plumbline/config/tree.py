@@ -1,0 +1,89 @@
+"""The whole configuration of a run, as one tree of bounded fields. `plumbline.config.file` reads it for all others."""
+
+from pydantic import Field, model_validator
+
+from plumbline.config.data import Data, Model, Reward
+from plumbline.config.fleet import Embedder, Fleet
+from plumbline.config.learner import FullPolicy
+from plumbline.config.pipelines import Dlma, Generation, MethodSection, Pipeline, Ple, Raft, SelfContrast, Sft
+from plumbline.config.section import Count, Name, Section, bounds
+from plumbline.config.serving import Serve
+from plumbline.config.tracking import Tracking
+
+
+class Evaluation(Section):
+    """Before against after on held-out prompts, at the end of a run."""
+
+    prompts: Count = Field(default=256, description="how many held-out prompts, drawn by the seed")
+    generation: Generation | None = Field(default=None, description="default: the pipeline's")
+    samples: int = Field(default=20, ge=0, description="prompts whose answers are kept to be read side by side")
+    judge: Reward | None = Field(default=None, description="a second reward that no training sees")
+
+
+class Config(Section):
+    """A run."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw, sample and initial weight")
+    storage_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="path or URL (s3://bucket/runs) that keeps a copy of the run in `NAME/`, to resume elsewhere",
+    )
+    model: Model
+    data: Data
+    fleet: Fleet = Fleet()
+    reward: Reward | None = None
+    embedder: Embedder | None = None
+    sft: Sft | None = None
+    pipelines: list[Pipeline] = Field(min_length=1)
+    evaluation: Evaluation | None = None
+    tracking: Tracking = Tracking()
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if self.serve.enabled and self.serve.placement == "pool" and not bounds(self.fleet.generator.replicas)[0]:
+            raise ValueError(
+                "`fleet.generator.replicas` may be none, and `serve.placement: pool` has them answer users; "
+                "let its lower bound be 1, or serve with `placement: replicas`"
+            )
+        names = [p.name for p in (*self.pipelines, *([self.sft] if self.sft else []))]
+        if repeated := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"two pipelines are named {repeated.pop()!r}; give each a `name` of its own")
+        if "base" in names:
+            raise ValueError("a pipeline is named 'base', which is π0's name; give it another `name`")
+        if self.serve.gate and (self.evaluation is None or self.data.heldout is None):
+            raise ValueError("`serve.gate` looks at held-out prompts; give `data.heldout` and `evaluation`")
+        for one in self.methods:
+            if isinstance(one.policy, FullPolicy) and len(self.methods) > 1:
+                raise ValueError(
+                    f"`policy: {{type: full}}` of {one.name!r} replaces the weights of all generators; "
+                    "give it a run of its own, or `type: lora`"
+                )
+            if self.reward is None and isinstance(one, Ple | Raft):
+                raise ValueError(f"a `{one.type}` pipeline needs `reward` (type: classifier or type: program)")
+            if self.model.init and self.sft is None:
+                raise ValueError(
+                    f"a `{one.type}` pipeline cannot start from random weights; add `sft`, or give `model.path`"
+                )
+            if isinstance(one, SelfContrast) and one.embeds and self.embedder is None:
+                raise ValueError(
+                    "`self_contrast` needs `embedder` (path: a sentence-transformers model), or `filter: false`"
+                )
+        return self
+
+    @property
+    def methods(self) -> list["MethodSection"]:
+        """The pipelines whose policies generators serve."""
+        return [p for p in self.pipelines if isinstance(p, Ple | Dlma | SelfContrast | Raft)]
+
+    @property
+    def served(self) -> list["MethodSection | Sft"]:
+        """The pipelines whose versions generators load: all that generate, and `sft` with an adapter."""
+        return [*self.methods, *(p for p in self.pipelines if isinstance(p, Sft) and p.serves_adapter)]
+
+    @property
+    def kept_versions(self) -> int:
+        """Versions of a policy that generators keep: one that is coming, and those that rollouts may ask for."""
+        return 2 + max((p.max_staleness for p in self.pipelines if isinstance(p, Ple)), default=0)

@@ -1,0 +1,1 @@
+"""Readers, rows and their checks, templates and principles, what fits."""

@@ -1,0 +1,188 @@
+"""Files and Hugging Face datasets to raw rows, one after another; `plumbline.data.dataset` calls it and checks them.
+
+Every way in which a file itself can be wrong (missing, damaged, another encoding) ends here, as a one-line DataError.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from plumbline.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+
+RawRow = tuple[int, Mapping[str, object]]
+
+
+def read_rows(path: str, *, split: str = "train", limit: int | None = None) -> Iterator[RawRow]:
+    """Rows of a .jsonl, .jsonl.gz, .parquet or .csv file, or of a Hugging Face dataset by directory or name.
+
+    Yields (row number from 1, columns), streaming; a JSON Lines row's number is its line's. A CSV's empty cells are
+    None. Stops after `limit` rows. `split` is for Hugging Face datasets.
+
+    Raises:
+        DataError: naming the file, the row where there is one, what is wrong and what would be right.
+    """
+    rows = islice(_open(path, split), limit)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{path}: no rows in it; write at least one")
+    yield first
+    yield from rows
+
+
+def _open(path: str, split: str) -> Iterator[RawRow]:
+    if "://" in path:
+        raise DataError(f"{path}: data is not read from an address; copy it to a disk that this run sees")
+    file = Path(path).expanduser()
+    if file.is_dir():
+        return _dataset(path, file, split)
+    known = next((suffix for suffix in reversed(SUFFIXES) if path.lower().endswith(suffix)), None)
+    if not file.exists():
+        if known or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise DataError(f"{path}: no such file; name a {', '.join(SUFFIXES)} file or a Hugging Face dataset")
+        return _dataset(path, None, split)
+    if known is None:
+        hint = "; write one JSON object a line and call it .jsonl" if path.lower().endswith(".json") else ""
+        raise DataError(f"{path}: unknown suffix {file.suffix!r}; it should be one of {', '.join(SUFFIXES)}{hint}")
+    if file.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; write at least one row")
+    return {".jsonl": _jsonl, ".jsonl.gz": _jsonl_gz, ".parquet": _parquet, ".csv": _csv}[known](path, file)
+
+
+def _jsonl(path: str, file: Path) -> Iterator[RawRow]:
+    with _opened(path, file) as stream:
+        yield from _json_rows(path, stream)
+
+
+def _jsonl_gz(path: str, file: Path) -> Iterator[RawRow]:
+    try:
+        with _opened(path, file) as stream, gzip.open(stream) as unzipped:
+            yield from _json_rows(path, unzipped)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: damaged gzip ({error}); compress the .jsonl again, or drop .gz if it is none"
+        ) from error
+
+
+def _json_rows(path: str, stream: IO[bytes] | gzip.GzipFile) -> Iterator[RawRow]:
+    for number, line in _text_lines(path, stream, unit="row"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip())  # or what is missing at its end would be missed in column 1 of line 2
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else _one_line(error)
+            raise DataError(f"{path}, row {number}: broken JSON ({what}); write one JSON object on a line") from error
+        if not isinstance(row, dict):
+            kind = {list: "a list", str: "text", type(None): "null"}.get(type(row), f"the value {row!r:.40}")
+            raise DataError(f"{path}, row {number}: {kind}, not an object; write {{...}} with the columns as keys")
+        yield number, row
+
+
+def _csv(path: str, file: Path) -> Iterator[RawRow]:
+    with _opened(path, file) as stream:
+        reader = csv.reader((line for _, line in _text_lines(path, stream, unit="line")), strict=True)
+        try:
+            header = next(reader, [])
+            if repeated := {name for name in header if header.count(name) > 1}:
+                raise DataError(f"{path}: its header names column {sorted(repeated)[0]!r} twice; rename one")
+            for number, cells in enumerate((cells for cells in reader if cells), start=1):
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path}, row {number}: {len(cells)} cells where the header has {len(header)}; "
+                        'put text that holds commas or line breaks between double quotes (")'
+                    )
+                yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {reader.line_num}: broken CSV ({error}); quote its texts, or write them as .jsonl"
+            ) from error
+
+
+def _parquet(path: str, file: Path) -> Iterator[RawRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with _opened(path, file) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after row {number}: text that is not UTF-8; write it as UTF-8") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged Parquet ({_one_line(error)}); write the file again") from error
+
+
+def _dataset(path: str, directory: Path | None, split: str) -> Iterator[RawRow]:
+    """Rows of a saved dataset, of a directory of data files, or of a dataset of the hub. No code of theirs is run."""
+    import datasets
+
+    datasets.disable_progress_bars()  # an error is to be the only line on stderr
+    saved = directory is not None and any((directory / f).exists() for f in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            table = datasets.load_from_disk(str(directory))
+            if isinstance(table, datasets.DatasetDict):
+                if split not in table:
+                    raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(str, table))}: set `split`")
+                table = table[split]
+        else:
+            table = datasets.load_dataset(str(directory or path), split=split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises its own kinds, Arrow's, the hub's, and OSError
+        raise DataError(_dataset_problem(path, directory, split, error)) from error
+    for number, row in enumerate(table, start=1):
+        assert isinstance(row, Mapping)
+        yield number, row
+
+
+def _dataset_problem(path: str, directory: Path | None, split: str, error: Exception) -> str:
+    if directory is None and isinstance(error, ConnectionError):
+        return f"{path}: no such file here, and the Hugging Face hub cannot be reached for a dataset of that name"
+    if directory is None and type(error).__name__ == "DatasetNotFoundError":
+        return f"{path}: neither a file here nor a dataset of the Hugging Face hub"
+    if type(error).__name__ in ("EmptyDatasetError", "DataFilesNotFoundError"):
+        return f"{path}: a directory without data files; name a {', '.join(SUFFIXES)} file or a saved dataset"
+    return f"{path}: cannot be loaded as a dataset, split {split!r} ({_one_line(error.__cause__ or error)})"
+
+
+def _text_lines(path: str, stream: IO[bytes] | gzip.GzipFile, *, unit: str) -> Iterator[tuple[int, str]]:
+    """Lines decoded as UTF-8, numbered from 1; a byte order mark is dropped."""
+    start = 0
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            at = start + error.start
+            zipped = line[:2] == b"\x1f\x8b"
+            remedy = "it is gzip, call it .jsonl.gz" if zipped and start == 0 else "save it as UTF-8"
+            raise DataError(f"{path}, {unit} {number}: not UTF-8 at byte {at}; {remedy}") from error
+        if "\0" in text:
+            raise DataError(f"{path}, {unit} {number}: zero bytes, as UTF-16 text has; save it as UTF-8")
+        yield number, text
+        start += len(line)
+
+
+@contextmanager
+def _opened(path: str, file: Path) -> Iterator[IO[bytes]]:
+    try:
+        stream = file.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}); make it readable") from error
+    with stream:
+        yield stream
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

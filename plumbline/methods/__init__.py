@@ -1,0 +1,1 @@
+"""The papers' formulas: losses, selection, theory, evaluation (METHODS.md)."""

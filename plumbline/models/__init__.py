@@ -1,0 +1,1 @@
+"""How a prompt with K answers becomes log-probs, and an answer a classifier's score."""

@@ -1,0 +1,269 @@
+"""A group (one prompt, K responses) to log-probs: the one forward pass of every learner and reference model.
+
+`group_logps` packs groups into one row without padding and computes each prompt once; `sequence_logps` is the plain
+forward, one sequence at a time, for models that cannot do that, and the oracle of the tests. `pack` and `split_by_rank`
+cut a batch into micro-batches and shards by tokens. METHODS.md §0 and §7.
+
+A wrapper that must see the forward (DDP, DeepSpeed) wraps a module whose own forward calls `group_logps`.
+"""
+
+import heapq
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plumbline.errors import DataError, ModelError
+from plumbline.models import shared_prefix
+from plumbline.models.lm_head import head_logps
+from plumbline.records import TokenGroup
+
+log = logging.getLogger(__name__)
+
+_SUPPORTED = "_plumbline_shared_prefix"
+
+
+def group_logps(model: nn.Module, groups: Sequence[TokenGroup]) -> tuple[Float[Tensor, "G K"], Int[Tensor, "G K"]]:
+    """Log-probs of every response given its prompt, in one shared-prefix forward (METHODS.md §7).
+
+    All groups lie in one row, each prompt once, no padding; only positions that are scored go through the LM head, a
+    chunk at a time. Works in the model's dtype, mode and grad mode, with PEFT layers and gradient checkpointing. A
+    model that this cannot serve goes through `sequence_logps`, with one warning; its number of forward passes then
+    depends on the batch, which sharded weights (ZeRO-3) do not survive.
+
+    Args:
+        model: a transformers causal LM, PEFT-wrapped or not, with dropout off (`disable_dropout`).
+        groups: prompts must not be empty; responses may be, and groups may differ in K.
+
+    Returns:
+        logps: sums over response tokens, in nats, fp32; 0 for empty and absent responses.
+        tokens: response tokens; 0 for empty and absent responses.
+
+    Raises:
+        DataError: there is no response, or a prompt is empty.
+        ModelError: attention dropout is on.
+    """
+    _check(groups)
+    if not supports_shared_prefix(model):
+        return sequence_logps(model, groups)
+    return _shared_logps(_causal_lm(model), groups)
+
+
+def sequence_logps(model: nn.Module, groups: Sequence[TokenGroup]) -> tuple[Float[Tensor, "G K"], Int[Tensor, "G K"]]:
+    """The same as `group_logps` by the plain forward, one sequence at a time; slower, and right for any causal LM."""
+    _check(groups)
+    device = _device(model)
+    sums: list[Tensor] = []
+    for group in groups:
+        for response in group.response_ids:
+            if not response:
+                sums.append(torch.zeros((), device=device))
+                continue
+            ids = torch.tensor([group.prompt_ids + response], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, -len(response) - 1 : -1]
+            sums.append(-F.cross_entropy(logits.float(), ids[0, -len(response) :], reduction="sum"))
+    return _to_table(sums, groups)
+
+
+def supports_shared_prefix(model: nn.Module) -> bool:
+    """Whether `group_logps` can use one shared-prefix forward; found by a tiny forward, once per model, and remembered.
+
+    Both ways must agree on the probe, every layer must have used our attention, and with the windows that the model
+    asks of its masks. Where the answer is no, the reason is logged as a warning and the model is as it was.
+    """
+    known = model.__dict__.get(_SUPPORTED)  # not getattr: PEFT's looks on into the model that it wraps
+    if known is None:
+        reason = _why_not(model)
+        if reason:
+            log.warning(
+                "%s: no shared-prefix forward (%s); log-probs are computed one sequence at a time, which is slower",
+                type(model).__name__,
+                reason,
+            )
+        known = not reason
+        setattr(model, _SUPPORTED, known)
+    return known
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turn every dropout off for good: a model in training mode then computes what it does in eval (METHODS.md §0)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def pack(groups: Sequence[TokenGroup], token_budget: int) -> list[list[int]]:
+    """Cut a batch into micro-batches: indices of groups, at most `token_budget` computed tokens each, evenly filled.
+
+    A group larger than the budget is alone in its micro-batch. Every index appears once; deterministic. There are as
+    few micro-batches as filling them one after another gets by with, and they are even where that costs no more.
+
+    Raises:
+        ValueError: the budget is below 1.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget is {token_budget}; it must be at least 1")
+    sizes = {index: group.tokens for index, group in enumerate(groups)}
+    alone = [[index] for index, size in sizes.items() if size > token_budget]
+    rest = {index: size for index, size in sizes.items() if size <= token_budget}
+    tight = _fill(rest, token_budget)
+    for count in range(math.ceil(sum(rest.values()) / token_budget), len(tight) + 1):
+        even = _spread(rest, count)
+        if all(sum(rest[index] for index in indices) <= token_budget for indices in even):
+            return sorted(alone + even)
+    return sorted(alone + tight)
+
+
+def split_by_rank(groups: Sequence[TokenGroup], world_size: int) -> list[list[int]]:
+    """Cut a batch into one shard per rank, as even in computed tokens as largest-first gets it: indices of groups.
+
+    Deterministic, so that every rank finds its own shard without talking to the others. A shard may be empty.
+
+    Raises:
+        ValueError: there is no rank.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; it must be at least 1")
+    return _spread({index: group.tokens for index, group in enumerate(groups)}, world_size)
+
+
+def _spread(sizes: dict[int, int], count: int) -> list[list[int]]:
+    """Largest first, each into the emptiest of `count` bins; ties go to the lower index."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for index in sorted(sizes, key=lambda index: (-sizes[index], index)):
+        load, number = heapq.heappop(loads)
+        bins[number].append(index)
+        heapq.heappush(loads, (load + sizes[index], number))
+    return [sorted(indices) for indices in bins]
+
+
+def _fill(sizes: dict[int, int], budget: int) -> list[list[int]]:
+    """Largest first, each into the first bin that has room for it, or else into a new one."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(sizes, key=lambda index: (-sizes[index], index)):
+        number = next((number for number, left in enumerate(room) if left >= sizes[index]), len(bins))
+        if number == len(bins):
+            bins.append([])
+            room.append(budget)
+        bins[number].append(index)
+        room[number] -= sizes[index]
+    return [sorted(indices) for indices in bins]
+
+
+def _shared_logps(model: PreTrainedModel, groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor]:
+    """`group_logps` for a model that is known to support it."""
+    ids: list[int] = []
+    positions: list[int] = []
+    sources: list[int] = []  # the position in the row that predicts each response token
+    targets: list[int] = []
+    for group in groups:
+        prompt = len(group.prompt_ids)
+        ids += group.prompt_ids
+        positions += range(prompt)
+        border = len(ids) - 1
+        for response in filter(None, group.response_ids):
+            sources += [border, *range(len(ids), len(ids) + len(response) - 1)]
+            ids += response
+            positions += range(prompt, prompt + len(response))
+            targets += response
+    layout = shared_prefix.Layout([(len(g.prompt_ids), [len(r) for r in g.response_ids]) for g in groups])
+
+    device = _device(model)
+    config = model.config.get_text_config()
+    shared_prefix.install(config)  # again: a caller may have set another implementation since
+    row = torch.tensor([ids, positions], device=device)
+    where = torch.tensor([sources, targets], dtype=torch.long, device=device)  # of no tokens it would be float
+    hidden = shared_prefix.run(model.base_model, row[0], row[1], layout)
+    if layout.calls != config.num_hidden_layers:  # a layer that missed the layout mixed the groups up
+        raise NotImplementedError(f"{layout.calls} of {config.num_hidden_layers} layers used the attention interface")
+    if layout.windows - {None} != layout.mask_windows - {None}:
+        raise NotImplementedError("its attention is local in a way that only its mask knows")
+    logps = head_logps(model, hidden.index_select(0, where[0]), where[1])
+    sums = [piece.sum() for piece in logps.split([len(response) for g in groups for response in g.response_ids])]
+    return _to_table(sums, groups)
+
+
+def _why_not(model: nn.Module) -> str:
+    """Why `model` has no shared-prefix forward, "" if it has; see `supports_shared_prefix`."""
+    lm = _causal_lm(model)
+    config = lm.config.get_text_config()
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "its adapter is a learned prompt"
+    if lm.base_model is lm or lm.get_output_embeddings() is None:
+        return "it has no body and LM head to call apart"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(kind in str(rope) for kind in ("dynamic", "longrope")):
+        return "its rotary frequencies depend on the length of the row"
+    vocabulary = config.vocab_size
+    lengths = [(5, (3, 1, 4)), (2, (6,))]
+    probe = [
+        TokenGroup(
+            [(7 * i + 3) % vocabulary for i in range(prompt)],
+            [[(5 * i + 11 * n + 1) % vocabulary for i in range(n)] for n in responses],
+        )
+        for prompt, responses in lengths
+    ]
+    before = shared_prefix.install(config)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            plain, shared = sequence_logps(model, probe)[0], _shared_logps(lm, probe)[0]
+        close = torch.allclose(shared, plain, rtol=_tolerance(lm), atol=1e-5)
+        reason = "" if close else f"log-probs differ from the plain forward by {(shared - plain).abs().max():.2g}"
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except Exception as error:  # whatever a model of unknown making raises means no; it is logged
+        reason = f"{type(error).__name__}: {error}"
+    finally:
+        for module in training:
+            module.training = True
+    if reason:
+        config._attn_implementation = before
+    return reason
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Relative tolerance of a sum of log-probs, by the precision that the model computes in."""
+    exact = model.dtype in (torch.float32, torch.float64) and torch.get_float32_matmul_precision() == "highest"
+    return 1e-4 if exact and not torch.is_autocast_enabled(_device(model).type) else 2e-2
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(lm, PreTrainedModel):
+        raise ModelError(f"{type(model).__name__} is not a transformers model, nor PEFT around one")
+    return lm
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check(groups: Sequence[TokenGroup]) -> None:
+    if not any(group.response_ids for group in groups):
+        raise DataError("no response to compute log-probs of")
+    for index, group in enumerate(groups):
+        if not group.prompt_ids:
+            raise DataError(f"group {index} has an empty prompt; the first response token needs one to follow")
+
+
+def _to_table(sums: list[Tensor], groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor]:
+    """Sums of all responses in order -> (logps [G, K], tokens [G, K])."""
+    K = max(len(group.response_ids) for group in groups)
+    slots = [row * K + column for row, group in enumerate(groups) for column in range(len(group.response_ids))]
+    flat = torch.stack(sums).float()
+    logps = flat.new_zeros(len(groups) * K).index_copy(0, torch.tensor(slots, device=flat.device), flat)
+    lengths = [[len(r) for r in g.response_ids] + [0] * (K - len(g.response_ids)) for g in groups]
+    return logps.view(len(groups), K), torch.tensor(lengths, device=flat.device)

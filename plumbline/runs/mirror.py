@@ -1,0 +1,163 @@
+"""What a run keeps in its storage (`storage_path`), from which another machine resumes it.
+
+One side may only be ahead of the other, which the parts tell, the ledger of the run: who is behind is brought up, and
+two that have gone apart are refused. Called by the start and the end of a run, and by learners for their checkpoints.
+"""
+
+import contextlib
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from plumbline.config.file import dump_config, parse_text
+from plumbline.config.tree import Config
+from plumbline.errors import ConfigError, RunError, in_one_line
+from plumbline.records import PolicyRef
+from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest_step
+from plumbline.runs.directory import check_same
+from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, version_directory, versions
+from plumbline.runs.storage import Storage, redacted
+
+_LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
+_RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html")
+_PART = re.compile(r"(?:rollouts|pairs)/[^/]+/step-\d+\.parquet")
+_REJECTED = re.compile(r"(?:rollouts|pairs)/[^/]+/rejected\.parquet")
+
+
+def run_storage(config: Config, run_dir: Path) -> Storage:
+    """The storage of a run: `storage_path/NAME`, or one that does nothing. Raises ConfigError: it cannot be opened."""
+    return Storage(run_dir, posixpath.join(config.storage_path, config.name) if config.storage_path else None)
+
+
+def check_storage(config: Config, run_dir: Path) -> str:
+    """Whether the storage can be written, and holds this run or nothing of its name; returns what was seen.
+
+    Raises:
+        ConfigError: it cannot be written, or holds another config, or something else.
+    """
+    storage = run_storage(config, run_dir)
+    if storage.url is None:
+        return "none, the run directory is the only copy"
+    try:
+        storage.check()
+        text = storage.read_text(run_dir / "config.yaml")
+        empty = not storage.sizes(run_dir)
+    except RunError as error:
+        reason = redacted(in_one_line(error.__cause__ or error))
+        raise ConfigError(
+            f"storage_path: {storage.url}: {reason}; it must be there and let itself be written"
+        ) from None
+    if text is not None:
+        starts = "another `name` or `storage_path` starts anew"
+        check_same(parse_text(text, f"{storage.url}/config.yaml"), config, storage.url, starts)
+    elif not empty:
+        raise ConfigError(f"storage_path: {storage.url}: exists and is no run's; give another `name` or `storage_path`")
+    return f"{storage.url} {'holds nothing yet' if text is None else 'holds this run'}"
+
+
+def open_storage(config: Config, run_dir: Path) -> Storage:
+    """The storage of a run whose directory is open, both brought to the same state.
+
+    Pulled is what the local directory lacks, but checkpoints: a learner pulls its own. Pushed is what the storage
+    lacks, as after it had failed.
+
+    Raises:
+        ConfigError: both have parts that the other has not, or unlike ones.
+        RunError: the storage failed.
+    """
+    storage = run_storage(config, run_dir)
+    if storage.url is None:
+        return storage
+    # Paths in the working directory are kept relative: another machine, or another job, has that elsewhere.
+    storage.write_text(run_dir / "config.yaml", dump_config(config, within=Path.cwd()))
+    _exchange_parts(storage, run_dir)
+    _exchange_logs(storage, run_dir)
+    pull_versions(storage, run_dir)
+    for policy in (child.name for child in run_dir.glob("policies/*") if child.is_dir()):
+        there = storage.complete(run_dir / "policies" / policy, PROOF)
+        for version in set(versions(run_dir, policy)) - there.keys():
+            storage.push_directory(version_directory(run_dir, PolicyRef(policy=policy, version=version)), PROOF)
+    for checkpoints in run_dir.glob("checkpoints/*"):
+        newest = latest_step(checkpoints)
+        if newest > saved_step(storage, checkpoints):
+            push_checkpoint(storage, checkpoints, newest)
+    return storage
+
+
+@contextlib.contextmanager
+def pushed_at_end(storage: Storage, run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Whatever the end: what lines were added to, and results, are in the storage. Raises RunError where it failed."""
+    try:
+        yield
+    except BaseException:
+        try:
+            push_logs(storage, run_dir)
+        except RunError as error:  # why the run ended says more
+            say(str(error))
+        raise
+    push_logs(storage, run_dir)
+
+
+def push_logs(storage: Storage, run_dir: Path) -> None:
+    """Push what has changed of the files that are no parts, checkpoints or versions."""
+    files = sorted([*run_dir.glob("*"), *run_dir.glob("policies/*/*")])
+    names = [file.relative_to(run_dir).as_posix() for file in files]
+    storage.push(*(run_dir / name for name in names if _LOG.fullmatch(name) or _RESULT.fullmatch(name)))
+
+
+def saved_step(storage: Storage, checkpoints: Path) -> int:
+    """Step of the newest checkpoint: in the storage, which all machines see, or locally without one; 0 for none."""
+    return max(storage.complete(checkpoints, MARKER), default=0) if storage.url else latest_step(checkpoints)
+
+
+def push_checkpoint(storage: Storage, checkpoints: Path, step: int) -> None:
+    """Push a checkpoint, and remove old ones there as they were removed here."""
+    storage.push_directory(checkpoint_directory(checkpoints, step), MARKER)
+    storage.keep_newest(checkpoints, MARKER, KEPT)
+
+
+def pull_parts(storage: Storage, run_dir: Path, directory: Path) -> None:
+    """Pull the parts in `directory` that are not here."""
+    prefix = directory.relative_to(run_dir).as_posix()
+    missing = (name for name in sorted(storage.sizes(directory)) if not (directory / name).exists())
+    storage.pull(*(directory / name for name in missing if _PART.fullmatch(f"{prefix}/{name}")))
+
+
+def pull_versions(storage: Storage, run_dir: Path) -> None:
+    """Pull the published versions that are not here: all adapters, and of whole models the newest."""
+    root = run_dir / "policies"
+    names = storage.sizes(root)
+    for policy in sorted({name.partition("/")[0] for name in names}):
+        complete = storage.complete(root / policy, PROOF)
+        for number, directory in complete.items():
+            if number == max(complete) or f"{policy}/{directory.name}/{ADAPTER_CONFIG}" in names:
+                storage.pull_directory(directory, PROOF)
+
+
+def _exchange_parts(storage: Storage, run_dir: Path) -> None:
+    there = storage.sizes(run_dir)
+    here = {path.relative_to(run_dir).as_posix(): path.stat().st_size for path in run_dir.glob("*/*/*.parquet")}
+    parts_there, parts_here = ({n for n in side if _PART.fullmatch(n)} for side in (there, here))
+    new, unlike = parts_there - parts_here, {n for n in parts_there & parts_here if there[n] != here[n]}
+    if unlike or (new and parts_here - parts_there):
+        first = min(unlike or new)
+        raise ConfigError(
+            f"{run_dir} and {storage.url} have gone apart (the first to differ is {first}): another run continued the "
+            f"storage's; `--run-dir DIR` with a new directory goes on from there, another `name` keeps both"
+        )
+    # Rejections go before their parts, in both directions: without their part they are dropped on resume.
+    rejected = [n for n in sorted(there) if _REJECTED.fullmatch(n) and (new or n not in here)]
+    storage.pull(*(run_dir / name for name in [*rejected, *sorted(new)]))
+    rejected = [n for n in sorted(here) if _REJECTED.fullmatch(n) and there.get(n) != here[n] and n not in rejected]
+    storage.push(*(run_dir / name for name in [*rejected, *sorted(parts_here - parts_there)]))
+
+
+def _exchange_logs(storage: Storage, run_dir: Path) -> None:
+    """Of files that lines are added to, the longer one is the newer; results stay where there are any."""
+    for name, size in sorted(storage.sizes(run_dir).items()):
+        here = run_dir / name
+        missing, shorter = not here.exists(), here.exists() and here.stat().st_size < size
+        if (_LOG.fullmatch(name) and (missing or shorter)) or (_RESULT.fullmatch(name) and missing):
+            storage.pull(here)
+    push_logs(storage, run_dir)

@@ -1,0 +1,115 @@
+"""Published versions in a run directory: ``policies/ple/v000012/``, each beside the log-probs that prove it.
+
+The learner writes them; evaluation, serving and resume find and read them. The directories are what PEFT or
+transformers write, so that other tools load them as they are.
+"""
+
+import json
+import re
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+from plumbline.config.tree import Config
+from plumbline.errors import ModelError
+from plumbline.records import PolicyRef, Publication, TokenGroup
+
+ADAPTER_CONFIG = "adapter_config.json"
+PROBE = "probe.json"
+PROOF = "proof.json"
+"""What proves a version: the file that is written last."""
+_NAME = re.compile(r"v(\d{6,})")
+
+
+def version_directory(run_dir: Path, ref: PolicyRef) -> Path:
+    """Where a version lies, or would."""
+    return run_dir / "policies" / ref.policy / f"v{ref.version:06d}"
+
+
+def versions(run_dir: Path, policy: str) -> list[int]:
+    """Published versions of a policy, ascending."""
+    directory = run_dir / "policies" / policy
+    if not directory.is_dir():
+        return []
+    return sorted(int(m[1]) for child in directory.iterdir() if (m := _NAME.fullmatch(child.name)))
+
+
+def base_directory(config: Config, run_dir: Path) -> str:
+    """Where a run's π0 lies: the config's model, or what the `sft` section made of it."""
+    if config.sft:
+        return str(version_directory(run_dir, parse_ref(run_dir, config.sft.name)))
+    assert config.model.path is not None
+    return config.model.path
+
+
+def model_path(path: str) -> str:
+    """A model's directory; of a policy's, such as ``runs/a/policies/reward``, the newest version in it."""
+    directory = Path(path)
+    if (directory / "config.json").exists() or not directory.is_dir():
+        return path
+    numbers = sorted(int(m[1]) for child in directory.iterdir() if (m := _NAME.fullmatch(child.name)))
+    return str(directory / f"v{numbers[-1]:06d}") if numbers else path
+
+
+def write_proof(directory: Path, publication: Publication) -> None:
+    """Keep the probe log-probs of a version beside its weights."""
+    probes = {
+        "probe_logps": list(publication.probe_logps),
+        "previous_probe_logps": list(publication.previous_probe_logps),
+        "base_probe_logps": list(publication.base_probe_logps),
+    }
+    (directory / PROOF).write_text(json.dumps(probes), encoding="utf-8")
+
+
+def write_probe(run_dir: Path, groups: Sequence[TokenGroup]) -> None:
+    """Keep what versions are proved on: an endpoint proves them on the same, without the run's data."""
+    path = run_dir / PROBE
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps([[group.prompt_ids, group.response_ids] for group in groups]), encoding="utf-8")
+    aside.replace(path)
+
+
+def read_probe(run_dir: Path) -> list[TokenGroup]:
+    """Raises ModelError where the run has written none."""
+    path = run_dir / PROBE
+    if not path.is_file():
+        raise ModelError(f"{run_dir}: no {PROBE} in it, which versions are proved on; `plumbline resume` writes it")
+    return [TokenGroup(prompt, responses) for prompt, responses in json.loads(path.read_text("utf-8"))]
+
+
+def read_publication(run_dir: Path, ref: PolicyRef) -> Publication:
+    """A version with its files and probe log-probs, as the learner published it."""
+    directory = version_directory(run_dir, ref)
+    probes: dict[str, Sequence[float]] = json.loads((directory / PROOF).read_text("utf-8"))
+    files = {f.name: f.read_bytes() for f in sorted(directory.iterdir()) if f.name != PROOF}
+    return Publication(ref=ref, files=files, **probes)  # type: ignore[arg-type]
+
+
+def is_adapter(files: Container[str]) -> bool:
+    """Whether a publication's files are an adapter; else they are a whole model, or none."""
+    return ADAPTER_CONFIG in files
+
+
+def parse_ref(run_dir: Path, name: str) -> PolicyRef:
+    """`base`, `ple` (its newest version) or `ple@12`. Raises ModelError naming what there is."""
+    if name == "base":
+        return PolicyRef()
+    policy, _, version = name.partition("@")
+    there = versions(run_dir, policy)
+    if not there:
+        known = sorted(p.name for p in (run_dir / "policies").glob("*") if p.is_dir())
+        raise ModelError(f"{run_dir}: no policy {policy!r}; there are base{''.join(', ' + k for k in known)}")
+    if version and (not version.isdigit() or int(version) not in there):
+        raise ModelError(f"{run_dir}: no version {name!r}; there are {policy}@{there[0]} to {policy}@{there[-1]}")
+    return PolicyRef(policy=policy, version=int(version) if version else there[-1])
+
+
+def servable(run_dir: Path) -> list[str]:
+    """Names of the policies whose versions generators can load: those that are kept with their proof."""
+    found = sorted(p.name for p in (run_dir / "policies").glob("*") if p.is_dir())
+    return [name for name in found if (numbers := versions(run_dir, name)) and _proved(run_dir, name, numbers[-1])]
+
+
+def _proved(run_dir: Path, policy: str, version: int) -> bool:
+    """A model that nobody was meant to load, such as a reward, has no probe to be proved on."""
+    proof = version_directory(run_dir, PolicyRef(policy=policy, version=version)) / PROOF
+    return proof.exists() and bool(json.loads(proof.read_text("utf-8"))["probe_logps"])

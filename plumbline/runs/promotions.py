@@ -1,0 +1,149 @@
+"""Which version an alias means: the ledger of promotions of each policy, and the names that an endpoint answers to.
+
+A version is published by its learner, proved by engines, and promoted by a gate, or by hand. Each change is a line of
+``policies/NAME/promotions.jsonl``; the last one stands. Whoever serves reads the file again, so that a change by
+`plumbline promote` reaches a running endpoint too. It is an event of the run as well.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from plumbline.errors import ModelError
+from plumbline.records import PolicyRef, public_name
+from plumbline.runs.policies import servable, versions
+
+LEDGER = "promotions.jsonl"
+By = Literal["gate", "proof", "hand", "rollback"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promotion:
+    """The alias of `ref`'s policy means this version from now on; `by` whom, and on which `figures`."""
+
+    ref: PolicyRef
+    by: By
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def ledger_path(run_dir: Path, policy: str) -> Path:
+    """Where the promotions of a policy are noted."""
+    return run_dir / "policies" / policy / LEDGER
+
+
+def promote(run_dir: Path, promotion: Promotion) -> None:
+    """Note that an alias moves.
+
+    Raises:
+        ModelError: there is no such version.
+    """
+    ref = promotion.ref
+    there = versions(run_dir, ref.policy)
+    if ref.version and ref.version not in there:
+        known = f"{there[0]} to {there[-1]}" if there else "none"
+        raise ModelError(f"{run_dir}: no version {ref} to promote; there are {known}")
+    line = {"time": time.time(), "version": ref.version, "by": promotion.by, "figures": dict(promotion.figures)}
+    _append(ledger_path(run_dir, ref.policy), line)
+    _append(run_dir / "events.jsonl", {"pipeline": "serve", "policy": ref.policy, **line})
+
+
+def rollback(run_dir: Path, policy: str) -> PolicyRef:
+    """Move an alias back to the version that it meant before; returns that.
+
+    Raises:
+        ModelError: there is none before it.
+    """
+    past = promoted(run_dir, policy)
+    if len(past) < 2:
+        raise ModelError(f"{run_dir}: {policy} has no earlier promotion to go back to; name one: plumbline promote")
+    ref = PolicyRef(policy=policy, version=past[-2])
+    promote(run_dir, Promotion(ref=ref, by="rollback"))
+    return ref
+
+
+def promoted(run_dir: Path, policy: str) -> list[int]:
+    """Versions that the alias has meant, the present one last; one that was rolled back is left out."""
+    path = ledger_path(run_dir, policy)
+    if not path.exists():
+        return []
+    stack: list[int] = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):  # of a process that was killed while it wrote
+            continue
+        entry = json.loads(line)
+        if entry["by"] == "rollback" and len(stack) > 1:
+            stack.pop()
+        elif not stack or stack[-1] != entry["version"]:
+            stack.append(entry["version"])
+    return stack
+
+
+def policy_named(run_dir: Path, name: str) -> str:
+    """The policy that users call `name`. Raises ModelError naming what there is."""
+    there = {public_name(policy): policy for policy in servable(run_dir)}
+    if public_name(name) not in there:
+        known = ", ".join(there) or "none yet"
+        raise ModelError(f"{run_dir}: no policy {name!r}; there are: {known}")
+    return there[public_name(name)]
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """One short line in append mode: it is there whole or not at all, whoever else writes."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Catalog:
+    """The model names that an endpoint answers to: `base`, an alias a policy, and `ple@12`.
+
+    Names are looked up among these and never become part of a path. ``self-contrast`` is ``self_contrast`` too.
+
+    Args:
+        policies: those of a live run, whose aliases mean π0 until something is promoted; None: what `run_dir` holds,
+            whose aliases mean the newest version where nothing was ever promoted.
+    """
+
+    def __init__(self, run_dir: Path | None, policies: Sequence[str] | None = None) -> None:
+        self._run_dir = run_dir
+        self._live = policies is not None
+        found = policies if policies is not None else (servable(run_dir) if run_dir else [])
+        self._policies = {public_name(policy): policy for policy in found}
+
+    def resolve(self, name: str) -> PolicyRef:
+        """Which version answers to `name` now. Raises KeyError where none does."""
+        if name == "base":
+            return PolicyRef()
+        alias, at, number = name.partition("@")
+        policy = self._policies.get(public_name(alias))
+        if policy is None:
+            raise KeyError(name)
+        if not at:
+            return PolicyRef(policy=policy, version=self._current(policy))
+        if not (number.isascii() and number.isdigit() and len(number) < 10) or int(number) not in self._there(policy):
+            raise KeyError(name)
+        return PolicyRef(policy=policy, version=int(number))
+
+    def aliases(self) -> dict[str, PolicyRef]:
+        """Base and every alias, with what they mean now."""
+        return {"base": PolicyRef(), **{name: self.resolve(name) for name in self._policies}}
+
+    def pinned(self) -> list[str]:
+        """Names of all versions that there are."""
+        return [f"{name}@{v}" for name, policy in self._policies.items() for v in self._there(policy)]
+
+    def _there(self, policy: str) -> list[int]:
+        assert self._run_dir is not None
+        return versions(self._run_dir, policy)
+
+    def _current(self, policy: str) -> int:
+        assert self._run_dir is not None
+        past = promoted(self._run_dir, policy)
+        if past and past[-1] in (0, *self._there(policy)):
+            return past[-1]
+        return 0 if self._live else max(self._there(policy), default=0)

@@ -1,0 +1,1 @@
+"""A run's curves for TensorBoard, W&B and MLflow."""

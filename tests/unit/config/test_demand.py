@@ -1,0 +1,97 @@
+"""Resources by name in a config: what is refused, what a run asks of its cluster, and where it then computes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plumbline.config.demand import demand, named
+from plumbline.config.file import load_config
+from plumbline.doctor import examine, run_device
+from plumbline.errors import ConfigError
+from tests.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny_config(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def path(tiny: dict[str, Any], tmp_path: Path) -> Path:
+    return write_config(tmp_path, tiny)
+
+
+@pytest.mark.parametrize(
+    ("resources", "told"),
+    [
+        ("{GPU: 1}", "'GPU' is no resource by name"),
+        ("{memory: 1}", "'memory' is no resource by name"),
+        ("{a b: 1}", "'a b' is no resource by name"),
+        ("{generator: 0}", "greater than or equal to 0.0001, got 0"),
+        ("{generator: much}", "valid number"),
+        ("generator", "should be a mapping of keys"),
+    ],
+)
+def test_what_is_no_resource(path: Path, resources: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_config(path, [f"fleet.generator.resources={resources}"])
+    assert "fleet.generator.resources" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names_of_all_roles_are_asked_for(path: Path) -> None:
+    asked = load_config(
+        path,
+        [
+            "fleet.generator.resources={generator: 1}",
+            "fleet.scorer.resources={scorer: 0.5}",
+            "fleet.reference.resources={big: 1}",
+            "pipelines.0.learner.resources={learner: 1, big: 1}",
+        ],
+    )
+    assert named(asked) == ["big", "generator", "learner", "scorer"]
+    assert named(load_config(path)) == []
+
+
+def test_demand_is_of_all_that_runs_at_once() -> None:
+    asked = load_config(
+        ROOT / "configs/comments.yaml",
+        [
+            "fleet.generator={replicas: [0, 4], cpus: 3, gpus: 1, resources: {generator: 1}}",
+            "fleet.scorer={gpus: 0.25, resources: {learner: 0.25}}",
+            "fleet.reference.resources={big: 1}",
+            "embedder.resources={small: 0.5}",
+            "pipelines.0.learner={workers: [1, 2], cpus: 2, gpus: 1, resources: {learner: 1}}",
+            "serve={enabled: true, placement: replicas, replicas: [1, 2], resources: {users: 1}}",
+        ],
+    )
+    names = {"big": 1, "small": 0.5, "generator": 1, "users": 1, "learner": 1.5}  # with the judge, two rewards
+    assert demand(asked) == {"CPU": 3 + 3 + 2 + 1 + 1, "GPU": 1 + 1 + 0.5 + 1, **names}
+    names |= {"generator": 4, "users": 2, "learner": 2.5}
+    assert demand(asked, most=True) == {"CPU": 4 * 3 + 2 * 3 + 2 * 2 + 1 + 1, "GPU": 4 + 2 + 0.5 + 2, **names}
+
+
+def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(path, ["fleet.generator.resources={generator: 1}"])
+
+    def devices() -> str:
+        return next(f.note for f in examine(config, tmp_path / "run") if f.what == "devices")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert devices().endswith("a Ray started here offers generator")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert devices().endswith("nodes of the cluster must offer generator")
+
+
+def test_a_driver_without_gpus_runs_a_cluster_that_has_some(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cpus, gpus = load_config(path), load_config(path, ["fleet.generator.gpus=1"])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert run_device(gpus) == "cpu"
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert run_device(gpus) == "cuda"
+    assert run_device(cpus) == "cpu"
+    assert run_device(load_config(path, ["fleet.device=cpu", "fleet.generator.gpus=1"])) == "cpu"
+    assert run_device(load_config(path, ["fleet.device=cuda"])) == "cuda"

@@ -1,0 +1,256 @@
+"""What DLMA, Self-Contrast and RAFT make of answers: pairs, rejections with a reason, and the figures of a part."""
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.reference import ContrastLogps
+from pipelines.context import Context, EventLog
+from pipelines.dlma import DlmaMethod
+from pipelines.method import Method, Rollout
+from pipelines.pool import Pool
+from pipelines.raft import RaftMethod
+from pipelines.self_contrast import SelfContrastMethod
+from plumbline.config.file import parse_config
+from plumbline.data.prompting import encode_response
+from plumbline.errors import RunError
+from plumbline.miniature.tokenizer import make_tokenizer
+from plumbline.records import Completion, GenerateRequest, Generation, Message, PolicyRef, Prompt
+from plumbline.runs.pairs import pair_samples
+from tests.tiny import tiny_config
+
+TOKENIZER: Any = make_tokenizer()
+TARGET = "The goat eats grass."
+Answers = Callable[[GenerateRequest], Sequence[str]]
+
+
+def call(function: Callable[..., Any]) -> Any:
+    """A remote method: its arguments may be awaited first, as Ray does with refs."""
+
+    async def answer(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        given = [await one if asyncio.isfuture(one) else one for one in arguments]
+        return function(*given, **options)
+
+    return SimpleNamespace(remote=lambda *a, **o: asyncio.ensure_future(answer(a, o)))
+
+
+def generations(answers: Answers, requests: Sequence[GenerateRequest]) -> list[Generation]:
+    return [
+        Generation(
+            key=request.key,
+            ref=request.ref,
+            engine="generator-0",
+            completions=tuple(
+                Completion(text=text, ids=encode_response(TOKENIZER, text), finish_reason="stop")
+                for text in answers(request)
+            ),
+        )
+        for request in requests
+    ]
+
+
+def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: int = 4, **fleet: Any) -> Context:
+    """A run of `count` prompts whose actors are functions."""
+    tree = tiny_config(tmp_path) | {"pipelines": [section], "embedder": {"path": "embedder"}}
+    config = parse_config(tree, origin="test")
+    prompts = [
+        Prompt(id=f"p{i}", messages=(Message(role="user", content=f"Tell me about the goat {i}."),), target=TARGET)
+        for i in range(count)
+    ]
+    generator = SimpleNamespace(generate=call(lambda requests: generations(answers, requests)))
+    actors = {"scorer": [], "reference": [], "embedder": []} | {k: [SimpleNamespace(**v)] for k, v in fleet.items()}
+    return Context(
+        config=config,
+        run_dir=tmp_path / "run",
+        device="cpu",
+        dtype="float32",
+        tokenizer=TOKENIZER,
+        prompts=prompts,
+        events=EventLog(tmp_path / "events.jsonl", lambda event: None),
+        fleet=SimpleNamespace(**actors),  # type: ignore[arg-type]
+        fingerprint="f" * 64,
+        pool=Pool([generator], capacity=10_000, batch=64),
+    )
+
+
+def roll(method: Method, step: int = 1) -> Rollout:
+    return asyncio.run(method.roll_out(step, PolicyRef()))
+
+
+def reasons(rollout: Rollout) -> dict[str, str]:
+    return {str(row["prompt_id"]): str(row["reason"]) for row in rollout.rejected}
+
+
+# Steps and parts
+
+
+def test_later_epochs_read_the_parts_again_and_each_prompt_is_drawn_once(tmp_path: Path) -> None:
+    section = {"type": "raft", "batch_size": 3, "epochs": 2, "ahead": 5, "generation": {"max_tokens": 16}}
+    scorer = {"score_generations": call(lambda queries, drawn: [[1.0] * 4 for _ in drawn])}
+    method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, count=7, scorer=scorer), section_of(section))
+    assert (method.part_count, method.total, method.slots) == (3, 6, 5)
+    assert [method.part(step) for step in range(1, 7)] == [1, 2, 3, 1, 2, 3]
+    drawn = [row["prompt_id"] for step in (1, 2, 3) for row in roll(method, step).rows]
+    assert sorted(map(str, drawn)) == [f"p{i}" for i in range(7)]
+    assert method.ref(5) == PolicyRef(), "always from π0"
+
+
+def section_of(tree: dict[str, Any]) -> Any:
+    config = {"name": "x", "model": {"path": "m"}, "data": {"train": {"path": "d"}}, "pipelines": [tree]}
+    config |= {"reward": {"type": "program", "function": "a:b"}, "embedder": {"path": "e"}}
+    return parse_config(config, origin="test").pipelines[0]
+
+
+# DLMA
+
+
+def contrast(margins: Sequence[float]) -> dict[str, Any]:
+    """A reference that gives prompt i the margin R of `margins[i]`."""
+
+    def logps(prompts: Sequence[Any], drawn: Sequence[Generation], *, eos: bool) -> list[ContrastLogps]:
+        assert len(drawn) == 2 * len(prompts) and not eos
+        return [
+            ContrastLogps(
+                reference=(-3.0, -4.0), chosen_pos=-10.0 + r, chosen_neg=-10.0, rejected_pos=0, rejected_neg=0
+            )
+            for r in margins
+        ]
+
+    return {"contrast_logps": call(logps)}
+
+
+def dlma_answers(request: GenerateRequest) -> list[str]:
+    number, kind = request.key.split("/")[1:]
+    if number == "p1":
+        return [""] if kind == "negative" else [TARGET]
+    if number == "p2":
+        return [TARGET]
+    return ["The goat eats grass." if kind == "positive" else "You waste my time."]
+
+
+def test_dlma_keeps_pairs_with_their_margin_and_says_why_not(tmp_path: Path) -> None:
+    section = {"type": "dlma", "generation": {"max_tokens": 16}, "contrast": {"preset": "helpful"}}
+    run = context(tmp_path, section, dlma_answers, count=5)
+    method = DlmaMethod(run, section_of(section))
+    order = [prompt.id for prompt in method._draw(1)]
+    margins = {"p0": 2.5, "p1": 1.0, "p2": 1.0, "p3": math.nan, "p4": -60.0}
+    run.fleet.reference = [SimpleNamespace(**contrast([margins[name] for name in order]))]
+    rollout = roll(method)
+    assert reasons(rollout) == {"p1": "blank answer", "p2": "identical answers", "p3": "margin not finite"}
+    by_prompt = {row["prompt_id"]: row for row in rollout.rows}
+    assert by_prompt["p0"]["margin"] == 2.5 and by_prompt["p4"]["margin"] == -60.0
+    assert by_prompt["p0"]["chosen"] == TARGET and by_prompt["p0"]["model"] == "f" * 64
+    [sample] = [s for s in pair_samples(rollout.rows) if s.margins == (2.5,)]
+    assert sample.ref_logps == (-3.0, -4.0)
+    figures = method.describe(rollout.rows)
+    assert figures["margin_mean"] == -28.75
+    assert figures["margin_negative_share"] == 0.5
+    assert figures["clamp_saturation"] == 0.5, "-60 is below the clamp's -40"
+    assert "agreement" not in figures, "there is no reward"
+
+
+def test_dlma_agrees_where_the_sign_of_the_margin_is_the_rewards(tmp_path: Path) -> None:
+    section = {"type": "dlma", "generation": {"max_tokens": 16}}
+    method = DlmaMethod(context(tmp_path, section, dlma_answers), section_of(section))
+    rows = [
+        {"margin": margin, "chosen_reward": chosen, "rejected_reward": rejected}
+        for margin, chosen, rejected in ((1.0, 2.0, 1.0), (-1.0, 2.0, 1.0), (-1.0, 1.0, 2.0), (5.0, 1.0, 1.0))
+    ]
+    figures = method.describe(rows)
+    assert figures["agreement"] == pytest.approx(2 / 3), "the tie of the reward does not count"
+    assert (figures["reward_chosen"], figures["reward_rejected"]) == (1.5, 1.25)
+
+
+# Self-Contrast
+
+SC = {"type": "self_contrast", "samples": 4, "keep": 0.5, "negatives": 2, "generation": {"max_tokens": 16}}
+REFERENCE = {"logps": call(lambda groups: [[-1.0 - k for k in range(len(g.response_ids))] for g in groups])}
+
+
+def embedder(similarities: Sequence[float]) -> dict[str, Any]:
+    return {"similarities": call(lambda targets, drawn: [list(similarities) for _ in drawn])}
+
+
+def test_self_contrast_takes_the_least_similar_and_the_target(tmp_path: Path) -> None:
+    texts = ["What a dull question.", "You waste my time.", "The goat eats moths.", "Only a fool would ask that."]
+    run = context(tmp_path, SC, lambda r: texts, reference=REFERENCE, embedder=embedder([0.9, 0.1, 0.8, 0.2]))
+    method = SelfContrastMethod(run, section_of(SC))
+    rollout = roll(method)
+    assert len(rollout.rows) == 8 and not rollout.rejected
+    assert {(row["rejected"], row["similarity"]) for row in rollout.rows} == {(texts[1], 0.1), (texts[3], 0.2)}
+    assert all(row["chosen"] == TARGET and row["chosen_finish_reason"] is None for row in rollout.rows)
+    [first, *_] = samples = pair_samples(rollout.rows)
+    assert len(samples) == 4 and len(first.group.response_ids) == 3
+    assert (first.ref_logps, first.margins) == ((-1.0, -2.0, -3.0), ())
+    figures = method.describe(rollout.rows)
+    assert figures["retention"] == 1.0
+    assert (figures["similarity_q10"], figures["similarity_q90"]) == pytest.approx((0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("texts", "similarities"),
+    [
+        ([TARGET] * 4, [1.0] * 4),  # the target is equal to every sample
+        (["a goat", "the goat", "an owl", "the owl"], [math.nan] * 4),  # the embedder returns zeros
+        (["", " ", "an owl", "the owl"], [math.nan, math.nan, 0.1, 0.2]),  # too few are left
+    ],
+)
+def test_a_prompt_without_enough_negatives_is_dropped_and_counted(
+    tmp_path: Path, texts: list[str], similarities: list[float]
+) -> None:
+    run = context(tmp_path, SC, lambda r: texts, reference=REFERENCE, embedder=embedder(similarities))
+    method = SelfContrastMethod(run, section_of(SC))
+    rollout = roll(method)
+    assert rollout.rows == []
+    assert reasons(rollout) == {f"p{i}": "too few negatives" for i in range(4)}
+    assert method.describe([]) == {"retention": 0.0}
+
+
+def test_spin_is_one_sample_without_a_filter(tmp_path: Path) -> None:
+    spin = {**SC, "samples": 1, "negatives": 1, "filter": False}
+    run = context(tmp_path, spin, lambda r: ["You waste my time."] * r.n, reference=REFERENCE)
+    rollout = roll(SelfContrastMethod(run, section_of(spin)))
+    assert [(row["rejected"], row["similarity"]) for row in rollout.rows] == [("You waste my time.", None)] * 4
+
+
+def test_data_accuracy_is_of_the_negatives_below_their_target(tmp_path: Path) -> None:
+    scorer = {"score": call(lambda requests: [float(len(r.response)) for r in requests])}
+    texts = ["The goat eats a lot of grass.", "No.", "The goat lives in muddy ponds.", "Go."]
+    run = context(
+        tmp_path, SC, lambda r: texts, reference=REFERENCE, embedder=embedder([0.1, 0.2, 0.9, 0.8]), scorer=scorer
+    )
+    method = SelfContrastMethod(run, section_of(SC))
+    figures = method.describe(roll(method).rows)
+    assert figures["data_accuracy"] == 0.5
+    assert figures["reward_chosen"] == len(TARGET)
+
+
+# RAFT
+
+
+def test_raft_keeps_the_best_answer_that_has_a_finite_reward(tmp_path: Path) -> None:
+    section = {"type": "raft", "samples": 3, "generation": {"max_tokens": 16}}
+    rewards = [0.5, math.nan, 0.75]
+    scorer = {"score_generations": call(lambda queries, drawn: [rewards for _ in drawn])}
+    run = context(tmp_path, section, lambda r: ["one", "", "two"], scorer=scorer)
+    rollout = roll(RaftMethod(run, section_of(section)))
+    assert {(row["answer"], row["reward"]) for row in rollout.rows} == {("two", 0.75)}
+    assert all(row["rewards"] == [0.5, 0.75] for row in rollout.rows)
+
+
+def test_raft_rejects_a_prompt_without_any(tmp_path: Path) -> None:
+    section = {"type": "raft", "generation": {"max_tokens": 16}}
+    scorer = {"score_generations": call(lambda queries, drawn: [[math.nan] * 4 for _ in drawn])}
+    method = RaftMethod(context(tmp_path, section, lambda r: [""] * 4, scorer=scorer), section_of(section))
+    assert set(reasons(roll(method)).values()) == {"no answer with a finite reward"}
+
+
+def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
+    section = {"type": "raft", "generation": {"max_tokens": 16}}
+    with pytest.raises(RunError, match="no prompt is left"):
+        RaftMethod(context(tmp_path, section, lambda r: [], count=0), section_of(section))

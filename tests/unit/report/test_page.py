@@ -1,0 +1,523 @@
+"""The report of a run: its numbers by hand, hostile text, unfinished and failed runs, and files that are broken."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from cli.main import main
+from plumbline.errors import ConfigError, DataError, UserError
+from plumbline.report.kinds import KINDS
+from plumbline.report.page import write_report
+from plumbline.report.plots import MOST_POINTS, averaged, plots, running_mean
+from plumbline.report.tables import comparison, headline, number
+from plumbline.runs.parts import Rejected
+
+HOSTILE = "<script>alert(1)</script>"
+BREAKOUT = '"><img src=x onerror=alert(1)>'
+START = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
+
+CONFIG: dict[str, Any] = {
+    "name": "three",
+    "seed": 7,
+    "model": {"path": "/models/base"},
+    "data": {"train": {"path": "/data/train.jsonl"}, "heldout": {"path": "/data/heldout.jsonl"}},
+    "fleet": {"engine": "vllm", "generator": {"replicas": 2}},
+    "reward": {"type": "program", "function": "module:score"},
+    "pipelines": [
+        {"name": "ple", "type": "ple", "steps": 3, "tau0": 0.2, "principle": f"Be kind. {HOSTILE} {BREAKOUT}"},
+        {"name": "dlma", "type": "dlma", "steps": 2, "beta": 0.1, "learner": {"lr": 1e-5, "max_failures": 3}},
+        {"name": "sc", "type": "self_contrast", "steps": 4, "negatives": 8},
+    ],
+    "evaluation": {"prompts": 4},
+}
+
+
+def event(pipeline: str, step: int, after: float, **figures: Any) -> dict[str, Any]:
+    steps = {"ple": 3, "dlma": 2, "sc": 4}[pipeline]
+    return {"time": START + after, "pipeline": pipeline, "step": step, "steps": steps, **figures}
+
+
+EVENTS: list[dict[str, Any]] = [
+    event("ple", 1, 10, reward_plain=0.1, reward_guided=0.6, gap=0.5, tau=0.2, loss=-0.2, seconds=10.0),
+    event("ple", 2, 20, reward_plain=None, reward_guided=0.7, gap=0.4, tau=0.18, loss=-0.3, seconds=10.0),
+    event("ple", 3, 30, reward_plain=0.3, reward_guided=0.7, gap=0.4, tau=0.162, loss=None, seconds=10.0),
+    event("dlma", 1, 15, margin_q10=-1.0, margin_q50=2.0, margin_q90=5.0, margin_mean=2.1, accuracy=0.5, loss=0.7),
+    event("dlma", 2, 35, margin_q10=-1.0, margin_q50=3.0, margin_q90=6.0, margin_mean=2.9, accuracy=0.6, loss=0.6),
+    event("sc", 1, 18, similarity_q10=0.2, similarity_q50=0.5, similarity_q90=0.8, retention=0.75, loss=0.69),
+    {"time": START + 20, "pipeline": "pool", "tokens_per_s": 100.0, "utilisation": 0.9, "shares": {"ple": 1.0}},
+    {
+        "time": START + 25,
+        "pipeline": "pool",
+        "tokens_per_s": 90.0,
+        "utilisation": 0.8,
+        "shares": {"ple": 0.5, "sc": 0.5},
+    },
+    {"time": START + 40, "pipeline": "sc", "error": f"loss is nan {HOSTILE} `{BREAKOUT}`"},
+]
+
+
+def interval(mean: float, half: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 4}
+
+
+ROWS: list[dict[str, Any]] = [
+    {"policy": "before", "prompts": 4, "reward": interval(-0.25, 0.125), "PPL": 1.5, "tokens": 20.0, "blank": 0},
+    {
+        "policy": "ple",
+        "prompts": 4,
+        "reward": interval(0.5, 0.25),
+        "PPL": 1.625,
+        "tokens": 22.5,
+        "blank": 0,
+        "win rate": 0.875,
+    },
+    {"policy": f"dlma {HOSTILE}", "prompts": 4, "reward": None, "PPL": 1.75, "tokens": 21.0, "blank": 1},
+]
+SAMPLES = [
+    {"prompt": HOSTILE, "before": BREAKOUT, "ple": "A <b>kind</b> answer & more.", "dlma": "  \n"},
+    {"prompt": "Second?", "before": "No.", "ple": "Yes.", "dlma": None},
+]
+
+
+def make_run(
+    directory: Path,
+    config: Mapping[str, Any] = CONFIG,
+    events: Sequence[Mapping[str, Any]] | None = EVENTS,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Path:
+    directory.mkdir()
+    (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    if events is not None:
+        (directory / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+    if evaluation is not None:
+        (directory / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """All three methods, one of which failed, with an evaluation and rejections."""
+    return whole_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> "Page":
+    """The report of such a run, for the tests that only read it."""
+    return report(whole_run(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def whole_run(path: Path) -> Path:
+    directory = make_run(path, evaluation={"rows": ROWS, "samples": SAMPLES})
+    reject(directory / "rollouts" / "ple", {"blank answer": 1, "identical answers": 2})
+    reject(directory / "pairs" / "dlma", {"identical answers": 3, HOSTILE: 1})
+    return directory
+
+
+def reject(directory: Path, counts: Mapping[str, int]) -> None:
+    rows = [
+        {"prompt_id": f"{reason} {i}", "prompt": "?", "reason": reason, "detail": ""}
+        for reason, count in counts.items()
+        for i in range(count)
+    ]
+    Rejected(str(directory / "rejected.parquet")).add(1, rows)
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags, ids, attributes, and the texts of table rows, headings and notices."""
+
+    VOID = frozenset({"meta", "rect", "line", "path", "use"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text("utf-8")
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.best: list[str] = []
+        self.headings: list[str] = []
+        self.notices: list[str] = []
+        self.paragraphs: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(key, value or "") for key, value in attrs]
+        if tag in self.VOID and tag != "path":
+            return
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+            self.in_best = ("class", "best") in attrs
+        elif tag in ("h1", "h2", "h3", "h4"):
+            self.headings.append("")
+        elif tag == "li":
+            self.notices.append("")
+        elif tag == "p":
+            self.paragraphs.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(key, value or "") for key, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+            if "td" in self.open and self.in_best and "small" not in self.open:
+                self.best.append(data)
+        for tags, texts in (
+            ({"h1", "h2", "h3", "h4"}, self.headings),
+            ({"li"}, self.notices),
+            ({"p"}, self.paragraphs),
+        ):
+            if tags & set(self.open):
+                texts[-1] += data
+
+    def row(self, first: str) -> list[str]:
+        return next(row for row in self.rows if row[0] == first)[1:]
+
+    def has_notice(self, text: str) -> bool:
+        return any(text in notice for notice in self.notices)
+
+
+def report(run_dir: Path) -> Page:
+    return Page(write_report(run_dir))
+
+
+# Numbers
+
+
+def test_before_and_after_by_hand(page: Page) -> None:
+    assert page.row("policy") == ["reward ↑", "PPL ↓", "tokens", "blank ↓", "win rate ↑"]
+    assert page.row("before") == ["−0.250[−0.375, −0.125]", "1.500", "20.00", "0", ""]
+    assert page.row("ple") == ["0.500[0.250, 0.750]", "1.625", "22.50", "0", "87.5 %"]
+    assert page.row(f"dlma {HOSTILE}") == ["", "1.750", "21.00", "1", ""]
+    # The greatest reward and the least perplexity. Two of three have no blank answers, and one win rate has no rival.
+    assert page.best == ["1.500", "0.500"]
+    assert any(text.startswith("4 held-out prompts.") for text in page.paragraphs)
+    assert "−0.250" in page.source
+    assert "<b>0.500<em>+0.750</em></b>" in page.source
+
+
+def test_the_best_of_a_column() -> None:
+    def best(name: str, *values: Any) -> list[bool]:
+        table = comparison([{"policy": str(i), name: value} for i, value in enumerate(values)])
+        assert table is not None
+        return [cells[0].best for _, cells in table.rows]
+
+    assert best("reward", 1.0, 3.0, 2.0) == [False, True, False]
+    assert best("gap", interval(0.5, 1), interval(-0.5, 1)) == [False, True]
+    assert best("BLEU", 0.2, 0.3, 0.3, 0.1) == [False, True, True, False]
+    assert best("BLEU", 0.3, 0.3, 0.3, 0.1) == [False] * 4  # what most share says nothing
+    assert best("reward", 1.0, 1.0) == [False, False]
+    assert best("reward", None, 2.0) == [False, False]  # nothing to compare it with
+    assert best("tokens", 1.0, 2.0) == [False, False]  # neither way is better
+    assert best("PPL", math.nan, 2.0, 1.0) == [False, False, True]
+
+
+def test_cells_share_their_digits() -> None:
+    table = comparison([{"policy": "a", "PPL": 9.0, "blank": 3}, {"policy": "b", "PPL": 123.456, "blank": None}])
+    assert table is not None
+    assert [[cell.text for cell in cells] for _, cells in table.rows] == [["9.0", "3"], ["123.5", ""]]
+    assert number(-0.5, 2) == "−0.50"
+    assert number(0.5, 1, sign=True) == "+0.5"
+
+
+def test_an_interval_without_bounds_has_none() -> None:
+    table = comparison([{"policy": "a", "reward": {"mean": 0.5, "low": None, "high": None, "n": 1}}])
+    assert table is not None
+    assert (table.rows[0][1][0].text, table.rows[0][1][0].interval) == ("0.500", "")
+
+
+def test_a_judge_has_a_table_of_its_own() -> None:
+    rows = [{"policy": "a", "reward": 1.0, "judge reward": 4.0}, {"policy": "b", "reward": 2.0, "judge reward": 3.0}]
+    ours, judged = comparison(rows), comparison(rows, judge=True)
+    assert ours is not None and judged is not None
+    assert [c.name for c in ours.columns] == [c.name for c in judged.columns] == ["reward"]
+    assert [cells[0].text for _, cells in judged.rows] == ["4.000", "3.000"]
+    assert judged.rows[0][1][0].best
+    assert comparison([{"policy": "a", "reward": 1.0}], judge=True) is None
+
+
+def test_differing_numbers_of_prompts_are_a_column() -> None:
+    table = comparison([{"policy": "a", "prompts": 4}, {"policy": "b", "prompts": 8}])
+    assert table is not None
+    assert ([c.name for c in table.columns], table.prompts) == (["prompts"], None)
+
+
+def test_the_headline_compares_with_the_first_row() -> None:
+    rows = [{"policy": "a", "reward": 1.0}, {"policy": "b", "reward": interval(0.75, 0.1)}, {"policy": "c"}]
+    assert headline(rows) == [("a", "1.000", ""), ("b", "0.750", "−0.250")]
+    assert headline([{"policy": "a"}, {"policy": "b", "reward": 1.0}]) == []
+
+
+def test_rejections_by_reason_and_pipeline(page: Page) -> None:
+    assert page.row("reason") == ["ple", "dlma", "total"]
+    assert page.row("identical answers") == ["2", "3", "5"]
+    assert page.row("blank answer") == ["1", "0", "1"]
+    assert page.row(HOSTILE) == ["0", "1", "1"]
+
+
+def test_what_ran(page: Page) -> None:
+    for text in (
+        "<dt>Model</dt><dd>base<small>/models/base</small>",
+        "<dt>Seed</dt><dd>7</dd>",
+        "<dt>Engine</dt><dd>vllm<small>generators: 2</small>",
+        "<dt>Data</dt><dd>train.jsonl<small>held out: heldout.jsonl</small>",
+        "<dt>Began</dt><dd>2023-11-14 22:13 UTC</dd>",
+        "<dt>Duration</dt><dd>0:00:40<",  # the first step ended at 10 s and took 10 s, the last event came at 40 s
+        "<dt>Steps</dt><dd>6<",
+        "<dt>tau0</dt><dd>0.2</dd>",
+        "<dt>learner</dt><dd>lr 1e-05</dd>",
+        "<span>3 of 3 steps</span>",
+        "<span>1 of 4 steps</span>",
+    ):
+        assert text in page.source
+
+
+def test_a_reward_model_shows_its_accuracy(tmp_path: Path) -> None:
+    events = [
+        {"time": START, "pipeline": "reward", "step": 1, "steps": 1, "loss": 0.5, "accuracy": 0.75},
+        {"time": START, "pipeline": "reward", "heldout_accuracy": 0.8125, "heldout": 16, "trained_on": 300},
+    ]
+    page = report(make_run(tmp_path / "run", {"pipelines": [{"name": "reward", "type": "reward"}]}, events))
+    assert "held-out accuracy 0.812 on 16 rows" in page.source
+    assert '<span class="state finished">' in page.source  # its config asks for no evaluation
+
+
+# Curves
+
+
+def test_only_what_has_figures_is_drawn(page: Page) -> None:
+    assert [plot.title for plot in plots(EVENTS, ["ple", "dlma", "sc"])] == [
+        "Rewards of sampled answers",
+        "Gap and threshold τ",
+        "Self-reward margins",
+        "Similarity of negatives to the target",
+        "Pairs in the right order",
+        "What filters and bounds take",
+        "Throughput",
+        "Pool in use",
+        "How the pool was shared",
+        "Losses",
+    ]
+    assert "Idle shares" not in page.headings
+    assert page.tags.count("figure") == 10
+
+
+def test_no_plot_of_nulls() -> None:
+    assert plots([event("ple", 1, 0, loss=None, gap=None), event("ple", 2, 1, reward_plain=math.inf)], ["ple"]) == []
+    assert plots([], ["ple"]) == []
+    assert plots([{"pipeline": "ple", "loss": 1.0}], ["ple"]) == []  # of no step
+
+
+def test_pipelines_share_a_plot_but_not_a_loss() -> None:
+    by_title = {plot.title: plot for plot in plots(EVENTS, ["ple", "dlma", "sc"])}
+    assert [[key.label for key in chart.legend] for chart in by_title["Losses"].charts] == [["ple"], ["dlma"], ["sc"]]
+    [chart] = by_title["What filters and bounds take"].charts
+    assert [key.label for key in chart.legend] == ["sc prompts kept"]
+    [chart] = by_title["Rewards of sampled answers"].charts
+    assert [(key.label, key.dasharray) for key in chart.legend] == [("ple plain", "none"), ("ple guided", "8 4")]
+    [chart] = by_title["Self-reward margins"].charts
+    assert [key.opacity > 0 for key in chart.legend] == [True, False]  # the quantiles are a band, the mean is none
+    assert "PolyCollection" in chart.svg
+    colors = {key.label.split()[0]: key.color for plot in by_title.values() for c in plot.charts for key in c.legend}
+    assert len({colors["ple"], colors["dlma"], colors["sc"], colors["pool"]}) == 4
+
+
+def test_a_point_alone_is_seen() -> None:
+    [plot] = plots([event("ple", 1, 0, gap=0.5), event("ple", 2, 1), event("ple", 3, 2, gap=0.4)], ["ple"])
+    assert len(re.findall(r'<use href="#\S+" x="[\d.]+" y="[\d.]+" style="fill: #0072b2', plot.charts[0].svg)) == 2
+    [plot] = plots([event("ple", 1, 0, gap=0.5), event("ple", 2, 1, gap=0.4)], ["ple"])
+    assert 'style="fill: #0072b2' not in plot.charts[0].svg
+
+
+def test_long_runs_are_averaged_and_say_so() -> None:
+    rows, each = averaged(np.array([[1.0, 10.0], [2.0, np.nan]] * MOST_POINTS))
+    assert each == 2
+    assert rows.shape == (MOST_POINTS, 2)
+    assert rows[0].tolist() == [1.5, 10.0]
+    events = [{"pipeline": "ple", "step": i, "loss": 1.0} for i in range(1, 1001)]
+    assert "A point is the mean of 3 steps." in plots(events, ["ple"])[0].caption
+    assert "mean" not in plots(events[:MOST_POINTS], ["ple"])[0].caption
+
+
+def test_the_running_mean_by_hand() -> None:
+    mean = running_mean(np.array([1.0, 2.0, 3.0, np.nan, 5.0, 6.0]))
+    expected = [2.0, 2.0, 2.75, np.nan, 14 / 3, 5.5]  # (1+2+3)/3, (1+2+3)/3, (1+2+3+5)/4, -, (3+5+6)/3, (5+6)/2
+    np.testing.assert_allclose(mean, expected)
+
+
+def test_every_figure_is_drawn_once() -> None:
+    figures = [figure for kind in KINDS for figure in kind.figures]
+    assert len(figures) == len(set(figures))
+
+
+# One page, on its own, harmless
+
+
+def test_hostile_text_stays_text(page: Page) -> None:
+    assert not {"script", "img"} & set(page.tags)
+    assert page.tags.count("b") == 2  # the headline's own
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.source
+    assert HOSTILE in page.headings
+    assert BREAKOUT in page.paragraphs
+    assert not [key for key, _ in page.attributes if key.startswith("on")]
+    assert page.has_notice(f"sc failed after step 1: loss is nan {HOSTILE} {BREAKOUT}")
+
+
+def test_hostile_names_do_not_reach_a_drawing() -> None:
+    name = f"$x_{{{HOSTILE}"
+    for plot in plots([{**e, "pipeline": name} for e in EVENTS[:3]], [name]):
+        assert all("script" not in chart.svg and "$" not in chart.svg for chart in plot.charts)
+
+
+def test_nothing_is_fetched(page: Page) -> None:
+    assert "http://" not in page.source and "https://" not in page.source
+    assert not {"src", "srcset", "data", "action"} & {key for key, _ in page.attributes}
+    assert "@import" not in page.source
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids)) > 50
+    links = [value for key, value in page.attributes if key == "href"]
+    links += [f"#{target}" for target in re.findall(r"url\(#?([^)]*)\)", page.source)]
+    assert links and {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_the_same_files_give_the_same_page(run_dir: Path) -> None:
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+    assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".report")]
+
+
+def test_blank_answers_are_told_from_text(page: Page) -> None:
+    assert page.paragraphs.count("blank") == 2  # of white space, and absent
+
+
+def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
+    evaluation = {"rows": [], "samples": [{"prompt": "Smile.", "ple": "\ud83d"}]}
+    assert "?" in report(make_run(tmp_path / "run", evaluation=evaluation)).paragraphs
+
+
+# Unfinished and failed runs
+
+
+def test_a_failure_is_told_first(run_dir: Path) -> None:
+    page = report(run_dir)
+    assert '<span class="state failed">failed</span>' in page.source
+    assert page.has_notice(f"Unfinished: sc at step 1 of 4. plumbline resume {run_dir} continues it.")
+    assert page.row("sc")[:3] == ["1", "2023-11-14 22:14:00 UTC", "ended"]
+
+
+def test_a_failure_that_was_resumed_is_history(tmp_path: Path) -> None:
+    events = [*EVENTS, *(event("sc", step, 50 + step, loss=0.5) for step in (2, 3, 4))]
+    page = report(make_run(tmp_path / "run", events=events, evaluation={"rows": ROWS, "samples": []}))
+    assert '<span class="state finished">finished</span>' in page.source
+    assert page.row("sc")[2] == "resumed to 4"
+    assert not page.has_notice("failed") and not page.has_notice("Unfinished")
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    page = report(make_run(tmp_path / "run", events=EVENTS[:2]))
+    assert '<span class="state unfinished">unfinished</span>' in page.source
+    assert page.has_notice("Unfinished: ple at step 2 of 3, dlma at step 0 of 2, sc at step 0 of 4.")
+    assert page.has_notice("Not evaluated: there is no evaluation.json yet")
+    assert "No policy of this run has been evaluated." in page.paragraphs
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    page = report(make_run(tmp_path / "run", {"name": "new", "pipelines": [{"type": "ple"}]}, events=None))
+    assert "There is no event with a figure to draw yet." in page.paragraphs
+    assert page.has_notice("Unfinished: ple at step 0 of ?.")
+
+
+def test_a_half_written_last_line_is_left_out_and_told(run_dir: Path) -> None:
+    whole = report(run_dir)
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write('{"time": 17000000')
+    page = report(run_dir)
+    assert page.has_notice("The last line of events.jsonl is half-written")
+    assert page.source.count("<path") == whole.source.count("<path")
+    assert not whole.has_notice("half-written")
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"pipeline": "ple", "step": 2', "no JSON"),
+        ("[]", "should be a JSON object with the name of its `pipeline`"),
+        ('{"pipeline": null}', "should be a JSON object with the name of its `pipeline`"),
+        ('{"pipeline": "ple", "step": 2, "gap": "wide"}', "`gap` is 'wide'; it should be a number or null"),
+        ('{"pipeline": "pool", "shares": {"ple": "half"}}', "`shares.ple` is 'half'; it should be a number or null"),
+        ('{"pipeline": "pool", "shares": [1]}', "`shares` is [1]; it should map pipelines to numbers"),
+        ('{"pipeline": "ple", "time": -5}', "`time` is -5; it should be seconds since 1970"),
+    ],
+)
+def test_a_broken_line_names_its_row(run_dir: Path, line: str, told: str) -> None:
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    (run_dir / "events.jsonl").write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    with pytest.raises(DataError) as error:
+        write_report(run_dir)
+    assert str(error.value).startswith(f"{run_dir / 'events.jsonl'}, row 2: ")
+    assert told in str(error.value)
+    assert not (run_dir / "report.html").exists()
+
+
+def test_not_a_number_is_nothing_to_draw(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", events=[event("ple", 1, math.nan, gap=math.nan), event("ple", 2, 1, gap=0.5)])
+    assert "NaN" in (run_dir / "events.jsonl").read_text()
+    assert report(run_dir).tags.count("figure") == 1
+
+
+@pytest.mark.parametrize("text", ['{"rows": [', '{"rows": []}', '{"rows": [{}], "samples": []}', "[]"])
+def test_a_broken_evaluation_names_the_file(run_dir: Path, text: str) -> None:
+    (run_dir / "evaluation.json").write_text(text)
+    with pytest.raises(DataError, match=re.escape(str(run_dir / "evaluation.json"))):
+        write_report(run_dir)
+
+
+def test_a_broken_rejected_file_names_itself(run_dir: Path) -> None:
+    file = run_dir / "pairs" / "dlma" / "rejected.parquet"
+    file.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=re.escape(str(file))):
+        write_report(run_dir)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "pipelines: ple", "pipelines: [ple]", "sft: 3", "\xff"])
+def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "config.yaml"))):
+        write_report(tmp_path)
+
+
+def test_no_run_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"there is no config\.yaml in it"):
+        write_report(tmp_path)
+
+
+def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_dir)]) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert shown.err.startswith(f"plumbline: {tmp_path / 'nowhere'}: no such directory")

@@ -1,0 +1,581 @@
+"""The storage of a run: what counts as there, in which order it comes, which side wins, what is said if it fails."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cli.display import step_line
+from pipelines.context import Context, EventLog
+from pipelines.loop import Progress, advance, commit
+from pipelines.method import Rollout
+from pipelines.raft import RaftMethod
+from plumbline.config.file import dump_config, load_config, parse_config
+from plumbline.config.tree import Config
+from plumbline.data.prompting import load_tokenizer
+from plumbline.errors import ConfigError, RunError
+from plumbline.records import Message, PolicyRef, Prompt, Publication
+from plumbline.runs.checkpoint import KEPT, MARKER, save_checkpoint
+from plumbline.runs.directory import check_run_dir, open_run_dir
+from plumbline.runs.mirror import (
+    check_storage,
+    open_storage,
+    pull_parts,
+    push_checkpoint,
+    push_logs,
+    pushed_at_end,
+    run_storage,
+    saved_step,
+)
+from plumbline.runs.parts import Parts, Rejected
+from plumbline.runs.policies import PROOF, versions
+from plumbline.runs.rollouts import BEST_SCHEMA
+from plumbline.runs.storage import Storage, redacted
+
+
+@pytest.fixture(params=["memory", "disk"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a storage can be: an object store's kind, and a disk's."""
+    if request.param == "disk":
+        yield f"file://{tmp_path}/store"
+        return
+    yield f"memory://{tmp_path.name}"
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def write(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def directory(root: Path, name: str, *files: str) -> Path:
+    """A directory of small files, each with its own name in it."""
+    for file in files:
+        write(root / name / file, file)
+    return root / name
+
+
+class Uploads:
+    """The names of files in the order that they are uploaded; `fails_at` is one whose upload fails half-way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: str = "") -> None:
+        self.names: list[str] = []
+        self.fails_at = fails_at
+        for kind in (MemoryFileSystem, LocalFileSystem):
+            monkeypatch.setattr(kind, "put_file", self._spy(kind.put_file))
+
+    def _spy(self, put: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(files: Any, source: str, target: str, **options: Any) -> None:
+            self.names.append(Path(source).name)
+            if Path(source).name == self.fails_at:
+                if isinstance(files, LocalFileSystem):  # an object that was not uploaded whole is not there at all
+                    Path(target).write_text("half")
+                raise OSError(5, "Input/output error")
+            put(files, source, target, **options)
+
+        return spy
+
+
+# Files and directories
+
+
+def test_what_is_pushed_on_one_machine_is_pulled_on_another(tmp_path: Path, url: str) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    Storage(here, url).push(write(here / "events.jsonl", "1\n"), write(here / "rollouts/ple/step-000001.parquet", "p"))
+    other = Storage(there, url)
+    assert other.sizes(there) == {"events.jsonl": 2, "rollouts/ple/step-000001.parquet": 1}
+    assert other.sizes(there / "rollouts" / "ple") == {"step-000001.parquet": 1}
+    assert other.sizes(there / "none") == {}
+    other.pull(there / "rollouts/ple/step-000001.parquet")
+    assert (there / "rollouts/ple/step-000001.parquet").read_text() == "p"
+    assert other.read_text(there / "events.jsonl") == "1\n"
+    assert other.read_text(there / "none.json") is None
+
+
+def test_without_a_url_nothing_happens(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "run", None)
+    whole = directory(tmp_path / "run", "v000001", PROOF)
+    storage.check()
+    storage.push(tmp_path / "run" / "not_even_there")
+    storage.push_directory(whole, PROOF)
+    storage.pull_directory(tmp_path / "run" / "v000002", PROOF)
+    storage.write_text(tmp_path / "run" / "a", "text")
+    storage.keep_newest(tmp_path / "run", PROOF, 1)
+    assert (storage.sizes(tmp_path / "run"), storage.complete(tmp_path / "run", PROOF)) == ({}, {})
+    assert storage.read_text(tmp_path / "run" / "a") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["v000001"]
+
+
+def test_only_what_has_changed_is_uploaded_again(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, uploads = Storage(tmp_path / "run", url), Uploads(monkeypatch)
+    log = write(tmp_path / "run" / "events.jsonl", "1\n")
+    storage.push(log)
+    storage.push(log)
+    assert len(uploads.names) == 1
+    write(log, "1\n2\n")
+    storage.push(log)
+    assert len(uploads.names) == 2
+    assert storage.read_text(log) == "1\n2\n"
+
+
+def test_a_directory_counts_once_its_marker_is_there(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "run" / "policies" / "ple"
+    storage, uploads = Storage(tmp_path / "run", url), Uploads(monkeypatch, fails_at="weights.safetensors")
+    version = directory(root, "v000012", PROOF, "a.json", "weights.safetensors", "z.json")
+    with pytest.raises(RunError, match="Input/output error"):
+        storage.push_directory(version, PROOF)
+    assert storage.complete(root, PROOF) == {}
+    uploads.fails_at, uploads.names = "", []
+    storage.push_directory(version, PROOF)
+    assert uploads.names == ["a.json", "weights.safetensors", "z.json", PROOF]
+    assert storage.complete(root, PROOF) == {12: version}
+
+
+def test_a_directory_that_is_written_again_does_not_count_meanwhile(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the old marker would vouch for new weights."""
+    root = tmp_path / "run" / "policies" / "ple"
+    storage, uploads = Storage(tmp_path / "run", url), Uploads(monkeypatch)
+    version = directory(root, "v000001", PROOF, "weights.safetensors")
+    storage.push_directory(version, PROOF)
+    assert list(storage.complete(root, PROOF)) == [1]
+    uploads.fails_at = "weights.safetensors"
+    with pytest.raises(RunError):
+        storage.push_directory(version, PROOF)
+    assert list(storage.complete(root, PROOF)) == []
+
+
+def test_a_file_on_a_disk_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, uploads = Storage(tmp_path / "run", str(tmp_path / "store")), Uploads(monkeypatch)
+    part = write(tmp_path / "run" / "step-000001.parquet", "whole")
+    uploads.fails_at = part.name
+    with pytest.raises(RunError):
+        storage.push(part)
+    assert storage.sizes(tmp_path / "run") == {}
+    uploads.fails_at = ""
+    storage.push(part)
+    assert storage.sizes(tmp_path / "run") == {"step-000001.parquet": 5}
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["step-000001.parquet"], "nothing is left aside"
+
+
+def test_a_directory_is_pulled_whole_or_not_at_all(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    Storage(here, url).push_directory(directory(here, "v000001", "a.json", "sub/b.json", PROOF), PROOF)
+    storage = Storage(there, url)
+    with monkeypatch.context() as failing:
+        failing.setattr(MemoryFileSystem, "get_file", fail)
+        failing.setattr(LocalFileSystem, "get_file", fail)
+        with pytest.raises(RunError):
+            storage.pull_directory(there / "v000001", PROOF)
+    assert not (there / "v000001").exists()
+    storage.pull_directory(there / "v000001", PROOF)
+    assert (there / "v000001" / "sub" / "b.json").read_text() == "sub/b.json"
+    write(there / "v000001" / "a.json", "newer")
+    storage.pull_directory(there / "v000001", PROOF)
+    assert (there / "v000001" / "a.json").read_text() == "newer", "what is here stays"
+    storage.pull_directory(there / "v000002", PROOF)
+    assert not (there / "v000002").exists(), "what is not there is not made"
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise TimeoutError("no answer from https://me:secret@host/bucket")
+
+
+def test_all_but_the_newest_complete_ones_are_removed(tmp_path: Path, url: str) -> None:
+    root = tmp_path / "run" / "checkpoints" / "ple"
+    storage = Storage(tmp_path / "run", url)
+    for step in (1, 2, 4, 5):
+        storage.push_directory(directory(root, f"step-{step:06d}", "state.safetensors", MARKER), MARKER)
+    for step in (3, 6):  # their uploads were cut short
+        storage.push(directory(root, f"step-{step:06d}", "state.safetensors") / "state.safetensors")
+    storage.keep_newest(root, MARKER, 2)
+    assert list(storage.complete(root, MARKER)) == [4, 5]
+    assert {name.split("/")[0] for name in storage.sizes(root)} == {"step-000004", "step-000005", "step-000006"}
+
+
+def test_a_name_that_leads_out_of_the_directory_is_not_told(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "run", f"memory://{tmp_path.name}")
+    files = MemoryFileSystem()
+    top = f"/{tmp_path.name}/v000001"
+    for name in (f"{top}/{PROOF}", f"{top}/../../../evil", f"{top}/.hidden"):
+        files.pipe_file(top + "/aside", b"x")
+        files.store[name] = files.store.pop(f"{top}/aside")
+    assert list(storage.sizes(tmp_path / "run" / "v000001")) == [PROOF]
+    MemoryFileSystem.store.clear()
+
+
+# Failures
+
+
+def test_a_failure_names_the_storage_and_says_that_the_run_is_whole(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path / "run", url)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", fail)
+    monkeypatch.setattr(LocalFileSystem, "put_file", fail)
+    with pytest.raises(RunError) as raised:
+        storage.push(write(tmp_path / "run" / "events.jsonl", "1\n"))
+    message = str(raised.value)
+    assert f"cannot write the storage {url} (TimeoutError: no answer from https://***@host/bucket)" in message
+    assert f"{tmp_path / 'run'} is whole" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("nonsense://x", "nonsense"),
+        ("ftp://me:pass/word@host/runs", "by the environment"),
+        ("https://host/runs?sig=pass/word", "by the environment"),
+    ],
+)
+def test_a_storage_that_cannot_be_is_wrong_use(tmp_path: Path, path: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as raised:
+        Storage(tmp_path, path)
+    assert str(raised.value).startswith("storage_path: ")
+    assert "pass/word" not in str(raised.value)
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    try:
+        import s3fs  # noqa: F401  # type: ignore[import-not-found]
+    except ImportError:
+        with pytest.raises(ConfigError, match=r"storage_path: s3://bucket/a: Install s3fs"):
+            Storage(tmp_path, "s3://bucket/a")
+    else:
+        pytest.skip("s3fs is installed here")
+
+
+def test_passwords_are_left_out_of_what_is_said() -> None:
+    assert redacted("at sftp://me:pa/s@s@host/x and s3://bucket/y") == "at sftp://***@host/x and s3://bucket/y"
+    assert redacted("abfs://container@account/x: 3@4") == "abfs://container@account/x: 3@4"
+
+
+# What a run keeps there
+
+
+def config(tmp_path: Path, **changes: Any) -> Config:
+    tree = {
+        "name": "tiny",
+        "model": {"path": str(tmp_path / "model"), "max_len": 128},
+        "data": {"train": {"path": str(tmp_path / "prompts.jsonl")}},
+        "reward": {"type": "program", "function": "plumbline.miniature.reward:score"},
+        "pipelines": [{"type": "ple"}],
+        "storage_path": str(tmp_path / "store"),
+    }
+    return parse_config({**tree, **changes}, origin="test")
+
+
+def begin(config: Config, run_dir: Path) -> Storage:
+    """What a run does before Ray starts."""
+    check_storage(config, run_dir)
+    check_run_dir(config, run_dir)
+    open_run_dir(config, run_dir)
+    return open_storage(config, run_dir)
+
+
+def row(step: int, prompt: str) -> dict[str, object]:
+    return {"step": step, "prompt_id": prompt, "prompt": prompt, "reason": "blank answer", "detail": ""}
+
+
+def parts_of(run_dir: Path, name: str = "ple") -> Parts:
+    return Parts(str(run_dir / "rollouts" / name), BEST_SCHEMA)
+
+
+def rejected_of(run_dir: Path) -> Rejected:
+    return Rejected(str(run_dir / "rollouts" / "ple" / "rejected.parquet"))
+
+
+def content(step: int, text: str = "a") -> list[dict[str, object]]:
+    return [{"step": step, "prompt_id": f"p{step}", "answer": text}]
+
+
+def test_a_new_run_keeps_its_config_first(tmp_path: Path) -> None:
+    chosen, run_dir = config(tmp_path), tmp_path / "run"
+    assert "holds nothing yet" in check_storage(chosen, run_dir)
+    assert not list((tmp_path / "store").iterdir()), "the test file is gone"
+    begin(chosen, run_dir)
+    assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["config.yaml"]
+    assert "holds this run" in check_storage(chosen, tmp_path / "other")
+    assert load_config(tmp_path / "store" / "tiny" / "config.yaml") == chosen
+
+
+def test_another_config_is_refused_as_a_run_directory_does(tmp_path: Path) -> None:
+    begin(config(tmp_path), tmp_path / "run")
+    other = config(tmp_path, seed=7)
+    with pytest.raises(ConfigError, match="`seed` is 0 there, 7 here") as raised:
+        check_storage(other, tmp_path / "other")
+    assert f"{tmp_path}/store/tiny: holds another config" in str(raised.value)
+    check_storage(config(tmp_path, seed=7, name="second"), tmp_path / "other")
+
+
+def test_what_is_no_runs_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "store" / "tiny" / "holiday.jpg", "x")
+    with pytest.raises(ConfigError, match="exists and is no run's"):
+        check_storage(config(tmp_path), tmp_path / "run")
+
+
+def test_places_that_a_run_cannot_resume_from_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="memory of its own"):
+        check_storage(config(tmp_path, storage_path="memory://runs"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="run directory itself"):
+        check_storage(config(tmp_path), tmp_path / "store" / "tiny")
+    write(tmp_path / "file", "x")
+    with pytest.raises(ConfigError, match=r"storage_path: .*file/runs/tiny: .*it must be there"):
+        check_storage(config(tmp_path, storage_path=f"{tmp_path}/file/runs"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="should have at least 1 character"):
+        config(tmp_path, storage_path="")
+
+
+def test_paths_in_the_working_directory_are_those_of_the_next_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray unpacks each job's working directory somewhere else."""
+    first, second = tmp_path / "job-1", tmp_path / "job-2"
+    for job in (first, second):
+        write(job / "prompts.jsonl", "{}")
+        (job / "model").mkdir()
+    changes: dict[str, Any] = {"model": {"path": "model"}, "data": {"train": {"path": "prompts.jsonl"}}}
+    monkeypatch.chdir(first)
+    one = config(tmp_path, **changes)
+    begin(one, first / "runs" / "tiny")
+    monkeypatch.chdir(second)
+    two = config(tmp_path, **changes)
+    assert one != two
+    assert str(first) not in dump_config(one, within=first)
+    begin(two, second / "runs" / "tiny")
+    assert load_config(second / "runs" / "tiny" / "config.yaml").model.path == str(second / "model")
+
+
+def test_a_relative_storage_path_is_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in ("store", "./store", f"file://{tmp_path}/store"):
+        assert config(tmp_path, storage_path=given).storage_path == str(tmp_path / "store")
+    assert config(tmp_path, storage_path="s3://bucket/runs").storage_path == "s3://bucket/runs"
+    assert run_storage(config(tmp_path, storage_path="memory://"), tmp_path / "run").url == "memory://tiny"
+
+
+def test_an_empty_directory_gets_all_that_resume_needs(tmp_path: Path) -> None:
+    chosen, lost, new = config(tmp_path), tmp_path / "lost", tmp_path / "new"
+    storage = begin(chosen, lost)
+    parts, rejected = parts_of(lost), rejected_of(lost)
+    for step in (1, 2):
+        rejected.add(step, [row(step, f"r{step}")])
+        parts.write(step, content(step))
+    storage.push(lost / "rollouts/ple/rejected.parquet", *(Path(parts.path(step)) for step in (1, 2)))
+    write(lost / "events.jsonl", '{"pipeline": "ple", "step": 1}\n')
+    write(lost / "policies/ple/promotions.jsonl", "{}\n")
+    write(lost / "notes.txt", "mine")
+    push_logs(storage, lost)
+    for version in (1, 2):
+        files = ("adapter_config.json", "adapter_model.safetensors", PROOF)
+        storage.push_directory(directory(lost / "policies/ple", f"v{version:06d}", *files), PROOF)
+        storage.push_directory(directory(lost / "policies/sft", f"v{version:06d}", "config.json", PROOF), PROOF)
+    storage.push(write(lost / "policies/ple/v000003/adapter_config.json", "{}"))  # no proof: it was cut short
+    save_checkpoint(lost / "checkpoints/ple", 2, {"weight": torch.ones(2)}, {})
+    push_checkpoint(storage, lost / "checkpoints/ple", 2)
+    shutil.rmtree(lost)
+
+    storage = begin(chosen, new)
+    assert parts_of(new).steps() == [1, 2]
+    assert [r["prompt_id"] for r in rejected_of(new).rows()] == ["r1", "r2"]
+    assert (new / "events.jsonl").read_text() == '{"pipeline": "ple", "step": 1}\n'
+    assert (new / "policies/ple/promotions.jsonl").exists()
+    assert not (new / "notes.txt").exists()
+    assert versions(new, "ple") == [1, 2], "all adapters"
+    assert versions(new, "sft") == [2], "of whole models the newest"
+    assert saved_step(storage, new / "checkpoints/ple") == 2
+    assert not (new / "checkpoints").exists(), "a learner pulls its own"
+
+
+def test_parts_that_another_machine_made_are_pulled_with_their_rejections(tmp_path: Path) -> None:
+    chosen, here, there = config(tmp_path), tmp_path / "here", tmp_path / "there"
+    begin(chosen, here)
+    rejected_of(here).add(1, [row(1, "r1")])
+    parts_of(here).write(1, content(1))
+    begin(chosen, here)  # what the storage lacks is pushed
+    storage = begin(chosen, there)
+    assert parts_of(there).steps() == [1]
+    rejected_of(there).add(2, [row(2, "r2")])
+    parts_of(there).write(2, content(2))
+    storage.push(there / "rollouts/ple/rejected.parquet", Path(parts_of(there).path(2)))
+    begin(chosen, here)
+    assert parts_of(here).steps() == [1, 2]
+    assert [r["prompt_id"] for r in rejected_of(here).rows()] == ["r1", "r2"]
+
+
+def test_what_is_newer_here_is_not_replaced_and_goes_there(tmp_path: Path) -> None:
+    chosen, run_dir = config(tmp_path), tmp_path / "run"
+    storage = begin(chosen, run_dir)
+    log, result = write(run_dir / "events.jsonl", "1\n"), write(run_dir / "evaluation.json", "old and long")
+    parts_of(run_dir).write(1, content(1))
+    storage.push(log, result, Path(parts_of(run_dir).path(1)))
+    # The storage is away: this only comes to be here.
+    write(log, "1\n2\n")
+    write(result, "new")
+    rejected_of(run_dir).add(2, [row(2, "r2")])
+    parts_of(run_dir).write(2, content(2))
+    directory(run_dir / "policies/ple", "v000002", "adapter_config.json", PROOF)
+    save_checkpoint(run_dir / "checkpoints/ple", 2, {"weight": torch.ones(2)}, {})
+
+    storage = begin(chosen, run_dir)
+    assert (log.read_text(), result.read_text()) == ("1\n2\n", "new")
+    store = tmp_path / "store" / "tiny"
+    assert (store / "events.jsonl").read_text() == "1\n2\n"
+    assert (store / "evaluation.json").read_text() == "new"
+    assert Parts(str(store / "rollouts/ple"), read_only=True).steps() == [1, 2]
+    assert len(Rejected(str(store / "rollouts/ple/rejected.parquet"), read_only=True).rows()) == 1
+    assert list(storage.complete(run_dir / "policies/ple", PROOF)) == [2]
+    assert saved_step(storage, run_dir / "checkpoints/ple") == 2
+
+
+def test_an_older_checkpoint_here_is_not_what_counts(tmp_path: Path) -> None:
+    chosen, here, there = config(tmp_path), tmp_path / "here", tmp_path / "there"
+    for run_dir, steps in ((here, (1,)), (there, (2, 3, 4))):
+        storage = begin(chosen, run_dir)
+        for step in steps:
+            save_checkpoint(run_dir / "checkpoints/ple", step, {"weight": torch.ones(2)}, {})
+            push_checkpoint(storage, run_dir / "checkpoints/ple", step)
+    storage = begin(chosen, here)
+    assert saved_step(storage, here / "checkpoints/ple") == 4
+    assert list(storage.complete(here / "checkpoints/ple", MARKER)) == [3, 4], f"{KEPT} are kept"
+
+
+@pytest.mark.parametrize("other", [{2: "of the same step, but longer"}, {3: "a"}])
+def test_two_that_have_gone_apart_are_refused(tmp_path: Path, other: dict[int, str]) -> None:
+    chosen, here, there = config(tmp_path), tmp_path / "here", tmp_path / "there"
+    begin(chosen, here)
+    parts_of(here).write(2, content(2))
+    storage = Storage(there, str(tmp_path / "store" / "tiny"))
+    for step, text in other.items():
+        parts_of(there).write(step, content(step, text))
+        storage.push(Path(parts_of(there).path(step)))
+    if 2 in other:
+        assert Path(parts_of(here).path(2)).stat().st_size != Path(parts_of(there).path(2)).stat().st_size
+    with pytest.raises(ConfigError, match=f"have gone apart .*step-00000{next(iter(other))}"):
+        begin(chosen, here)
+    assert parts_of(here).steps() == [2]
+
+
+def test_a_directory_where_only_a_learner_worked_is_a_new_one(tmp_path: Path) -> None:
+    chosen, run_dir = config(tmp_path), tmp_path / "run"
+    directory(run_dir / "checkpoints/ple", "step-000001", MARKER)
+    begin(chosen, run_dir)
+    write(tmp_path / "mine" / "notes.txt", "x")
+    with pytest.raises(ConfigError, match="is no run directory"):
+        check_run_dir(chosen, tmp_path / "mine")
+
+
+def test_the_last_lines_are_there_whatever_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, run_dir, said = config(tmp_path), tmp_path / "run", []
+    storage = begin(chosen, run_dir)
+    log, copy = run_dir / "events.jsonl", tmp_path / "store" / "tiny" / "events.jsonl"
+    with pushed_at_end(storage, run_dir, said.append):
+        write(log, "1\n")
+    assert copy.read_text() == "1\n"
+    with pytest.raises(KeyboardInterrupt), pushed_at_end(storage, run_dir, said.append):
+        write(log, "1\n2\n")
+        raise KeyboardInterrupt
+    assert copy.read_text() == "1\n2\n"
+    monkeypatch.setattr(LocalFileSystem, "put_file", fail)
+    with pytest.raises(KeyboardInterrupt), pushed_at_end(storage, run_dir, said.append):
+        write(log, "1\n2\n3\n")
+        raise KeyboardInterrupt
+    assert len(said) == 1 and "cannot write the storage" in said[0]
+    with pytest.raises(RunError, match="cannot write the storage"), pushed_at_end(storage, run_dir, said.append):
+        pass
+
+
+def test_only_parts_that_are_missing_are_pulled(tmp_path: Path) -> None:
+    chosen, here, there = config(tmp_path), tmp_path / "here", tmp_path / "there"
+    storage = begin(chosen, here)
+    for step in (1, 2):
+        parts_of(here).write(step, content(step))
+        storage.push(Path(parts_of(here).path(step)))
+    write(there / "rollouts/ple/step-000001.parquet", "mine")
+    pull_parts(Storage(there, storage.url), there, there / "rollouts/ple")
+    assert (there / "rollouts/ple/step-000001.parquet").read_text() == "mine"
+    assert parts_of(there).steps() == [1, 2]
+    assert parts_of(there).read(2) == parts_of(here).read(2)
+
+
+# In the loop
+
+
+RAFT = [{"type": "raft", "batch_size": 1, "name": "ple", "generation": {"max_tokens": 16}}]
+
+
+def raft(tmp_path: Path, model: Path, storage: Storage) -> tuple[Context, RaftMethod, list[Any]]:
+    """A method of eight steps whose learner has published the newest version alone, and what is shown."""
+    chosen = config(tmp_path, pipelines=RAFT)
+    prompts = [Prompt(id=f"p{i}", messages=(Message(role="user", content="Why?"),), target="So.") for i in range(8)]
+    shown: list[Any] = []
+
+    class Store:
+        async def published(self, ref: PolicyRef) -> Publication:
+            assert ref.version >= 5, f"nobody publishes {ref}: this would wait for ever"
+            logps = {"probe_logps": [], "previous_probe_logps": [], "base_probe_logps": []}
+            return Publication(ref=ref, files={}, metrics={"loss": 1.0}, **logps)
+
+    fleet = SimpleNamespace(store=SimpleNamespace(wait=SimpleNamespace(remote=Store().published)))
+    context = Context(
+        config=chosen,
+        run_dir=tmp_path / "run",
+        device="cpu",
+        dtype="float32",
+        tokenizer=load_tokenizer(str(model)),
+        prompts=prompts,
+        events=EventLog(tmp_path / "run" / "events.jsonl", shown.append),
+        fleet=fleet,  # type: ignore[arg-type]
+        storage=storage,
+    )
+    return context, RaftMethod(context, chosen.pipelines[0]), shown  # type: ignore[arg-type]
+
+
+def test_a_part_is_in_the_storage_after_its_rejections(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = begin(config(tmp_path, pipelines=RAFT), tmp_path / "run")
+    context, method, _ = raft(tmp_path, tiny_model, storage)
+    uploads = Uploads(monkeypatch)
+    asyncio.run(commit(context, method, 1, Rollout(rows=content(1), rejected=[row(1, "r")], tokens=1)))
+    asyncio.run(commit(context, method, 2, Rollout(rows=content(2), rejected=[], tokens=1)))
+    assert uploads.names == ["rejected.parquet", "step-000001.parquet", "step-000002.parquet"]
+    assert method.parts.steps() == [1, 2]
+
+
+def test_steps_without_an_event_get_one_though_their_versions_are_gone(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner was ahead of the events when the run was killed; it publishes its newest version alone."""
+    monkeypatch.setattr("pipelines.loop.memory", dict)
+    (tmp_path / "run").mkdir()
+    context, method, shown = raft(tmp_path, tiny_model, Storage(tmp_path / "run", None))
+    for step in range(1, 9):
+        method.parts.write(step, [{**content(step)[0], "reward": 1.0, "rewards": [1.0]}])
+    released: list[int] = []
+
+    async def release() -> None:
+        released.append(1)
+
+    channel = SimpleNamespace(release=SimpleNamespace(remote=release))
+    progress = Progress(resumed=5, logged=2, proved=5, undrawn=0)
+    asyncio.run(asyncio.wait_for(advance(context, method, channel, progress), timeout=30))
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events] == [3, 4, 5, 6, 7, 8]
+    assert [event.get("loss") for event in events] == [None, None, 1.0, 1.0, 1.0, 1.0]
+    assert all(event["reward_best"] == 1.0 for event in events)
+    assert len(released) == 3
+    assert step_line(shown[0]).startswith("ple 3/8 · best +1.000")

@@ -1,0 +1,293 @@
+"""The endpoint's application over an engine of this file: names, keys, limits, errors, streams, counts."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from plumbline.config.serving import Limits, Serve
+from plumbline.errors import ConfigError
+from plumbline.records import Head, PolicyRef, UserRequest
+from plumbline.runs.promotions import Catalog, Promotion, promote
+from serve.app import Endpoint, build_app
+from serve.errors import ApiError
+from serve.keys import Keys, check_bind, read_keys
+
+KEY = "sk-a-key-of-our-own"
+HELLO = {"model": "ple", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+class Engine:
+    """Answers with the version it was asked for; `fail` and `hold` change that."""
+
+    def __init__(self) -> None:
+        self.asked: list[UserRequest] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.begins: ApiError | None = None
+        self.breaks: ApiError | None = None
+        self.head = Head(status=200, streams=False)
+        self.closed = 0
+
+    async def answer(self, request: UserRequest) -> AsyncIterator[Head | str]:
+        self.asked.append(request)
+        try:
+            if self.begins:
+                raise self.begins
+            await self.hold.wait()
+            if self.head.status != 200:
+                yield self.head
+                yield json.dumps({"error": {"message": "maximum context length is 9 tokens", "param": "messages"}})
+            elif request.streams:
+                yield Head(status=200, streams=True)
+                yield "data: one\n\n"
+                if self.breaks:
+                    raise self.breaks
+                yield "data: [DONE]\n\n"
+            else:
+                yield self.head
+                yield json.dumps({"model": request.ref.public, "usage": {"completion_tokens": 3}})
+        finally:
+            self.closed += 1
+
+    async def ready(self) -> bool:
+        return self.hold.is_set()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    for version in (1, 2, 12):
+        directory = tmp_path / "policies" / "self_contrast" / f"v{version:06d}"
+        directory.mkdir(parents=True)
+        (directory / "proof.json").write_text('{"probe_logps": [-1.0]}')
+        (tmp_path / "policies" / "ple" / f"v{version:06d}").mkdir(parents=True)
+        (tmp_path / "policies" / "ple" / f"v{version:06d}" / "proof.json").write_text('{"probe_logps": [-1.0]}')
+    (tmp_path / "policies" / "reward" / "v000001").mkdir(parents=True)
+    return tmp_path
+
+
+def keys(tmp_path: Path) -> Keys:
+    (tmp_path / "keys").write_text(f"# of the team\n{KEY}\nsk-another-of-our-own\n")
+    return read_keys(str(tmp_path / "keys"), {})
+
+
+Ask = Callable[..., Any]
+
+
+def talk(run_dir: Path, work: Callable[[httpx.AsyncClient, Engine, Endpoint], Any], **given: Any) -> None:
+    """Run `work` with a client of an application of its own."""
+
+    async def main() -> None:
+        engine = Engine()
+        endpoint = Endpoint(
+            Catalog(run_dir, given.get("live")), engine, given.get("keys", Keys()), given.get("limits", Limits())
+        )
+        transport = httpx.ASGITransport(app=build_app(endpoint), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await work(client, engine, endpoint)
+
+    asyncio.run(main())
+
+
+def test_an_alias_means_the_newest_version_until_one_is_promoted(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        for name, version in (("ple", "ple@12"), ("self-contrast", "self-contrast@12"), ("self_contrast@2", None)):
+            answer = await client.post("/v1/chat/completions", json={**HELLO, "model": name})
+            assert answer.headers["x-plumbline-version"] == (version or "self-contrast@2")
+        promote(run_dir, Promotion(ref=PolicyRef(policy="ple", version=2), by="hand"))
+        answer = await client.post("/v1/chat/completions", json=HELLO)
+        assert (answer.json()["model"], engine.asked[-1].ref.version) == ("ple@2", 2)
+        assert (await client.post("/v1/chat/completions", json={**HELLO, "model": "base"})).json()["model"] == "base"
+        listed = {card["id"]: card["root"] for card in (await client.get("/v1/models")).json()["data"]}
+        assert listed == {"base": "base", "ple": "ple@2", "self-contrast": "self-contrast@12"}
+        assert (await client.get("/v1/models/ple@1")).json()["root"] == "ple@1"
+
+    talk(run_dir, work)
+
+
+def test_in_a_live_run_an_alias_means_the_base_until_something_is_promoted(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        assert (await client.post("/v1/chat/completions", json=HELLO)).headers["x-plumbline-version"] == "base"
+        promote(run_dir, Promotion(ref=PolicyRef(policy="ple", version=1), by="gate"))
+        assert (await client.post("/v1/chat/completions", json=HELLO)).headers["x-plumbline-version"] == "ple@1"
+
+    talk(run_dir, work, live=["ple"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nope", "reward", "ple@3", "ple@", "ple@-1", "ple@1.0", "../ple", "/etc/passwd", "ple/v000001", "ple@١", "base@0",
+     "ple@0", "ple@00000000000000001", "policies"],
+)  # fmt: skip
+def test_names_are_looked_up_and_never_become_paths(run_dir: Path, name: str) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        answer = await client.post("/v1/chat/completions", json={**HELLO, "model": name})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["type"]) == (404, "model_not_found", "invalid_request_error")
+        assert engine.asked == []
+
+    talk(run_dir, work)
+
+
+def test_without_a_right_key_nobody_is_answered_and_no_key_is_shown(
+    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = keys(tmp_path)
+
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        for path in ("/v1/models", "/v1/models/ple", "/metrics"):
+            assert (await client.get(path)).status_code == 401, path
+        for header in ({}, {"Authorization": "Bearer wrong-key"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
+            answer = await client.post("/v1/chat/completions", json=HELLO, headers=header)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "invalid_request_error")
+            assert "wrong-key" not in answer.text and KEY not in answer.text
+        assert engine.asked == []
+        for key in (KEY, "sk-another-of-our-own"):
+            header = {"Authorization": f"Bearer {key}"}
+            assert (await client.post("/v1/chat/completions", json=HELLO, headers=header)).status_code == 200
+        assert (await client.get("/health")).status_code == 200, "health needs no key"
+        counted = await client.get("/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        assert 'status="401"' in counted.text and KEY not in counted.text
+        assert KEY not in repr(endpoint.keys) and KEY not in caplog.text
+
+    talk(run_dir, work, keys=known)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("chat/completions", b'{"model":', 400, "could not parse the JSON"),
+        ("chat/completions", b"[]", 400, "should be an object"),
+        ("chat/completions", b"[" * 100_000, 400, "could not parse the JSON"),
+        ("chat/completions", {"messages": HELLO["messages"]}, 400, "must provide a model"),
+        ("chat/completions", {**HELLO, "model": 3}, 400, "must provide a model"),
+        ("chat/completions", {**HELLO, "chat_template": "{{ x }}"}, 400, "Unrecognized request argument"),
+        ("chat/completions", {**HELLO, "priority": -9}, 400, "Unrecognized request argument"),
+        ("chat/completions", {**HELLO, "n": 9}, 400, "takes 1 to 8"),
+        ("chat/completions", {**HELLO, "n": True}, 400, "whole number"),
+        ("chat/completions", {**HELLO, "max_tokens": 0}, 400, "takes 1 to"),
+        ("chat/completions", {**HELLO, "stream": "yes"}, 400, "true or false"),
+        ("chat/completions", {**HELLO, "messages": "Hello"}, 400, "list of turns"),
+        ("chat/completions", {**HELLO, "messages": []}, 400, "is empty"),
+        ("chat/completions", {**HELLO, "messages": HELLO["messages"] * 257}, 400, "takes 256"),
+        ("chat/completions", {**HELLO, "messages": [{"role": "user", "content": "x" * 2**20}]}, 413, "longer than"),
+        ("completions", {"model": "ple"}, 400, "`prompt` should be"),
+        ("completions", {"model": "ple", "prompt": ["a"] * 257}, 400, "takes 256"),
+        ("completions", {"model": "ple", "prompt": "a", "logprobs": 6}, 400, "takes 0 to 5"),
+        ("embeddings", HELLO, 404, "Invalid URL (POST /v1/embeddings)"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_told_in_openais_form(
+    run_dir: Path, path: str, body: Any, status: int, said: str
+) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = await client.post(f"/v1/{path}", content=content)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert said in answer.json()["error"]["message"]
+        assert engine.asked == [] and endpoint.in_flight == 0
+
+    talk(run_dir, work)
+
+
+def test_nulls_and_fields_without_a_meaning_here_are_left_out(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        body = {**HELLO, "stop": None, "store": True, "metadata": {"a": "b"}, "user": "u", "seed": 3}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        assert dict(engine.asked[0].body) == {"messages": HELLO["messages"], "user": "u", "seed": 3}
+
+    talk(run_dir, work)
+
+
+def test_beyond_its_bound_it_says_when_to_try_again(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        engine.hold.clear()
+        held = [asyncio.create_task(client.post("/v1/chat/completions", json=HELLO)) for _ in range(2)]
+        while endpoint.in_flight < 2:
+            await asyncio.sleep(0.01)
+        answer = await client.post("/v1/chat/completions", json=HELLO)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+        assert (await client.get("/health")).status_code == 503
+        engine.hold.set()
+        assert [(await one).status_code for one in held] == [200, 200]
+        assert endpoint.in_flight == 0
+
+    talk(run_dir, work, limits=Limits(in_flight=2))
+
+
+def test_a_stream_carries_its_version_and_is_counted(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        answer = await client.post("/v1/completions", json={"model": "ple", "prompt": "a", "stream": True})
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-plumbline-version"] == "ple@12"
+        assert answer.text == "data: one\n\ndata: [DONE]\n\n"
+        engine.breaks = ApiError(503, "lost")
+        answer = await client.post("/v1/completions", json={"model": "ple", "prompt": "a", "stream": True})
+        assert answer.status_code == 200 and json.loads(answer.text.splitlines()[2][6:])["error"]["message"] == "lost"
+        counted = (await client.get("/metrics")).text
+        assert 'plumbline_serve_requests_total{model="ple",status="200",version="12"} 1.0' in counted
+        assert 'plumbline_serve_requests_total{model="ple",status="503",version="12"} 1.0' in counted
+        assert "plumbline_serve_in_flight 0.0" in counted and (endpoint.in_flight, engine.closed) == (0, 2)
+
+    talk(run_dir, work)
+
+
+def test_what_an_engine_refuses_is_told_as_openai_would(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        engine.head = Head(status=400, streams=False)
+        error = (await client.post("/v1/chat/completions", json=HELLO)).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+        engine.head = Head(status=500, streams=False)
+        answer = await client.post("/v1/chat/completions", json=HELLO)
+        assert answer.status_code == 500 and "context" not in answer.text, "an engine's inner failure is not a user's"
+        engine.begins = ApiError(503, "no engine", retry_after=5)
+        answer = await client.post("/v1/chat/completions", json=HELLO)
+        assert (answer.status_code, answer.headers["retry-after"], endpoint.in_flight) == (503, "5", 0)
+
+    talk(run_dir, work)
+
+
+def test_the_description_is_of_what_is_taken(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        described = (await client.get("/openapi.json")).json()["paths"]["/v1/chat/completions"]["post"]
+        schema = described["requestBody"]["content"]["application/json"]["schema"]
+        assert schema["required"] == ["model", "messages"] and schema["properties"]["n"]["maximum"] == 8
+
+    talk(run_dir, work)
+
+
+@pytest.mark.parametrize(
+    ("environment", "content", "said"),
+    [({}, "", "holds no key"), ({}, "short\n", "1 of 1 keys have less"), ({}, None, "cannot be read")],
+)
+def test_key_files_that_protect_nothing_are_refused(
+    tmp_path: Path, environment: Mapping[str, str], content: str | None, said: str
+) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_keys(str(path), environment)
+    assert "short\n" not in str(caught.value)
+
+
+def test_others_are_let_in_by_keys_only() -> None:
+    assert read_keys(None, {}).digests == ()
+    check_bind("127.0.0.1", Keys())
+    with pytest.raises(ConfigError, match="needs API keys"):
+        check_bind("0.0.0.0", Keys())
+    known = read_keys(None, {"PLUMBLINE_API_KEYS": f"{KEY}, sk-another-of-our-own"})
+    assert len(known.digests) == 2
+    check_bind("0.0.0.0", known)
+
+
+def test_the_config_has_bounds() -> None:
+    assert Serve(replicas=(1, 4)).most_replicas == 4
+    with pytest.raises(ValueError, match="should not be the larger"):
+        Serve(replicas=(4, 1))
