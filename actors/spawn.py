@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,6 +30,7 @@ from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
 from actors.versions import Fetch
 from actors.weights import PolicyStore
+from plumbline import importing
 from plumbline.config.fleet import Embedder as EmbedderFleet
 from plumbline.config.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.config.section import bounds
@@ -70,11 +72,15 @@ def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    # Actors import what the driver can: the packages of a checkout, and a reward function beside the config.
+    # Actors import what the driver can: our packages, and a reward function beside the config.
     paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     os.environ[RUN_VARIABLE] = run
     settings = {key: os.environ[key] for key in (*_DEFAULTS, RUN_VARIABLE)}
-    common["runtime_env"] = {"env_vars": {"PYTHONPATH": paths, **settings}}
+    common["runtime_env"] = {
+        "env_vars": {"PYTHONPATH": paths, **settings},
+        "worker_process_setup_hook": importing.worker_hook(),
+    }
+    cloudpickle.register_pickle_by_value(importing)  # the hook comes before a worker can import anything of ours
     if os.environ.get("RAY_ADDRESS"):
         # These variables come from this process, which has those of a job's own runtime_env: no conflict is one.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")

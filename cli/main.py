@@ -14,10 +14,12 @@ from typing import Any
 
 from cli.serving import add_commands as add_serving
 from plumbline.errors import PlumblineError, UserError
+from plumbline.importing import ours_first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    sys.path[:] = ours_first(sys.path)
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from plumbline.errors import RunError, UserError
+from plumbline.importing import HOME
 
 PATIENCE_S = 600
 LOG, PID = "serve.log", "serve.pid"
@@ -71,9 +72,11 @@ def detach(options: argparse.Namespace, target: Path) -> int:
     if running(pid_file):
         raise UserError(f"{options.target}: is served already (process {pid_file.read_text()}); --stop ends that")
     arguments = [a for a in sys.argv[1:] if a != "--detach"]
+    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), HOME]))
     with (target / LOG).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cli", *arguments],
+            [sys.executable, "-P", "-m", "cli", *arguments],  # -P: not the working directory's `cli`
+            env={**os.environ, "PYTHONPATH": paths},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -19,6 +19,7 @@ from plumbline.config.section import bounds
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import check_targets, needs_target, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
+from plumbline.importing import PACKAGES, with_working_directory
 from plumbline.records import Prompt
 from plumbline.runs.directory import check_run_dir
 from plumbline.runs.mirror import check_storage
@@ -162,18 +163,21 @@ def _reward(key: str, reward: Reward) -> str:
         return _classifier(f"{key}.path", model_path(reward.path))
     assert isinstance(reward, ProgramReward)
     module, _, function = reward.function.partition(":")
-    sys.path.append(os.getcwd())
+    ours = module.partition(".")[0]
+    taken = f" ({ours} is a package of Plumbline's: give yours another name)" if ours in PACKAGES else ""
+    before = list(sys.path)
+    sys.path[:] = with_working_directory(before)
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # importing runs the user's code, which can fail as any code can
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
-            f"{key}.function: {reward.function}: {what}; write module:function, importable here"
+            f"{key}.function: {reward.function}: {what}{taken}; write module:function, importable here"
         ) from None
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path[:] = before
     if not callable(found):
-        raise ConfigError(f"{key}.function: {reward.function}: {module} has no function {function!r}")
+        raise ConfigError(f"{key}.function: {reward.function}: {module} has no function {function!r}{taken}")
     return reward.function
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HOUSE = """
     plumbline.errors  plumbline.records
+    plumbline.importing
     plumbline.config
     plumbline.models
     plumbline.data

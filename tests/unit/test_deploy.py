@@ -18,6 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from plumbline.config.demand import named
 from plumbline.config.file import load_config
+from plumbline.importing import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_v1.schema.json").read_text())
@@ -197,12 +198,7 @@ def test_a_submitted_checkout_is_whole() -> None:
     """A rule such as `runs/`, meant for what runs leave at the top, would drop `plumbline/runs/` from every job."""
     ignored = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
     assert len(ignored) == 2
-    code = [
-        path
-        for name in ("plumbline", "actors", "pipelines", "serve", "cli")
-        for path in (ROOT / name).rglob("*")
-        if "__pycache__" not in path.parts
-    ]
+    code = [path for name in PACKAGES for path in (ROOT / name).rglob("*") if "__pycache__" not in path.parts]
     assert len(code) > 100
     assert not [path for path in code for rule in ignored if rule(path)]
     assert all(any(rule(ROOT / name) for rule in ignored) for name in ("runs/quickstart/events.jsonl", ".venv/bin/ray"))
