@@ -141,7 +141,7 @@ def resume_command(options: argparse.Namespace) -> int:
 def _run(config: Any, run_dir: Path) -> int:
     from plumbline.doctor import check
 
-    prompts = check(config, run_dir)  # before Ray and vLLM are even imported: wrong input is told at once
+    checked = check(config, run_dir)  # before Ray and vLLM are even imported: wrong input is told at once
 
     from cli.display import Display, duration, result_text
     from pipelines.run import run
@@ -153,7 +153,7 @@ def _run(config: Any, run_dir: Path) -> int:
 
         endpoint = LiveEndpoint(config)
     with Display() as display:
-        result = run(config, run_dir, display, prompts, endpoint)
+        result = run(config, run_dir, display, checked, endpoint)
     print(result_text(result))
     print(f"done in {duration(time.monotonic() - started)}; everything is in {run_dir}")
     return 0

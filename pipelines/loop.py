@@ -35,13 +35,15 @@ from plumbline.runs.policies import PROOF, version_directory
 @dataclass(slots=True)
 class Progress:
     """Where a method stands: it goes on after step `resumed`, of which `logged` have their event; `proved` is the
-    version that all generators serve; `undrawn` parts will still be asked of them."""
+    version that all generators serve; `undrawn` parts will still be asked of them. `tokens` and `described` are what
+    steps that are under way sampled, and what their parts say of themselves."""
 
     resumed: int
     logged: int
     proved: int
     undrawn: int
     tokens: dict[int, int] = field(default_factory=dict)
+    described: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 async def run_method(context: Context, method: Method, section: MethodSection) -> None:
@@ -151,8 +153,9 @@ async def produce(context: Context, method: Method, channel: Any, progress: Prog
     async def one(step: int, part: int) -> None:
         if part in drawn:
             await drawn[part]
-        samples = method.samples(await asyncio.to_thread(method.parts.read, part))
-        await ask(channel.put.remote(step, Box(ref=ray.put(samples))))
+        rows = await asyncio.to_thread(method.parts.read, part)
+        progress.described[step] = method.describe(rows)
+        await ask(channel.put.remote(step, Box(ref=ray.put(method.samples(rows)))))
 
     async with asyncio.TaskGroup() as steps:
         for step in range(progress.resumed + 1, method.total + 1):
@@ -183,7 +186,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
     """
     for step in range(progress.logged + 1, progress.resumed):
         # The learner publishes the newest checkpoint's version alone: of those before it, the parts are what is known.
-        context.events.write(await step_event(method, step, {}))
+        context.events.write(await step_event(method, step, {}, None))
     started = clock = time.monotonic()
     busy = await busy_seconds(context)
     first = max(progress.logged + 1, progress.resumed)
@@ -202,7 +205,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         wait, work = metrics.pop("learner_wait_s", 0.0), metrics.pop("learner_work_s", 0.0)
         context.events.write(
             {
-                **await step_event(method, step, metrics),
+                **await step_event(method, step, metrics, progress.described.pop(step, None)),
                 "proof_difference": max((p.difference for p in proofs), default=0.0),
                 "proof_drift": min((p.drift for p in proofs), default=0.0),
                 "seconds": seconds,
@@ -219,15 +222,19 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         clock, busy = now, now_busy
 
 
-async def step_event(method: Method, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What a step's event says of its part, beside the learner's `metrics`."""
+async def step_event(
+    method: Method, step: int, metrics: Mapping[str, float], described: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """What a step's event says of its part, beside the learner's `metrics`; read anew where none has `described` it."""
     part = method.part(step)
+    if described is None:
+        described = method.describe(await asyncio.to_thread(method.parts.read, part))
     return {
         "pipeline": method.name,
         "step": step,
         "steps": method.total,
         **metrics,
-        **method.describe(await asyncio.to_thread(method.parts.read, part)),
+        **described,
         "rejected": sum(row["step"] == part for row in method.rejected.rows()),
     }
 

@@ -5,62 +5,52 @@ check -> run directory -> Ray -> π0 (`sft`) -> fleet -> pipelines -> evaluation
 
 import asyncio
 import math
-import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.embedder import EmbedderSpec
-from actors.engines.seam import engine_spec
-from actors.engines.start import resolve_engine
-from actors.reference import ReferenceSpec
-from actors.scorer import ScorerSpec
-from actors.spawn import Fleet, ask, is_job, missing, start_fleet, start_ray, stop_ray
-from pipelines.autoscaler import autoscale
+from actors.spawn import is_job, missing, start_ray, stop_ray
 from pipelines.context import Context, Event, EventLog
 from pipelines.dlma import DlmaMethod
 from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
+from pipelines.fleet import fill_fleet, make_context
 from pipelines.gate import Gatekeeper
 from pipelines.loop import first_failure, run_method
 from pipelines.monitor import monitor_pool, push_events
 from pipelines.ple import PleMethod
-from pipelines.pool import Pool
 from pipelines.raft import RaftMethod
 from pipelines.reward import run_reward
 from pipelines.self_contrast import SelfContrastMethod
 from pipelines.sft import run_sft
-from plumbline.config.data import ClassifierReward, Reward
 from plumbline.config.demand import demand, named
 from plumbline.config.file import load_config as read_config
-from plumbline.config.pipelines import Pipeline, Preference, RewardModel, SelfContrast, Sft
+from plumbline.config.pipelines import Pipeline, RewardModel, Sft
 from plumbline.config.tree import Config
-from plumbline.data.prompting import encode_response, render
-from plumbline.doctor import check, model_directory, resolve_dtype, run_device, run_tokenizer
+from plumbline.doctor import Checked, check, model_directory, run_tokenizer
 from plumbline.errors import ConfigError, PlumblineError, RunError
-from plumbline.records import PolicyRef, Prompt, TokenGroup, public_name
+from plumbline.records import PolicyRef, Prompt, public_name
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
-from plumbline.runs.policies import base_directory, model_path, parse_ref, read_publication, versions, write_probe
-from plumbline.tracking.feed import Trackers, start_trackers
-
-PROBE_GROUPS = 16
-"""Prompts of the probe that versions are proved on, one response each."""
+from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
+from plumbline.runs.storage import Storage
+from plumbline.tracking.feed import start_trackers
 
 
 def run(
     config: Config,
     run_dir: Path,
     listen: Callable[[Event], None],
-    prompts: list[Prompt],
+    checked: Checked,
     endpoint: RunEndpoint | None,
 ) -> dict[str, Any]:
     """Run all pipelines of a config; continues what `run_dir` holds of it. Returns the evaluation, or nothing.
 
     Args:
-        prompts: what `plumbline.doctor.check` returned.
+        checked: what `plumbline.doctor.check` returned.
         endpoint: answers users meanwhile, where the config has `serve.enabled`.
 
     Raises:
@@ -71,8 +61,9 @@ def run(
     storage = open_storage(config, run_dir)
     saving = pushed_at_end(storage, run_dir, lambda message: listen({"message": message}))
     with saving, start_trackers(config, run_dir, listen) as trackers:
+        events = EventLog(run_dir / "events.jsonl", listen, trackers)
         return asyncio.run(
-            within_ray(config, lambda: run_pipelines(config, run_dir, prompts, listen, trackers, endpoint))
+            within_ray(config, lambda: run_pipelines(config, run_dir, checked, storage, events, endpoint))
         )
 
 
@@ -94,12 +85,14 @@ def compare(
     for name, ref in named.items():
         if ref is None:
             model_directory(name, "--of")
-    checked = check(config, run_dir)
+    checked, storage = check(config, run_dir), run_storage(config, run_dir)
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
     config = config.model_copy(update={"evaluation": settings})
-    result = asyncio.run(within_ray(config, lambda: compare_policies(config, run_dir, checked, named, listen)))
-    push_logs(run_storage(config, run_dir), run_dir)
+    events = EventLog(run_dir / "events.jsonl", listen)
+    work = partial(compare_policies, config, run_dir, checked, storage, events, named)
+    result = asyncio.run(within_ray(config, work))
+    push_logs(storage, run_dir)
     return result
 
 
@@ -121,12 +114,7 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
 
 
 async def run_pipelines(
-    config: Config,
-    run_dir: Path,
-    prompts: list[Prompt],
-    listen: Callable[[Event], None],
-    trackers: Trackers,
-    endpoint: RunEndpoint | None,
+    config: Config, run_dir: Path, checked: Checked, storage: Storage, events: EventLog, endpoint: RunEndpoint | None
 ) -> dict[str, Any]:
     """π0, then all pipelines at once over one fleet, then before against after.
 
@@ -135,7 +123,7 @@ async def run_pipelines(
     Raises:
         PlumblineError: the failure of the only pipeline, or a RunError that names those that failed.
     """
-    context = make_context(config, run_dir, prompts, listen, trackers)
+    context = make_context(config, run_dir, checked, storage, events)
     for name, asked, offered in missing(demand(config)):
         context.events.say(
             f"the run asks for {asked:g} {name}, all nodes offer {offered:g}: what finds no room waits until one joins"
@@ -228,9 +216,10 @@ async def evaluate_newest(context: Context) -> dict[str, Any]:
 async def compare_policies(
     config: Config,
     run_dir: Path,
-    prompts: list[Prompt],
+    checked: Checked,
+    storage: Storage,
+    events: EventLog,
     named: Mapping[str, PolicyRef | None],
-    listen: Callable[[Event], None],
 ) -> dict[str, Any]:
     """See `compare`. Versions of the run share one pool; each model directory gets its own, one after another.
 
@@ -245,7 +234,9 @@ async def compare_policies(
     result: dict[str, Any] = {}
     for directory, refs in pools.items():
         model = config.model.model_copy(update={"path": directory, "init": None, "tokenizer": None})
-        context = make_context(config.model_copy(update={"model": model}), run_dir, prompts, listen)
+        other = config.model_copy(update={"model": model})
+        own = replace(checked, tokenizer=run_tokenizer(other))
+        context = make_context(other, run_dir, own, storage, events)
         try:
             await fill_fleet(context, train=False)
             for ref in refs.values():
@@ -257,127 +248,3 @@ async def compare_policies(
         finally:
             await context.close()
     return result
-
-
-def make_context(
-    config: Config,
-    run_dir: Path,
-    prompts: list[Prompt],
-    listen: Callable[[Event], None],
-    trackers: Trackers | None = None,
-) -> Context:
-    """What all pipelines share, with an empty fleet."""
-    device = run_device(config)
-    context = Context(
-        config=config,
-        run_dir=run_dir,
-        device=device,
-        dtype=resolve_dtype(config.model.dtype, device),
-        tokenizer=run_tokenizer(config),
-        prompts=prompts,
-        events=EventLog(run_dir / "events.jsonl", listen, trackers),
-        fleet=start_fleet(keep=6 + config.kept_versions, run=config.name),
-        model_path=config.model.path or "",
-        storage=run_storage(config, run_dir),
-    )
-    return replace(context, probe=make_probe(context))
-
-
-async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None] = lambda: None) -> None:
-    """Start generators, rewards and what the methods need to `train`, and wait until they are loaded.
-
-    Args:
-        beside: called while they load.
-    """
-    config, fleet = context.config, context.fleet
-    choice = resolve_engine(config.fleet.engine)
-    settings = config.fleet.generator
-    users = config.serve.enabled and train and config.serve.placement == "pool"
-    spec = engine_spec(
-        config,
-        context.model_path,
-        context.dtype,
-        context.device,
-        versions=config.kept_versions * max(1, len(config.served)) + (config.serve.pinned if users else 0),
-        seats=config.serve.seats if users else 0,
-        chat_template=context.tokenizer.chat_template,
-    )
-    context.events.say(f"engine: {choice} (fleet.engine: {config.fleet.engine}), {context.dtype} on {context.device}")
-    fleet.add_generators(
-        settings,
-        choice,
-        spec,
-        context.probe,
-        context.tolerance,
-        keep=config.kept_versions,
-        pinned=config.serve.pinned if users else 0,
-        run_dir=context.run_dir,
-    )
-    if config.reward:
-        fleet.scorer = add_reward(fleet, context, config.reward)
-    if config.evaluation and config.evaluation.judge:
-        fleet.judge = add_reward(fleet, context, config.evaluation.judge, role="judge")
-    if train and any(isinstance(p, Preference) for p in config.pipelines):
-        add_reference(context)
-    if train and config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
-        one = config.embedder
-        device = "cuda" if one.gpus else "cpu"
-        fleet.add_embedders(one, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size))
-    if train:
-        fleet.trainer()  # loads meanwhile
-    beside()
-    await fleet.ready()
-    if fleet.reference:
-        context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
-    longest = max(p.generation.max_tokens for p in config.methods)
-    context.pool = Pool(fleet.generators, capacity=spec.in_flight * longest, batch=spec.batch)
-    context.beside.append(asyncio.create_task(autoscale(context)))
-
-
-def add_reference(context: Context) -> None:
-    """The frozen π0, with its cache."""
-    settings = context.config.fleet.reference
-    cache = Path(settings.cache) if settings.cache else user_cache()
-    context.fleet.add_reference(
-        settings,
-        ReferenceSpec(
-            model_path=context.model_path,
-            dtype=context.dtype,
-            device="cuda" if settings.gpus else "cpu",
-            threads=settings.cpus,
-            batch_tokens=settings.batch_tokens,
-            cache=str(cache),
-        ),
-    )
-
-
-def user_cache() -> Path:
-    """Where a user's programs keep what can be computed again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline"
-
-
-def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scorer") -> list[Any]:
-    """The scorers of one reward."""
-    if isinstance(reward, ClassifierReward):
-        spec = ScorerSpec(
-            path=model_path(reward.path),
-            reads=reward.reads,
-            max_len=reward.max_len,
-            batch_tokens=reward.batch_tokens,
-            device="cuda" if context.config.fleet.scorer.gpus else "cpu",
-        )
-    else:
-        spec = ScorerSpec(function=reward.function)
-    return fleet.add_scorers(context.config.fleet.scorer, spec, role)
-
-
-def make_probe(context: Context) -> tuple[TokenGroup, ...]:
-    """Prompts with their targets, or with their own words where there are none: text the policy's changes show on."""
-    groups = []
-    for prompt in context.prompts[: 4 * PROBE_GROUPS]:
-        ids = render(context.tokenizer, prompt.messages)[: context.config.model.max_len // 2]
-        text = prompt.target or prompt.query
-        response = encode_response(context.tokenizer, text)[: context.config.model.max_len // 4]
-        if len(groups) < PROBE_GROUPS and response:
-            groups.append(TokenGroup(ids, [response]))
-    return tuple(groups)

@@ -42,11 +42,22 @@ class Finding:
     error: UserError | None = None
 
 
-def check(config: Config, run_dir: Path) -> list[Prompt]:
-    """What must hold before a run starts, the quick part of `examine`; what takes the longest to import comes last.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What `check` found out about a run, for those who carry it out.
 
-    Returns:
-        The training prompts, which it had to read; none where only reward models are trained.
+    Attributes:
+        prompts: the training prompts; none where only reward models are trained.
+    """
+
+    prompts: list[Prompt]
+    tokenizer: "PreTrainedTokenizerBase"
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+
+
+def check(config: Config, run_dir: Path) -> Checked:
+    """What must hold before a run starts, the quick part of `examine`; what takes the longest to import comes last.
 
     Raises:
         UserError: the first thing that does not hold. Nothing was loaded, started or written.
@@ -55,20 +66,23 @@ def check(config: Config, run_dir: Path) -> list[Prompt]:
     _run_dir(config, run_dir)
     check_tracking(config.tracking)
     rows = _read(config)
-    for what in (_models, _rewards, _devices):
-        what(config)
-    _room(config, rows)
-    return rows.prompts
+    _, tokenizer = _model(config)
+    _rewards(config)
+    device = run_device(config)
+    _devices(config, device)
+    _room(config, rows, tokenizer)
+    dtype = resolve_dtype(config.model.dtype, device)
+    return Checked(prompts=rows.prompts, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
 def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Everything that a run would need, one finding at a time; an error does not end it."""
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
-        ("model", lambda: _models(config)),
+        ("model", lambda: _model(config)[0]),
         ("reward", lambda: _rewards(config)),
         ("data", lambda: _data(config)),
-        ("devices", lambda: _devices(config)),
+        ("devices", lambda: _devices(config, run_device(config))),
         ("memory", lambda: _memory(config)),
         ("storage", lambda: check_storage(config, run_dir)),
         ("run directory", lambda: _run_dir(config, run_dir)),
@@ -135,12 +149,10 @@ def model_directory(path: str, key: str) -> str:
     return f"{kind} in {path}"
 
 
-def _models(config: Config) -> str:
-    note = "random weights"
-    if config.model.path is not None:
-        note = model_directory(config.model.path, "model.path")
-    run_tokenizer(config)
-    return note
+def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
+    path = config.model.path
+    note = "random weights" if path is None else model_directory(path, "model.path")
+    return note, run_tokenizer(config)
 
 
 def _needs_prompts(config: Config) -> bool:
@@ -241,15 +253,13 @@ def _read(config: Config) -> _Rows:
 
 def _data(config: Config) -> str:
     rows = _read(config)
-    _room(config, rows)
+    if _needs_prompts(config):
+        _room(config, rows, run_tokenizer(config))
     return ", ".join(f"{name}: {count} rows" for name, count in rows.counts.items())
 
 
-def _room(config: Config, rows: _Rows) -> None:
+def _room(config: Config, rows: _Rows, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Every pipeline must find a row that it can use. Raises DataError; ConfigError for an unknown principle."""
-    if not _needs_prompts(config):
-        return
-    tokenizer = run_tokenizer(config)
     for section in config.methods:
         for source, prompts in ((config.data.train, rows.prompts), (config.data.heldout, rows.heldout)):
             if source and not any(section_lengths(config, tokenizer, section, p).fit for p in prompts):
@@ -300,10 +310,9 @@ def _given(config: Config, section: Preference) -> None:
         check_model(source, rows, model_fingerprint(config.model.path))
 
 
-def _devices(config: Config) -> str:
+def _devices(config: Config, device: Literal["cpu", "cuda"]) -> str:
     import torch
 
-    device = run_device(config)
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if config.fleet.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("fleet.engine: vllm, but vLLM is not installed here; write auto or transformers")

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,9 +99,9 @@ def test_the_world_as_it_is_would_run(world: World, monkeypatch: pytest.MonkeyPa
     """Or every test below could pass for a reason of its own making. What would start Ray is replaced."""
     started: list[Path] = []
 
-    def run_it(config: Any, run_dir: Path, listen: Any, prompts: Sequence[Any], endpoint: None) -> dict[str, Any]:
+    def run_it(config: Any, run_dir: Path, listen: Any, checked: doctor.Checked, endpoint: None) -> dict[str, Any]:
         started.append(run_dir)
-        assert [prompt.id for prompt in prompts] == [f"p{i}" for i in range(8)]
+        assert [prompt.id for prompt in checked.prompts] == [f"p{i}" for i in range(8)]
         return {}
 
     monkeypatch.setitem(sys.modules, "pipelines.run", SimpleNamespace(run=run_it))
