@@ -19,7 +19,7 @@ from pipelines.autoscaler import autoscale
 from pipelines.context import Context, EventLog
 from pipelines.pool import Pool
 from plumbline.config.data import ClassifierReward, Reward
-from plumbline.config.pipelines import Preference, SelfContrast
+from plumbline.config.pipelines import Preference
 from plumbline.config.tree import Config
 from plumbline.data.prompting import encode_response, render
 from plumbline.doctor import Checked
@@ -81,7 +81,7 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
         fleet.judge = add_reward(fleet, context, config.evaluation.judge, role="judge")
     if train and any(isinstance(p, Preference) for p in config.pipelines):
         add_reference(context)
-    if train and config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+    if train and config.embedder and any(p.embeds for p in config.methods):
         one = config.embedder
         device = "cuda" if one.gpus else "cpu"
         fleet.add_embedders(one, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size))

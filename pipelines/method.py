@@ -18,8 +18,8 @@ from actors.scorer import Query
 from actors.spawn import ask
 from pipelines.context import Context
 from plumbline.config.learner import FullPolicy
-from plumbline.config.pipelines import Frozen, MethodSection, Raft, SelfContrast
-from plumbline.data.length_filter import needs_target, section_lengths, sft_group
+from plumbline.config.pipelines import Frozen, MethodSection
+from plumbline.data.length_filter import section_lengths, sft_group
 from plumbline.data.prompting import render, render_all
 from plumbline.errors import RunError
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
@@ -60,7 +60,6 @@ class Method(ABC):
         self._section = section
         directory = self.directory = context.run_dir / room / section.name
         self.name = section.name
-        self._answers = section.samples if isinstance(section, SelfContrast | Raft) else 2  # a prompt
         self.parts = Parts(str(directory), schema)
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self._prompts = list(prompts)
@@ -90,7 +89,7 @@ class Method(ABC):
 
     async def roll_out(self, step: int, ref: PolicyRef) -> Rollout:
         """Draw the step's prompts and answers, a chunk at a time, all chunks at once."""
-        prompts, size = self._draw(step), max(1, self._context.pool.batch // self._answers)
+        prompts, size = self._draw(step), max(1, self._context.pool.batch // self._section.answers)
         async with asyncio.TaskGroup() as chunks:
             tasks = [
                 chunks.create_task(self._roll_chunk(step, ref, prompts[i : i + size]))
@@ -176,7 +175,7 @@ def fitting(
         lengths = section_lengths(context.config, context.tokenizer, section, prompt)
         if not lengths.fit:
             unfit.append(rejected_row(0, prompt, "prompt too long", str(lengths)))
-        elif needs_target(section) and sft_group(context.config, context.tokenizer, prompt) is None:
+        elif section.needs_target and sft_group(context.config, context.tokenizer, prompt) is None:
             unfit.append(rejected_row(0, prompt, "target too long", f"model.max_len is {context.config.model.max_len}"))
         else:
             fit.append(prompt)

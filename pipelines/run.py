@@ -39,6 +39,9 @@ from plumbline.runs.policies import base_directory, parse_ref, read_publication,
 from plumbline.runs.storage import Storage
 from plumbline.tracking.feed import start_trackers
 
+METHODS = {"ple": PleMethod, "dlma": DlmaMethod, "self_contrast": SelfContrastMethod, "raft": RaftMethod}
+"""What makes the parts of each type of pipeline that generates."""
+
 
 def run(
     config: Config,
@@ -176,9 +179,8 @@ async def run_one(context: Context, section: Pipeline) -> None:
     elif isinstance(section, RewardModel):
         await run_reward(context, section)
     else:
-        methods = {"ple": PleMethod, "dlma": DlmaMethod, "self_contrast": SelfContrastMethod, "raft": RaftMethod}
         # Its prompts are tokenised first, which would hold up the other pipelines.
-        method = await asyncio.to_thread(methods[section.type], context, section)
+        method = await asyncio.to_thread(METHODS[section.type], context, section)
         await run_method(context, method, section)
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
 from plumbline.config.demand import demand, named
-from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, SelfContrast, Sft
+from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, Sft
 from plumbline.config.section import bounds
 from plumbline.config.tree import Config
-from plumbline.data.length_filter import check_targets, needs_target, section_lengths, sft_group
+from plumbline.data.length_filter import check_targets, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.importing import PACKAGES, with_working_directory
 from plumbline.records import Prompt
@@ -165,7 +165,7 @@ def _rewards(config: Config) -> str:
     for key, reward in (("reward", config.reward), ("evaluation.judge", judge)):
         if reward is not None:
             notes.append(_reward(key, reward))
-    if config.embedder is not None and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+    if config.embedder is not None and any(p.embeds for p in config.methods):
         notes.append(_embedder(config.embedder.path))
     return "; ".join(notes) or "none"
 
@@ -284,7 +284,7 @@ def _answers(
     """The targets or given pairs that a pipeline learns from. Raises DataError."""
     if isinstance(section, Preference) and section.pairs is not None:
         _given(config, section)
-    elif needs_target(section):
+    elif section.needs_target:
         check_targets(config, prompts, section.name)
         if not any(sft_group(config, tokenizer, p) for p in prompts):
             raise DataError(

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from plumbline.config.pipelines import Preference, SelfContrast
+from plumbline.config.pipelines import Preference
 from plumbline.config.section import bounds
 from plumbline.config.tree import Config
 
@@ -26,7 +26,7 @@ def demand(config: Config, *, most: bool = False) -> Counter[str]:
     total += _held(rewards * fleet.scorer.replicas, fleet.scorer.cpus, fleet.scorer.gpus, fleet.scorer.resources)
     if any(isinstance(p, Preference) for p in config.pipelines):
         total += _held(fleet.reference.replicas, 0, fleet.reference.gpus, fleet.reference.resources)
-    if config.embedder and any(isinstance(p, SelfContrast) and p.embeds for p in config.pipelines):
+    if config.embedder and any(p.embeds for p in config.methods):
         total += _held(config.embedder.replicas, 0, config.embedder.gpus, config.embedder.resources)
     learners: Counter[str] = Counter()
     for one in (p.learner for p in config.pipelines):

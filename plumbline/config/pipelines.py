@@ -34,6 +34,26 @@ class MethodBase(PipelineBase):
     policy: Policy = LoraPolicy()
     share: float = Field(default=1.0, gt=0, le=1000, description="weight of its requests where several wait")
 
+    @property
+    def answers(self) -> int:
+        """Answers that it asks for, a prompt."""
+        return 2
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether it cannot work without `reward`."""
+        return False
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether every row needs a target."""
+        return False
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it needs an `embedder`."""
+        return False
+
 
 class Ple(MethodBase):
     """Online learning with a principle-guided answer beside the plain one (METHODS.md §3)."""
@@ -53,6 +73,10 @@ class Ple(MethodBase):
     max_staleness: int = Field(
         default=1, ge=0, le=64, description="versions a rollout may be behind; 0 is strictly on-policy"
     )
+
+    @property
+    def needs_reward(self) -> bool:
+        return True
 
 
 class Frozen(MethodBase):
@@ -113,8 +137,17 @@ class SelfContrast(Preference):
     filter: bool = Field(default=True, description="false: negatives are drawn from all samples, without an embedder")
 
     @property
+    def answers(self) -> int:
+        return self.samples
+
+    @property
+    def needs_target(self) -> bool:
+        """The positive, where pairs are made here."""
+        return self.pairs is None
+
+    @property
     def embeds(self) -> bool:
-        """Whether it filters what it samples by similarity."""
+        """To filter what it samples by similarity."""
         return self.filter and self.pairs is None
 
     @model_validator(mode="after")
@@ -145,6 +178,14 @@ class Raft(Frozen):
     type: Literal["raft"]
     name: Name = "raft"
     samples: int = Field(default=4, ge=2, le=1024, description="answers drawn a prompt")
+
+    @property
+    def answers(self) -> int:
+        return self.samples
+
+    @property
+    def needs_reward(self) -> bool:
+        return True
 
 
 MethodSection = Ple | Dlma | SelfContrast | Raft

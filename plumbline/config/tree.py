@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from plumbline.config.data import Data, Model, Reward
 from plumbline.config.fleet import Embedder, Fleet
 from plumbline.config.learner import FullPolicy
-from plumbline.config.pipelines import Dlma, Generation, MethodSection, Pipeline, Ple, Raft, SelfContrast, Sft
+from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Ple, Sft
 from plumbline.config.section import Count, Name, Section, bounds
 from plumbline.config.serving import Serve
 from plumbline.config.tracking import Tracking
@@ -61,13 +61,13 @@ class Config(Section):
                     f"`policy: {{type: full}}` of {one.name!r} replaces the weights of all generators; "
                     "give it a run of its own, or `type: lora`"
                 )
-            if self.reward is None and isinstance(one, Ple | Raft):
+            if self.reward is None and one.needs_reward:
                 raise ValueError(f"a `{one.type}` pipeline needs `reward` (type: classifier or type: program)")
             if self.model.init and self.sft is None:
                 raise ValueError(
                     f"a `{one.type}` pipeline cannot start from random weights; add `sft`, or give `model.path`"
                 )
-            if isinstance(one, SelfContrast) and one.embeds and self.embedder is None:
+            if one.embeds and self.embedder is None:
                 raise ValueError(
                     "`self_contrast` needs `embedder` (path: a sentence-transformers model), or `filter: false`"
                 )
@@ -76,7 +76,7 @@ class Config(Section):
     @property
     def methods(self) -> list["MethodSection"]:
         """The pipelines whose policies generators serve."""
-        return [p for p in self.pipelines if isinstance(p, Ple | Dlma | SelfContrast | Raft)]
+        return [p for p in self.pipelines if isinstance(p, MethodBase)]
 
     @property
     def served(self) -> list["MethodSection | Sft"]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plumbline.config.pipelines import MethodSection, Preference, SelfContrast
+from plumbline.config.pipelines import MethodSection, Preference
 from plumbline.config.tree import Config
 from plumbline.data.prompting import encode_response, render, steerings
 from plumbline.errors import DataError
@@ -52,11 +52,6 @@ def section_lengths(
     given = isinstance(section, Preference) and section.pairs is not None
     tokens = 0 if given else section.generation.max_tokens
     return prompt_lengths(config, tokenizer, prompt, [] if given else steerings(section), tokens)
-
-
-def needs_target(section: MethodSection) -> bool:
-    """Whether a method needs a target in every row: Self-Contrast's positive."""
-    return isinstance(section, SelfContrast) and section.pairs is None
 
 
 def sft_group(config: Config, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> TokenGroup | None:
