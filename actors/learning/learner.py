@@ -1,6 +1,6 @@
 """A learner: a Ray Train run whose workers pull parts until their channel closes.
 
-Ray Train places and restarts the workers; `train_loop` is what each does.
+Ray Train places and restarts the workers; `actors.learning.worker` is what each does.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ from plumbline.config.reference import anchor
 from plumbline.config.tree import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("plumbline", "actors", "serve", "pipelines", "cli")
 FOLDERS = (*ROOMS, "benchmarks", "configs", "deploy", "docs", "locks", "scripts", "tests")
 FENCE = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
