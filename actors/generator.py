@@ -9,9 +9,9 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from actors.engines.seam import Adapter, Engine, EngineSpec
+from actors.engines.seam import Adapter, Engine, EngineKind, EngineSpec
 from actors.engines.start import start_engine
 from actors.metrics import GENERATOR_ACTIVE, GENERATOR_REQUESTS, GENERATOR_TOKENS
 from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersions, score
@@ -37,7 +37,7 @@ class Generator:
     def __init__(
         self,
         name: str,
-        choice: Literal["vllm", "transformers"],
+        choice: EngineKind,
         spec: EngineSpec,
         probe: Sequence[TokenGroup],
         tolerance: float,
@@ -46,7 +46,7 @@ class Generator:
         pinned: int = 0,
     ) -> None:
         self._name = name
-        self._choice: Literal["vllm", "transformers"] = choice
+        self._choice: EngineKind = choice
         self._spec = spec
         self._probe = list(probe)
         self._tolerance = tolerance

@@ -14,7 +14,6 @@ from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
 from plumbline.errors import ConfigError
-from plumbline.importing import with_working_directory
 from plumbline.models.classifier import Reads, classifier_logits, reward_ids
 from plumbline.records import Generation, Message, ScoreRequest
 
@@ -81,7 +80,8 @@ class Scorer:
 def load_function(name: str) -> RewardFunction:
     """`module:function`, the working directory included. Raises ConfigError where there is none."""
     module, _, attribute = name.partition(":")
-    sys.path[:] = with_working_directory(sys.path)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         function: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import cloudpickle
@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
 from actors.embedder import Embedder, EmbedderSpec
-from actors.engines.seam import EngineSpec
+from actors.engines.seam import EngineKind, EngineSpec
 from actors.generator import Generator
 from actors.learning.learner import Trainer
 from actors.learning.worker import LearnerSpec
@@ -135,7 +135,7 @@ class Fleet:
     def add_generators(
         self,
         settings: GeneratorFleet,
-        choice: Literal["vllm", "transformers"],
+        choice: EngineKind,
         spec: EngineSpec,
         probe: Sequence[TokenGroup],
         tolerance: float,

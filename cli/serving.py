@@ -72,11 +72,11 @@ def detach(options: argparse.Namespace, target: Path) -> int:
     if running(pid_file):
         raise UserError(f"{options.target}: is served already (process {pid_file.read_text()}); --stop ends that")
     arguments = [a for a in sys.argv[1:] if a != "--detach"]
-    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), HOME]))
+    # Not `-m cli`, which would be the working directory's own, where it has one.
+    code = f"import sys; sys.path.append({HOME!r}); from cli.main import main; sys.exit(main())"
     with (target / LOG).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cli", *arguments],  # -P: not the working directory's `cli`
-            env={**os.environ, "PYTHONPATH": paths},
+            [sys.executable, "-P", "-c", code, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -39,7 +39,9 @@ def measure(
     try:
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
         max_len = min(max_len, getattr(config, "max_position_embeddings", max_len))
-        groups = sample_groups(data, tokenizer, columns=columns, prompts=prompts, max_len=max_len, seed=seed)
+        groups = sample_groups(
+            data, tokenizer, columns=columns, prompts=prompts, least=MIN_PROMPTS, max_len=max_len, seed=seed
+        )
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=False)
     except UserError:
         raise

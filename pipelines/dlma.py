@@ -23,8 +23,8 @@ class DlmaMethod(Method):
     """Pairs of π0's own answers, with its own margins."""
 
     def __init__(self, context: Context, section: Dlma) -> None:
-        self._given = OfflinePairs(context, section.pairs) if section.pairs else None
-        prompts = (self._given.prompts, []) if self._given else fitting(context, section)
+        self._offline = OfflinePairs(context, section.pairs) if section.pairs else None
+        prompts = (self._offline.prompts, []) if self._offline else fitting(context, section)
         super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
         self._dlma = section
         self._contrast = dlma_contrast(section.contrast)
@@ -32,8 +32,8 @@ class DlmaMethod(Method):
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
         """Two answers a prompt, and six log-probs of π0: four for the margin, two as DPO's reference."""
-        if self._given:
-            return self._given.rollout(step, prompts)
+        if self._offline:
+            return self._offline.rollout(step, prompts)
         sides = {"positive": self._contrast.positive, "negative": self._contrast.negative}
         asked = self._requests(step, prompts, ref, sides)
         judged = [self._contrast_prompts(prompt) for prompt in prompts]

@@ -27,17 +27,17 @@ class SelfContrastMethod(Method):
 
     def __init__(self, context: Context, section: SelfContrast) -> None:
         self._contrast = section
-        self._given = None
+        self._offline = None
         if section.pairs and is_parts(section.pairs):
-            self._given = OfflinePairs(context, section.pairs)
-            prompts = (self._given.prompts, [])
+            self._offline = OfflinePairs(context, section.pairs)
+            prompts = (self._offline.prompts, [])
         else:
             prompts = fitting(context, section, read_preference_file(section.pairs) if section.pairs else None)
         super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
-        if self._given:
-            return self._given.rollout(step, prompts)
+        if self._offline:
+            return self._offline.rollout(step, prompts)
         if self._contrast.pairs:
             return await self._of_preferences(step, prompts)
         return await self._of_samples(step, ref, prompts)

@@ -19,7 +19,7 @@ from plumbline.config.section import bounds
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import check_targets, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
-from plumbline.importing import PACKAGES, with_working_directory
+from plumbline.importing import PACKAGES
 from plumbline.records import Prompt
 from plumbline.runs.directory import check_run_dir
 from plumbline.runs.mirror import check_storage
@@ -177,8 +177,7 @@ def _reward(key: str, reward: Reward) -> str:
     module, _, function = reward.function.partition(":")
     ours = module.partition(".")[0]
     taken = f" ({ours} is a package of Plumbline's: give yours another name)" if ours in PACKAGES else ""
-    before = list(sys.path)
-    sys.path[:] = with_working_directory(before)
+    sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # importing runs the user's code, which can fail as any code can
@@ -187,7 +186,7 @@ def _reward(key: str, reward: Reward) -> str:
             f"{key}.function: {reward.function}: {what}{taken}; write module:function, importable here"
         ) from None
     finally:
-        sys.path[:] = before
+        sys.path.remove(os.getcwd())
     if not callable(found):
         raise ConfigError(f"{key}.function: {reward.function}: {module} has no function {function!r}{taken}")
     return reward.function
@@ -283,7 +282,7 @@ def _answers(
 ) -> None:
     """The targets or given pairs that a pipeline learns from. Raises DataError."""
     if isinstance(section, Preference) and section.pairs is not None:
-        _given(config, section)
+        _check_pairs(config, section)
     elif section.needs_target:
         check_targets(config, prompts, section.name)
         if not any(sft_group(config, tokenizer, p) for p in prompts):
@@ -293,7 +292,7 @@ def _answers(
             )
 
 
-def _given(config: Config, section: Preference) -> None:
+def _check_pairs(config: Config, section: Preference) -> None:
     """Pairs from elsewhere: parts of this very model, or a preference file. Raises DataError."""
     from plumbline.models.logp_cache import model_fingerprint
     from plumbline.runs.preferences import check_model, is_parts, read_parts, read_preference_file

@@ -1,13 +1,13 @@
 """Python finds our packages where this code lies, whatever the working directory holds: a user's own `serve.py` or
 `actors/` has the name of one of ours, and Ray puts a driver's working directory first in its workers' `sys.path`.
 
-Called by the command line, by Ray's workers before they import anything of ours (`actors.spawn.start_ray`), and by the
-doctor, which imports a reward as they will.
+Called by the command line, and by Ray's workers before they import anything of ours (`actors.spawn.start_ray`).
 """
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 HOME = str(Path(__file__).resolve().parents[1])
@@ -17,22 +17,31 @@ PACKAGES = ("plumbline", "actors", "pipelines", "serve", "cli")
 
 
 def ours_first(path: Sequence[str]) -> list[str]:
-    """An import path on which nothing of our names comes before `HOME`; what would moves right behind it.
+    """An import path that has `HOME`, and before it nothing of our names; what would stand there moves right behind it.
 
-    `HOME` itself stays where it is: beside an installed package are others, and none may come before Python's own.
+    `HOME` stays where it is, or comes last: beside an installed package are others, and none may come before Python's
+    own. A folder without `__init__.py` is no package while `HOME`, anywhere behind it, has one of that name.
     """
-    home, places = os.path.realpath(HOME), [os.path.realpath(entry) for entry in path]
-    at = places.index(home) if home in places else len(path)
-    shadows = [entry for entry in path[:at] if _has_our_names(entry)]
-    if not shadows or not os.path.isdir(home):  # a worker of another machine may have our packages elsewhere
+    home, places = os.path.realpath(HOME), [_place(entry) for entry in path]
+    if not os.path.isdir(home):  # a worker of another machine may have our packages elsewhere
         return list(path)
+    at = places.index(home) if home in places else len(path)
+    shadows = [entry for entry in path[:at] if any(_has(entry, name) for name in PACKAGES)]
     return [*(entry for entry in path[:at] if entry not in shadows), HOME, *shadows, *path[at + 1 :]]
 
 
-def _has_our_names(directory: str) -> bool:
-    """A directory without `__init__.py` is no package while there is one elsewhere on the path."""
-    files = [file for name in PACKAGES for file in (f"{name}.py", os.path.join(name, "__init__.py"))]
-    return any(os.path.isfile(os.path.join(directory, file)) for file in files)
+def _place(entry: str) -> str:
+    """Where an entry is; a relative one is nowhere once the working directory was removed."""
+    try:
+        return os.path.realpath(entry)
+    except OSError:
+        return entry
+
+
+def _has(entry: str, name: str) -> bool:
+    """Whether a path's entry, a directory or an archive, has a module or a package of this name."""
+    spec = PathFinder.find_spec(name, [entry])
+    return spec is not None and spec.loader is not None
 
 
 def worker_hook() -> Callable[[], None]:
@@ -49,8 +58,3 @@ def worker_hook() -> Callable[[], None]:
                 sys.path[:] = ours_first(sys.path)
 
     return lambda: sys.meta_path.insert(0, OursFirst())
-
-
-def with_working_directory(path: Sequence[str]) -> list[str]:
-    """The import path on which a reward is looked up: modules of the working directory are found, ours not replaced."""
-    return ours_first(path if os.getcwd() in path else [os.getcwd(), *path])

@@ -12,6 +12,8 @@ from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.tree import Config
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
+EngineKind = Literal["vllm", "transformers"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
@@ -98,8 +100,8 @@ class Engine(Protocol):
     """What a generator asks of it. All calls may overlap; `adapter=None` means the base model."""
 
     @property
-    def kind(self) -> str:
-        """ "vllm" or "transformers"."""
+    def kind(self) -> EngineKind:
+        """What a config calls it."""
         ...
 
     async def generate(

@@ -3,17 +3,17 @@
 import importlib.util
 from typing import Literal
 
-from actors.engines.seam import Engine, EngineSpec
+from actors.engines.seam import Engine, EngineKind, EngineSpec
 
 
-def resolve_engine(choice: Literal["auto", "vllm", "transformers"]) -> Literal["vllm", "transformers"]:
+def resolve_engine(choice: Literal["auto"] | EngineKind) -> EngineKind:
     """`auto` is vLLM where it is installed."""
     if choice != "auto":
         return choice
     return "vllm" if importlib.util.find_spec("vllm") else "transformers"
 
 
-def start_engine(choice: Literal["vllm", "transformers"], spec: EngineSpec) -> Engine:
+def start_engine(choice: EngineKind, spec: EngineSpec) -> Engine:
     """Load the model; takes seconds to minutes. Must be called inside a running event loop."""
     if choice == "vllm":
         from actors.engines.vllm import VllmEngine

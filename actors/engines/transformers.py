@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from actors.engines.seam import Adapter, EngineSpec
+from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import RunError
 from plumbline.records import Completion, Head, Sampling, UserRequest
@@ -21,7 +21,7 @@ from plumbline.records import Completion, Head, Sampling, UserRequest
 class TransformersEngine:
     """One model on this process's device; calls queue up behind one lock."""
 
-    kind = "transformers"
+    kind: EngineKind = "transformers"
 
     def __init__(self, spec: EngineSpec) -> None:
         torch.set_num_threads(spec.threads)

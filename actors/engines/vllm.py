@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from actors.engines.seam import Adapter, EngineSpec
+from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from actors.engines.vllm_openai import OpenAIAnswers
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import RunError
@@ -22,7 +22,7 @@ LEAVES_BASE = "actors.engines.vllm_lora.LeavesBase"
 class VllmEngine:
     """One vLLM engine on this process's devices."""
 
-    kind = "vllm"
+    kind: EngineKind = "vllm"
 
     def __init__(self, spec: EngineSpec) -> None:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plumbline.config.pipelines import Dlma, Pipeline, Ple, Preference, RewardModel, SelfContrast
+from plumbline.config.pipelines import Dlma, Pipeline, Ple, Preference, RewardModel
 from plumbline.methods.losses import dpo_loss, ple_loss, reward_model_loss, sft_loss
 from plumbline.models.classifier import classifier_logits
 from plumbline.models.group_logps import group_logps
@@ -163,7 +163,7 @@ def build_objective(section: Pipeline, parts: Path, seed: int) -> Objective:
     """The objective that a pipeline's section of the config asks for."""
     if isinstance(section, Ple):
         return PleObjective(section, parts, seed)
-    if isinstance(section, Dlma | SelfContrast):
+    if isinstance(section, Preference):
         return DpoObjective(section)
     return RewardObjective(section) if isinstance(section, RewardModel) else SftObjective()
 

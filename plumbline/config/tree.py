@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from plumbline.config.data import Data, Model, Reward
 from plumbline.config.fleet import Embedder, Fleet
 from plumbline.config.learner import FullPolicy
-from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Ple, Sft
+from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Sft
 from plumbline.config.section import Count, Name, Section, bounds
 from plumbline.config.serving import Serve
 from plumbline.config.tracking import Tracking
@@ -69,7 +69,7 @@ class Config(Section):
                 )
             if one.embeds and self.embedder is None:
                 raise ValueError(
-                    "`self_contrast` needs `embedder` (path: a sentence-transformers model), or `filter: false`"
+                    f"a `{one.type}` pipeline needs `embedder` (a sentence-transformers model), or `filter: false`"
                 )
         return self
 
@@ -86,4 +86,4 @@ class Config(Section):
     @property
     def kept_versions(self) -> int:
         """Versions of a policy that generators keep: one that is coming, and those that rollouts may ask for."""
-        return 2 + max((p.max_staleness for p in self.pipelines if isinstance(p, Ple)), default=0)
+        return 2 + max((getattr(p, "max_staleness", 0) for p in self.methods), default=0)

@@ -9,7 +9,6 @@ from plumbline.config.data import Source
 from plumbline.data.dataset import read_preferences
 from plumbline.data.prompting import encode_response, render
 from plumbline.errors import DataError
-from plumbline.methods.theory import MIN_PROMPTS
 from plumbline.records import Message, Prompt, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, pair_samples
 from plumbline.runs.parts import Parts
@@ -68,6 +67,7 @@ def sample_groups(
     *,
     columns: Mapping[str, str] | None = None,
     prompts: int,
+    least: int,
     max_len: int,
     seed: int,
 ) -> list[TokenGroup]:
@@ -77,10 +77,11 @@ def sample_groups(
         path: a preference file or dataset, one rejected answer a row or several (rows with the same prompt and chosen
             answer are one prompt), or a directory of parts such as ``runs/NAME/pairs/self_contrast``.
         prompts: at most so many; of fewer all are used.
+        least: so many there must be.
         max_len: tokens of a prompt with a response; longer ones are left out.
 
     Raises:
-        DataError: as `read_preferences`, or fewer than `MIN_PROMPTS` prompts are left.
+        DataError: as `read_preferences`, or fewer than `least` prompts are left.
     """
     groups: list[TokenGroup] = []
     equal = long = 0
@@ -93,9 +94,9 @@ def sample_groups(
             long += 1
         if len(groups) >= prompts:
             break
-    if len(groups) < MIN_PROMPTS:
+    if len(groups) < least:
         raise DataError(
-            f"{path}: {len(groups)} prompts to estimate from, at least {MIN_PROMPTS} are needed ({equal} have no "
+            f"{path}: {len(groups)} prompts to estimate from, at least {least} are needed ({equal} have no "
             f"rejected answer other than the chosen one, {long} are longer than {max_len} tokens)"
         )
     return groups

@@ -1,4 +1,4 @@
-"""A run from a folder that has `actors/` and `serve.py` of its own, with the wheel installed and from a checkout."""
+"""A run from a folder that has packages of our names, with the wheel installed and from a checkout."""
 
 import os
 import shutil
@@ -50,6 +50,8 @@ def folder(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     (tmp_path / "actors").mkdir()
     (tmp_path / "actors/__init__.py").write_text("raise ImportError('not the one')\n")
     (tmp_path / "serve.py").write_text("raise ImportError('not the one')\n")
+    (tmp_path / "pipelines").mkdir()  # without `__init__.py`
+    (tmp_path / "pipelines/context.py").write_text("raise ImportError('not the one')\n")
     (tmp_path / "words.py").write_text("WANTED = {'goat', 'grass'}\n")
     (tmp_path / "judge.py").write_text(JUDGE)
     config = tiny_config(tmp_path, steps=2) | {"reward": {"type": "program", "function": "judge:score"}}

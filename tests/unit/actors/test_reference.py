@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from actors.reference import CACHE_FILE, ContrastLogps, ContrastPrompts, Reference, ReferenceSpec
 from plumbline.data.prompting import read_tokenizer
 from plumbline.errors import DataError, ModelError, RunError
-from plumbline.models import group_logps as modeling
+from plumbline.models import group_logps as forward
 from plumbline.models import lm_head
 from plumbline.models.logp_cache import model_fingerprint
 from plumbline.records import Completion, FinishReason, Generation, PolicyRef, TokenGroup
@@ -60,8 +60,8 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[list[TokenGroup]]:
         seen.append(list(groups))
         return original(model, groups)
 
-    original = modeling.group_logps
-    monkeypatch.setattr(modeling, "group_logps", counted)
+    original = forward.group_logps
+    monkeypatch.setattr(forward, "group_logps", counted)
     return seen
 
 
@@ -81,7 +81,7 @@ def generation(ids: Sequence[int], finish_reason: FinishReason = "stop") -> Gene
 def test_equals_the_plain_forward(tiny_model: Path, plain: Any, batch_tokens: int) -> None:
     reference = Reference(spec(tiny_model, batch_tokens=batch_tokens))
     rows = reference.logps(GROUPS)
-    assert modeling.supports_shared_prefix(reference._model), "inference mode does not keep it from the one forward"
+    assert forward.supports_shared_prefix(reference._model), "inference mode does not keep it from the one forward"
     expected = [[plain(group.prompt_ids, response) for response in group.response_ids] for group in GROUPS]
     assert [len(row) for row in rows] == [2, 1, 3]
     assert flat(rows) == pytest.approx(flat(expected), rel=1e-4)
@@ -161,17 +161,17 @@ def test_what_was_computed_before_a_failure_is_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = Reference(spec(tiny_model, cache=tmp_path, batch_tokens=1))
-    original, batches = modeling.group_logps, iter(range(3))
+    original, batches = forward.group_logps, iter(range(3))
 
     def fails_at_the_third(model: torch.nn.Module, groups: Sequence[TokenGroup]) -> Any:
         if next(batches) == 2:
             raise torch.OutOfMemoryError("full")
         return original(model, groups)
 
-    monkeypatch.setattr(modeling, "group_logps", fails_at_the_third)
+    monkeypatch.setattr(forward, "group_logps", fails_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):
         reference.logps(GROUPS)
-    monkeypatch.setattr(modeling, "group_logps", original)
+    monkeypatch.setattr(forward, "group_logps", original)
     again = Reference(spec(tiny_model, cache=tmp_path))
     again.logps(GROUPS)
     assert again.counts() == {"hits": 3, "misses": 3}

@@ -61,13 +61,13 @@ def world(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def refused(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a command that must end as wrong use, before Ray is imported; returns its line."""
 
-    def refuse(*arguments: str, imports_launch: bool = False) -> str:
+    def refuse(*arguments: str, imports_run: bool = False) -> str:
         before = world.files()
         with monkeypatch.context() as patch:
-            if imports_launch:
-                from pipelines import run as launch
+            if imports_run:
+                from pipelines import run
 
-                patch.setattr(launch, "start_ray", lambda cpus: pytest.fail("Ray was started"))
+                patch.setattr(run, "start_ray", lambda cpus: pytest.fail("Ray was started"))
             else:
                 patch.setitem(sys.modules, "pipelines.run", None)  # importing it is an error
             capsys.readouterr()
@@ -529,14 +529,14 @@ def finished(world: World) -> World:
     ],
 )
 def test_what_cannot_be_evaluated(finished: World, refused: Refused, arguments: list[str], part: str) -> None:
-    holds(refused("evaluate", str(finished.run_dir), *arguments, imports_launch=True), part)
+    holds(refused("evaluate", str(finished.run_dir), *arguments, imports_run=True), part)
 
 
 def test_a_run_without_held_out_data_is_not_evaluated(world: World, refused: Refused) -> None:
     del world.tree["data"]["heldout"]
     world.run_dir.mkdir()
     shutil.copy(world.write(), world.run_dir / "config.yaml")
-    line = refused("evaluate", str(world.run_dir), imports_launch=True)
+    line = refused("evaluate", str(world.run_dir), imports_run=True)
     holds(line, "run/config.yaml: to evaluate, it needs `evaluation` and `data.heldout`")
 
 
@@ -662,7 +662,7 @@ def test_more_negatives_than_the_pool_can_give(
 def test_self_contrast_without_an_embedder(world: World, refused: Refused) -> None:
     contrasting(world)
     del world.tree["embedder"]
-    holds(run(world, refused), "`self_contrast` needs `embedder`", "`filter: false`")
+    holds(run(world, refused), "a `self_contrast` pipeline needs `embedder`", "`filter: false`")
 
 
 def test_self_contrast_without_targets(world: World, refused: Refused) -> None:

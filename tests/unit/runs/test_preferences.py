@@ -19,7 +19,7 @@ def test_rows_of_one_prompt_and_answer_are_one_group(tiny_model: Path, tmp_path:
     rows = [preference(i) for i in range(8)]
     rows += [preference(3, "It is not."), preference(3, "No."), preference(3, "So it is."), preference(8, "So it is.")]
     tokenizer = load_tokenizer(str(tiny_model))
-    groups = sample_groups(write_rows(tmp_path / "a.jsonl", rows), tokenizer, prompts=64, max_len=64, seed=0)
+    groups = sample_groups(write_rows(tmp_path / "a.jsonl", rows), tokenizer, prompts=64, least=8, max_len=64, seed=0)
     assert len(groups) == 8
     by_count = sorted(groups, key=lambda group: len(group.response_ids))
     assert [len(group.response_ids) for group in by_count] == [2] * 7 + [3]
@@ -34,7 +34,7 @@ def test_a_sample_is_drawn_by_its_seed(tiny_model: Path, tmp_path: Path) -> None
     tokenizer = load_tokenizer(str(tiny_model))
 
     def drawn(seed: int) -> list[int]:
-        groups = sample_groups(path, tokenizer, prompts=10, max_len=64, seed=seed)
+        groups = sample_groups(path, tokenizer, prompts=10, least=8, max_len=64, seed=seed)
         return [len(group.response_ids[1]) for group in groups]
 
     assert drawn(0) == drawn(0) != drawn(1)
@@ -46,10 +46,10 @@ def test_what_is_too_long_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
     rows[0]["chosen"] = "so " * 60
     path = write_rows(tmp_path / "a.jsonl", rows)
     tokenizer = load_tokenizer(str(tiny_model))
-    groups = sample_groups(path, tokenizer, prompts=64, max_len=64, seed=0)
+    groups = sample_groups(path, tokenizer, prompts=64, least=8, max_len=64, seed=0)
     assert [len(group.response_ids) for group in groups] == [2] * 8
     with pytest.raises(DataError, match=r": 0 prompts .* \(0 have no .*, 10 are longer than 12 tokens\)"):
-        sample_groups(path, tokenizer, prompts=64, max_len=12, seed=0)
+        sample_groups(path, tokenizer, prompts=64, least=8, max_len=12, seed=0)
 
 
 def test_a_runs_pairs_are_read_as_their_token_ids(tiny_model: Path, tmp_path: Path) -> None:
@@ -69,6 +69,6 @@ def test_a_runs_pairs_are_read_as_their_token_ids(tiny_model: Path, tmp_path: Pa
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_SCHEMA), tmp_path / "step-000001.parquet")
     tokenizer = load_tokenizer(str(tiny_model))
-    groups = sample_groups(str(tmp_path), tokenizer, prompts=64, max_len=64, seed=0)
+    groups = sample_groups(str(tmp_path), tokenizer, prompts=64, least=8, max_len=64, seed=0)
     expected = [TokenGroup([5, 10 + i], [[20], [30, 2], [31, 2]]) for i in range(9)]
     assert sorted(groups, key=lambda group: group.prompt_ids) == expected != groups
