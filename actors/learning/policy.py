@@ -48,7 +48,9 @@ class LearnedPolicy:
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
             )
-            model = get_peft_model(model, lora)
+            # In the model's own dtype: PEFT would cast every input of every layer to the adapter's float32. What the
+            # optimiser changes is in float32 all the same (`actors.learning.strategy.Masters`).
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         self.model: Any = model.to(device)
         disable_dropout(self.model)
         self.model.train()

@@ -7,11 +7,12 @@ resumes with another number of workers, or with the other strategy.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.learning.policy import LearnedPolicy
 from plumbline.config.learner import Learner
@@ -64,14 +65,42 @@ class Strategy(Protocol):
         ...
 
 
+class Masters:
+    """What the optimiser sees of trained weights: themselves in float32, else copies in float32, with the sums of their
+    gradients. In bfloat16 most updates of an ordinary learning rate round to nothing.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
+        self._pairs = [(p, copy) for p, copy in zip(parameters, self.parameters, strict=True) if p is not copy]
+        for p, copy in self._pairs:
+            p.register_post_accumulate_grad_hook(partial(_move_gradient, copy))
+
+    def write_back(self) -> None:
+        """The copies, rounded, into the weights that the model computes with."""
+        with torch.no_grad():
+            for p, copy in self._pairs:
+                p.copy_(copy)
+
+
+def _move_gradient(copy: nn.Parameter, parameter: Tensor) -> None:
+    """A micro-batch's gradient joins the float32 sum as soon as it is there, and leaves no second one behind."""
+    assert parameter.grad is not None
+    if copy.grad is None:
+        copy.grad = parameter.grad.float()
+    else:
+        copy.grad.add_(parameter.grad)
+    parameter.grad = None
+
+
 class TorchStrategy:
-    """Every worker holds the whole model; gradients are summed over workers."""
+    """Every worker holds the whole model; gradients are summed over workers, in float32 whatever the model's dtype."""
 
     def __init__(self, policy: LearnedPolicy, settings: Learner, device: Literal["cpu", "cuda"], world: int) -> None:
         self._model = policy.model.to(device)
         self._named = dict(policy.named_trainable())
-        self._parameters = list(self._named.values())
-        self._optimizer = make_optimizer(settings, self._parameters)
+        self._masters = Masters(list(self._named.values()))
+        self._optimizer = make_optimizer(settings, self._masters.parameters)
         self._clip_norm, self._world = settings.clip_norm, world
 
     def update(self, loss: Loss, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
@@ -82,12 +111,13 @@ class TorchStrategy:
             (value * micro.share).backward()
             results.append((value.detach(), metrics))
         if self._world > 1:
-            sum_gradients(self._parameters)
-        norm = torch.as_tensor(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm))
+            sum_gradients(self._masters.parameters)
+        norm = torch.as_tensor(nn.utils.clip_grad_norm_(self._masters.parameters, self._clip_norm))
         if norm.isfinite():
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
+            self._masters.write_back()
         return Update(grad_norm=float(norm), results=results)
 
     def forward(self, work: Callable[[Any], T]) -> T:
@@ -98,15 +128,17 @@ class TorchStrategy:
         return self._named if trainable else dict(self._model.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": p.detach() for name, p in self._named.items()}
+        masters = zip(self._named, self._masters.parameters, strict=True)
+        tensors = {f"model.{name}": p.detach() for name, p in masters}
         for i, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self._named.items():
+            for name, parameter in zip(self._named, self._masters.parameters, strict=True):
                 parameter.copy_(tensors[f"model.{name}"])
+        self._masters.write_back()
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": optimizer_state(tensors), "param_groups": groups})
 
@@ -126,7 +158,7 @@ def micro_batches(batch: Sequence[Sample], world: int, rank: int, token_budget: 
     return mine + [MicroBatch(samples=[smallest], share=0.0)] * (max(map(len, shards)) - len(mine))
 
 
-def make_optimizer(settings: Learner, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(settings: Learner, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that the config names."""
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -144,7 +176,7 @@ def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor
     return state
 
 
-def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum gradients over all workers, in one call."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in gradients])

@@ -1,10 +1,19 @@
-"""How an update is cut into micro-batches, what a checkpoint's tensors mean, and what a config may ask of learners."""
+"""How an update is cut into micro-batches, that bfloat16 learns as float32 does, what a config may ask."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Literal
 
 import pytest
 import torch
 
-from actors.learning.strategy import micro_batches, optimizer_state
+from actors.learning.objectives import SftObjective
+from actors.learning.policy import LearnedPolicy
+from actors.learning.strategy import Masters, MicroBatch, TorchStrategy, micro_batches, optimizer_state
+from plumbline.config.data import Model
 from plumbline.config.learner import Learner
+from plumbline.config.pipelines import Sft
 from plumbline.config.tree import Config
 from plumbline.records import Sample, TokenGroup
 
@@ -68,3 +77,75 @@ def test_a_full_policy_has_the_generators_to_itself() -> None:
     config({"type": "ple"}, {"type": "raft"})
     with pytest.raises(ValueError, match="of 'ple' replaces the weights of all generators; give it a run of its own"):
         config(full, {"type": "raft"})
+
+
+# What the optimiser sees of weights in bfloat16
+
+
+RNG = Random(0)
+GROUPS = [TokenGroup(RNG.choices(range(5, 60), k=6), [RNG.choices(range(5, 60), k=8)]) for _ in range(8)]
+
+
+class Unmastered:
+    """What there was before `Masters`: the optimiser works on the weights as they are."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.parameters: Sequence[torch.nn.Parameter] = parameters
+
+    def write_back(self) -> None: ...
+
+
+def strategy(model: Path, dtype: Literal["float32", "bfloat16"], policy: str) -> TorchStrategy:
+    section = Sft.model_validate({"policy": {"type": policy}, "learner": {"weight_decay": 0.1}})
+    learned = LearnedPolicy(section, Model(path=str(model)), dtype, "cpu", seed=0)
+    return TorchStrategy(learned, section.learner, "cpu", world=1)
+
+
+def train(one: TorchStrategy, lr: float, updates: int = 100) -> float:
+    """Mean loss of the last update, each in two micro-batches."""
+    halves = [[Sample(group=group) for group in half] for half in (GROUPS[:4], GROUPS[4:])]
+    micros = [MicroBatch(samples=half, share=0.5) for half in halves]
+    losses = [one.update(SftObjective().loss, micros, lr).results for _ in range(updates)]
+    return sum(loss.item() for loss, _ in losses[-1]) / 2
+
+
+@pytest.mark.parametrize("policy", ["full", "lora"])
+def test_bfloat16_learns_as_float32_does(tiny_model: Path, policy: str) -> None:
+    expected = train(strategy(tiny_model, "float32", policy), 5e-5)
+    assert train(strategy(tiny_model, "bfloat16", policy), 5e-5) == pytest.approx(expected, rel=0.02)
+
+
+def test_without_masters_it_would_not(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = train(strategy(tiny_model, "bfloat16", "full"), 0.0, updates=1)
+    with_masters = train(strategy(tiny_model, "bfloat16", "full"), 2e-5)
+    monkeypatch.setattr("actors.learning.strategy.Masters", Unmastered)
+    without = train(strategy(tiny_model, "bfloat16", "full"), 2e-5)
+    assert started - without < 0.1 * (started - with_masters)
+
+
+@pytest.mark.parametrize("policy", ["full", "lora"])
+def test_a_bfloat16_checkpoint_is_of_what_the_optimiser_sees(tiny_model: Path, policy: str) -> None:
+    one, other = (strategy(tiny_model, "bfloat16", policy) for _ in range(2))
+    train(one, 1e-4, updates=3)
+    state = one.state()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    other.load({name: tensor.clone() for name, tensor in state.items()})
+    assert {p.dtype for p in other.weights(trainable=True).values()} == {torch.bfloat16}, "what is published"
+    for name, weight in other.weights(trainable=True).items():
+        assert torch.equal(weight, state[f"model.{name}"].bfloat16())
+    assert train(one, 1e-4, updates=3) == train(other, 1e-4, updates=3)
+
+
+def test_gradients_are_summed_in_float32(tiny_model: Path) -> None:
+    """A sum of many small ones after a large one, in bfloat16, would stay where it is."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    masters = Masters([weight])
+    for share in (1.0, *[2.0**-9] * 64):
+        (weight * share).sum().backward()
+    assert weight.grad is None
+    assert masters.parameters[0].grad is not None and masters.parameters[0].grad.item() == 1.125
+
+
+def test_float32_weights_are_their_own_masters() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    assert Masters([weight]).parameters[0] is weight
