@@ -36,9 +36,9 @@ class Embedder:
     """
 
     def __init__(self, spec: EmbedderSpec) -> None:
-        import torch
+        from plumbline.models.backend import set_up_torch
 
-        torch.set_num_threads(spec.threads)
+        set_up_torch(spec.threads)
         self._spec = spec
         self._model = _load(spec)
         self.embedded = 0

@@ -56,14 +56,14 @@ class Reference:
     """One frozen causal language model. Raises ModelError where the directory holds none."""
 
     def __init__(self, spec: ReferenceSpec) -> None:
-        import torch
 
         from actors.learning.policy import load_model
         from plumbline.config.data import Model
         from plumbline.data.prompting import read_tokenizer
+        from plumbline.models.backend import set_up_torch
         from plumbline.models.group_logps import disable_dropout
 
-        torch.set_num_threads(spec.threads)
+        set_up_torch(spec.threads)
         self._spec = spec
         self._fingerprint = model_fingerprint(spec.model_path)
         self._eos = read_tokenizer(spec.model_path).eos_token_id

@@ -95,12 +95,12 @@ class ClassifierReward:
     """A sequence classifier: one label is a value, of two the log-odds of the second."""
 
     def __init__(self, spec: ScorerSpec) -> None:
-        import torch
         from transformers import AutoModelForSequenceClassification
 
         from plumbline.data.prompting import read_tokenizer
+        from plumbline.models.backend import set_up_torch
 
-        torch.set_num_threads(spec.threads)
+        set_up_torch(spec.threads)
         assert spec.path is not None
         self._spec = spec
         self._tokenizer: Any = read_tokenizer(spec.path)

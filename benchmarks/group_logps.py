@@ -1,11 +1,11 @@
 """Time and peak memory of `group_logps` against the padded batches of the usual DPO trainers, forward and backward.
 
-    python benchmarks/group_logps.py [--repeat 3] [--prompts 1] [--hh PAIRS.jsonl.gz --tokenizer DIR]
+    python benchmarks/group_logps.py [--device cuda --size 135M --prompts 16] [--hh PAIRS.jsonl.gz --tokenizer DIR]
 
 Peers, both plain torch with transformers' SDPA: *rows* pads one row per response; *pairs* pads two rows per pair, so
 that the chosen answer is computed once per negative, as trainers that take pairs do. Responses of a shape are equally
 long, so neither peer pays for padding here; what padding costs on real lengths is counted with --hh. Every case runs in
-a process of its own, for its peak memory. Runs on a GPU where there is one.
+a process of its own, for its peak memory. On a GPU both sides compute in bfloat16, without cuDNN's attention.
 """
 
 import argparse
@@ -18,31 +18,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from small_model import VOCABULARY, make_model
+from small_model import VOCABULARY, make_shape
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedModel
 
-from plumbline.models.group_logps import group_logps, pack
+from plumbline.models.backend import set_up_torch
+from plumbline.models.group_logps import disable_dropout, group_logps, pack
 from plumbline.records import TokenGroup
 
 SHAPES = [(146, 64, 8), (400, 64, 8), (146, 256, 8), (64, 128, 1)]  # prompt, response, negatives
 
 
-def shared(model: Qwen2ForCausalLM, groups: list[TokenGroup]) -> Tensor:
+def shared(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
     return group_logps(model, groups)[0]
 
 
-def rows(model: Qwen2ForCausalLM, groups: list[TokenGroup]) -> Tensor:
+def rows(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
     return padded(model, [(g.prompt_ids, response) for g in groups for response in g.response_ids])
 
 
-def pairs(model: Qwen2ForCausalLM, groups: list[TokenGroup]) -> Tensor:
+def pairs(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
     chosen = [(g.prompt_ids, g.response_ids[0]) for g in groups for _ in g.response_ids[1:]]
     return padded(model, chosen + [(g.prompt_ids, response) for g in groups for response in g.response_ids[1:]])
 
 
-def padded(model: Qwen2ForCausalLM, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+def padded(model: PreTrainedModel, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
     """Summed log-probs [rows] of responses, from one right-padded batch."""
     ids = pad_sequence([torch.tensor(p + r) for p, r in sequences], batch_first=True).to(model.device)
     mask = pad_sequence([torch.ones(len(p) + len(r), dtype=torch.long) for p, r in sequences], batch_first=True)
@@ -53,23 +54,28 @@ def padded(model: Qwen2ForCausalLM, sequences: list[tuple[list[int], list[int]]]
 
 
 def measure(
-    logps: Callable[[Qwen2ForCausalLM, list[TokenGroup]], Tensor],
+    logps: Callable[[PreTrainedModel, list[TokenGroup]], Tensor],
     shape: tuple[int, int, int],
-    prompts: int,
-    repeat: int,
+    options: argparse.Namespace,
 ) -> tuple[float, float]:
     """Fastest seconds of a forward and backward (others may use the machine), and peak MiB above the model's own."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, prompts = options.device, options.prompts
+    set_up_torch(torch.get_num_threads())
     torch.manual_seed(0)
     with torch.device(device):
-        model = make_model(tied=True)
+        model = make_shape(options.size)
+    if device == "cuda":
+        model.bfloat16()
+    disable_dropout(model)
     prompt, response, negatives = shape
     # The same in every case of a shape: the seed is set above.
     groups = [TokenGroup(_ids(prompt), [_ids(response) for _ in range(1 + negatives)]) for _ in range(prompts)]
     model(torch.tensor([_ids(8)], device=device))
     before = _peak()
     times: list[float] = []
-    for _ in range(repeat + 1):
+    for _ in range(options.repeat + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         logps(model, groups).sum().backward()
         if device == "cuda":
@@ -89,17 +95,18 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def table(prompts: int, repeat: int) -> None:
-    print(
-        f"prompts a step: {prompts}, model: 4M-parameter Qwen2, threads: {torch.get_num_threads()}, seconds · peak MiB"
-    )
+def table(options: argparse.Namespace) -> None:
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"prompts a step: {options.prompts}, model: {options.size}, {where}; seconds · peak MiB")
     print(f"{'prompt/response/m':>18}{'shared':>16}{'rows':>16}{'ratio':>8}{'pairs':>16}{'ratio':>8}")
     for shape in SHAPES:
         results = []
         for logps in (shared, rows, pairs):
             # A fork of a process that has not computed yet: no second import, and no thread pool to inherit broken.
-            with multiprocessing.get_context("fork").Pool(1) as pool:
-                results.append(pool.apply(measure, (logps, shape, prompts, repeat)))
+            # CUDA does not survive one.
+            kind = "spawn" if options.device == "cuda" else "fork"
+            with multiprocessing.get_context(kind).Pool(1) as pool:
+                results.append(pool.apply(measure, (logps, shape, options)))
         (own, own_peak), (row, row_peak), (pair, pair_peak) = results
         print(
             f"{'/'.join(map(str, shape)):>18}{own:>9.3f} ·{own_peak:>5.0f}{row:>9.3f} ·{row_peak:>5.0f}"
@@ -136,12 +143,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3, help="timed steps a case; the fastest counts")
     parser.add_argument("--prompts", type=int, default=1, help="prompts a step; more keep a GPU busy")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=("5M", "135M", "1.5B"), default="5M", help="of the model; random weights")
     parser.add_argument("--hh", type=Path, help="pairs as gzip JSON Lines: messages, chosen, rejected")
     parser.add_argument("--tokenizer", type=Path, help="a model directory whose tokenizer and template cut --hh")
     arguments = parser.parse_args()
     if (arguments.hh is None) != (arguments.tokenizer is None):
         parser.error("--hh and --tokenizer go together")
-    table(arguments.prompts, arguments.repeat)
+    table(arguments)
     if arguments.hh is not None:
         padding(arguments.hh, arguments.tokenizer)
 

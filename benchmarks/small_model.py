@@ -1,9 +1,22 @@
-"""The model that step benchmarks time: the shape of a 5M-parameter chat model, with random weights."""
+"""What step benchmarks time, with random weights: the shapes of a 5M-parameter chat model and of larger ones."""
 
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 4096
 PAD, EOS = 0, 1
+
+
+def make_shape(name: str) -> PreTrainedModel:
+    """`5M`; `135M`, as SmolLM2-135M is; `1.5B`, as Qwen2.5-1.5B is."""
+    if name == "5M":
+        return make_model(tied=True)
+    common = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "pad_token_id": PAD, "eos_token_id": EOS}
+    if name == "135M":
+        sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3, **common))
+    assert name == "1.5B", name
+    sizes = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=12, num_key_value_heads=2, **common))
 
 
 def make_model(*, tied: bool) -> Qwen2ForCausalLM:

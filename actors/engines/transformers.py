@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import RunError
+from plumbline.models.backend import set_up_torch
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
 
@@ -24,7 +25,7 @@ class TransformersEngine:
     kind: EngineKind = "transformers"
 
     def __init__(self, spec: EngineSpec) -> None:
-        torch.set_num_threads(spec.threads)
+        set_up_torch(spec.threads)
         self._spec = spec
         self._base = self._read(spec.model_path)
         self._model: PeftModel | None = None

@@ -27,6 +27,7 @@ from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
 from plumbline.errors import LossError, PlumblineError, RunError
+from plumbline.models.backend import set_up_torch
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
 from plumbline.runs.checkpoint import MARKER, checkpoint_directory, latest_step, load_checkpoint, save_checkpoint
 from plumbline.runs.mirror import pull_parts, push_checkpoint, saved_step
@@ -114,7 +115,7 @@ class Worker:
     """The state of one worker: strategy, counters, what the last part gave."""
 
     def __init__(self, spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
-        torch.set_num_threads(spec.section.learner.cpus)
+        set_up_torch(spec.section.learner.cpus)
         torch.manual_seed(spec.seed)
         random.seed(spec.seed)
         self._spec, self._feed, self._rank, self._world = spec, feed, rank, world

@@ -8,6 +8,7 @@ A wrapper that must see the forward (DDP, DeepSpeed) wraps a module whose own fo
 """
 
 import heapq
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -59,16 +60,13 @@ def sequence_logps(model: nn.Module, groups: Sequence[TokenGroup]) -> tuple[Floa
     """The same as `group_logps` by the plain forward, one sequence at a time; slower, and right for any causal LM."""
     _check(groups)
     device = _device(model)
-    sums: list[Tensor] = []
+    logps = [torch.zeros(0, device=device)]
     for group in groups:
-        for response in group.response_ids:
-            if not response:
-                sums.append(torch.zeros((), device=device))
-                continue
+        for response in filter(None, group.response_ids):
             ids = torch.tensor([group.prompt_ids + response], device=device)
             logits = model(input_ids=ids, use_cache=False).logits[0, -len(response) - 1 : -1]
-            sums.append(-F.cross_entropy(logits.float(), ids[0, -len(response) :], reduction="sum"))
-    return _to_table(sums, groups)
+            logps.append(-F.cross_entropy(logits.float(), ids[0, -len(response) :], reduction="none"))
+    return _sums(torch.cat(logps), groups)
 
 
 def supports_shared_prefix(model: nn.Module) -> bool:
@@ -190,8 +188,7 @@ def _shared_logps(model: PreTrainedModel, groups: Sequence[TokenGroup]) -> tuple
     if layout.windows - {None} != layout.mask_windows - {None}:
         raise NotImplementedError("its attention is local in a way that only its mask knows")
     logps = head_logps(model, hidden.index_select(0, where[0]), where[1])
-    sums = [piece.sum() for piece in logps.split([len(response) for g in groups for response in g.response_ids])]
-    return _to_table(sums, groups)
+    return _sums(logps, groups)
 
 
 def _why_not(model: nn.Module) -> str:
@@ -259,11 +256,15 @@ def _check(groups: Sequence[TokenGroup]) -> None:
             raise DataError(f"group {index} has an empty prompt; the first response token needs one to follow")
 
 
-def _to_table(sums: list[Tensor], groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor]:
-    """Sums of all responses in order -> (logps [G, K], tokens [G, K])."""
+def _sums(logps: Tensor, groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor]:
+    """Log-probs of all response tokens in order, [N] -> (their sums [G, K], tokens [G, K]).
+
+    By one padded table of them: a sum per response would be hundreds of kernels on a GPU.
+    """
     K = max(len(group.response_ids) for group in groups)
-    slots = [row * K + column for row, group in enumerate(groups) for column in range(len(group.response_ids))]
-    flat = torch.stack(sums).float()
-    logps = flat.new_zeros(len(groups) * K).index_copy(0, torch.tensor(slots, device=flat.device), flat)
     lengths = [[len(r) for r in g.response_ids] + [0] * (K - len(g.response_ids)) for g in groups]
-    return logps.view(len(groups), K), torch.tensor(lengths, device=flat.device)
+    width = max(1, *(length for row in lengths for length in row))
+    places = [k * width + i for k, length in enumerate(itertools.chain(*lengths)) for i in range(length)]
+    where = torch.tensor(places, dtype=torch.long, device=logps.device)
+    table = logps.new_zeros(len(groups) * K * width).index_copy(0, where, logps)
+    return table.view(len(groups), K, width).sum(dim=2), torch.tensor(lengths, device=logps.device)

@@ -10,6 +10,7 @@ from plumbline.config.data import Model
 from plumbline.config.pipelines import Ple
 from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
+from plumbline.models import shared_prefix
 from plumbline.models.group_logps import group_logps, sequence_logps
 from plumbline.records import TokenGroup
 from tests.tiny import engine_spec, make_prompts, make_tiny_model
@@ -41,6 +42,29 @@ def test_group_logps_match_one_sequence_at_a_time(tmp_path: Path, dtype: str, to
         plain, plain_tokens = sequence_logps(model, groups)
     assert torch.equal(tokens, plain_tokens)
     assert torch.allclose(packed / tokens, plain / tokens, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_one_kernel_has_the_gradients_of_many_calls(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GQA, a prompt that many answers share, a window; against the way of a CPU, in bfloat16 both."""
+    torch.manual_seed(0)
+    layout = shared_prefix.Layout([(37, [11, 1, 29, 0, 5]), (1, [64]), (50, [])])
+    query, key, value = (torch.randn(1, heads, sum(layout.segments), 64, device="cuda") for heads in (8, 2, 2))
+    found = []
+    for kernel in (True, False):
+        monkeypatch.setattr(shared_prefix, "_has_kernel", lambda query, kernel=kernel: kernel)
+        own = q, k, v = [tensor.bfloat16().requires_grad_() for tensor in (query, key, value)]
+        out = shared_prefix._attend_row(q, k, v, layout, sliding_window=window)
+        (out.float() * torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)).sum().backward()
+        found.append([out, *(tensor.grad for tensor in own)])
+    for one, other in zip(*found, strict=True):
+        assert one is not None and other is not None
+        assert (one - other).float().norm() < 2e-2 * other.float().norm()
+
+
+def test_bfloat16_on_a_gpu_takes_the_kernel() -> None:
+    query = torch.zeros(1, 8, 4, 64, device="cuda")
+    assert shared_prefix._has_kernel(query.bfloat16()) and not shared_prefix._has_kernel(query)
 
 
 def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:

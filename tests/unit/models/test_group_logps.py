@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from plumbline.errors import DataError, ModelError
-from plumbline.models import lm_head
+from plumbline.models import lm_head, shared_prefix
 from plumbline.models.group_logps import (
+    _sums,
     disable_dropout,
     group_logps,
     pack,
@@ -40,6 +41,7 @@ from plumbline.models.group_logps import (
     supports_shared_prefix,
 )
 from plumbline.records import TokenGroup
+from tests.varlen import Varlen
 
 V = 97
 SIZES: dict[str, Any] = {
@@ -164,6 +166,74 @@ def test_peft_adapter(checkpointing: bool) -> None:
     adapted = group_logps(model, BATCHES["K=2"])[0]
     with model.disable_adapter():
         assert (group_logps(model, BATCHES["K=2"])[0] - adapted).abs().max() > 0.1
+
+
+# The way of a GPU: one kernel a layer over the whole row, here by what stands in for it
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Varlen:
+    varlen = Varlen()
+    monkeypatch.setattr(shared_prefix, "varlen_attn", varlen)
+    monkeypatch.setattr(shared_prefix, "_has_kernel", lambda query: True)
+    return varlen
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gemma2"])
+def test_one_kernel_equals_the_plain_forward(name: str, kernel: Varlen) -> None:
+    model = build(MODELS[name]())
+    assert supports_shared_prefix(model)
+    for batch in BATCHES.values():
+        kernel.calls = 0
+        assert_same(model, copy.deepcopy(model), batch)
+        twice = any(len(list(filter(None, one.response_ids))) > 1 for one in batch)
+        assert kernel.calls == 2 * (1 + twice), "a layer asks once, and again in the backward pass where keys are laid"
+
+
+def test_capped_scores_know_no_kernel(kernel: Varlen) -> None:
+    model = build(MODELS["gemma2"]())
+    assert_same(model, copy.deepcopy(model), BATCHES["ragged"])
+    assert kernel.calls == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+def test_one_kernel_under_gradient_checkpointing(name: str, reentrant: bool, kernel: Varlen) -> None:
+    model = build(MODELS[name]())
+    oracle = copy.deepcopy(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    assert_same(model, oracle, BATCHES["ragged"])
+
+
+def test_laid_keys_are_not_kept_for_the_backward_pass(kernel: Varlen) -> None:
+    model = build(Qwen2Config(**LLAMA))
+    supports_shared_prefix(model)
+    batch = [group(23, *[3] * 8)]
+    kept: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.add(max(tensor.shape, default=0))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        group_logps(model, batch)
+    laid, row = 23 * 8 + 3 * 8, 23 + 3 * 8
+    assert row in kept and laid not in kept
+
+
+def test_a_gathered_rows_gradients_are_summed_in_float32() -> None:
+    tensor = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    laid = shared_prefix.Laid.apply(tensor, torch.tensor([0] * 65 + [1]))
+    laid.backward(torch.tensor([[1.0], *[[2.0**-9]] * 64, [3.0]], dtype=torch.bfloat16))
+    assert tensor.grad is not None and tensor.grad.tolist() == [[1.125], [3.0]]
+
+
+def test_sums_by_hand() -> None:
+    groups = [TokenGroup([1], [[5, 6], [], [7]]), TokenGroup([1], [[8]]), TokenGroup([1], [])]
+    sums, tokens = _sums(torch.tensor([1.0, 2.0, 4.0, 8.0]), groups)
+    assert sums.tolist() == [[3, 0, 4], [8, 0, 0], [0, 0, 0]]
+    assert tokens.tolist() == [[2, 0, 1], [1, 0, 0], [0, 0, 0]]
 
 
 def test_responses_see_their_prompt_and_nothing_else() -> None:
