@@ -28,13 +28,12 @@ def demand(config: Config, *, most: bool = False) -> Counter[str]:
         total += _held(fleet.reference.replicas, 0, fleet.reference.gpus, fleet.reference.resources)
     if config.embedder and any(p.embeds for p in config.methods):
         total += _held(config.embedder.replicas, 0, config.embedder.gpus, config.embedder.resources)
-    learners: Counter[str] = Counter()
     for one in (p.learner for p in config.pipelines):
-        learners += _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
-    if config.sft:  # before the others
+        total += _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
+    if config.sft:  # it ends before the fleet starts
         one = config.sft.learner
-        learners |= _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
-    return total + learners
+        total |= _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
+    return total
 
 
 def named(config: Config) -> list[str]:

@@ -73,6 +73,12 @@ def test_demand_is_of_all_that_runs_at_once() -> None:
     assert demand(asked, most=True) == {"CPU": 4 * 3 + 2 * 3 + 2 * 2 + 1 + 1, "GPU": 4 + 2 + 0.5 + 2, **names}
 
 
+def test_sft_has_the_machine_to_itself_before_the_fleet_starts(path: Path) -> None:
+    shared = ["fleet.generator.gpus=0.5", "pipelines.0.learner.gpus=0.5"]
+    assert demand(load_config(path, [*shared, "sft={learner: {gpus: 1}}"]))["GPU"] == 1
+    assert demand(load_config(path, [*shared, "sft={learner: {gpus: 1, workers: 4}}"]))["GPU"] == 4
+
+
 def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(path, ["fleet.generator.resources={generator: 1}"])
 
