@@ -99,14 +99,13 @@ class ClassifierReward:
 
         from plumbline.data.prompting import read_tokenizer
         from plumbline.models.backend import set_up_torch
+        from plumbline.models.loading import load_whole
 
         set_up_torch(spec.threads)
         assert spec.path is not None
         self._spec = spec
         self._tokenizer: Any = read_tokenizer(spec.path)
-        self._model: Any = AutoModelForSequenceClassification.from_pretrained(
-            spec.path, use_safetensors=True, trust_remote_code=False
-        )
+        self._model: Any = load_whole(AutoModelForSequenceClassification, spec.path, "auto")
         self._model.to(spec.device).eval()
         if self._model.config.pad_token_id is None:
             pad = self._tokenizer.pad_token_id

@@ -9,6 +9,7 @@ from torch import nn
 from plumbline.data.prompting import load_tokenizer
 from plumbline.errors import ModelError, UserError
 from plumbline.methods.theory import MIN_PROMPTS, Theory, estimate, needed
+from plumbline.models.loading import load_whole
 from plumbline.runs.preferences import sample_groups
 
 
@@ -38,16 +39,14 @@ def measure(
     logging.disable_progress_bar()  # an error is to be the only line on stderr
     try:
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
-        max_len = min(max_len, getattr(config, "max_position_embeddings", max_len))
-        groups = sample_groups(
-            data, tokenizer, columns=columns, prompts=prompts, least=MIN_PROMPTS, max_len=max_len, seed=seed
-        )
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=False)
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
         what = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {model_path}: cannot be loaded as a causal language model ({what})") from error
+        raise ModelError(f"model {model_path}: its config.json cannot be read ({what})") from None
+    max_len = min(max_len, getattr(config, "max_position_embeddings", max_len))
+    groups = sample_groups(
+        data, tokenizer, columns=columns, prompts=prompts, least=MIN_PROMPTS, max_len=max_len, seed=seed
+    )
+    model = load_whole(AutoModelForCausalLM, model_path, "float32")
     nn.Module.to(model.eval(), "cuda" if torch.cuda.is_available() else "cpu")
     return estimate(model, groups, beta=beta)
 

@@ -16,6 +16,7 @@ from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import RunError
 from plumbline.models.backend import set_up_torch
+from plumbline.models.loading import load_whole
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
 
@@ -34,9 +35,7 @@ class TransformersEngine:
         self._lock = asyncio.Lock()
 
     def _read(self, path: str) -> Any:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, self._spec.dtype), use_safetensors=True, trust_remote_code=False
-        )
+        model = load_whole(AutoModelForCausalLM, path, self._spec.dtype)
         return model.to(self._spec.device).eval()
 
     async def generate(

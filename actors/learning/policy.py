@@ -12,6 +12,7 @@ from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import Pipeline, RewardModel
 from plumbline.data.prompting import load_tokenizer, read_tokenizer
 from plumbline.models.group_logps import disable_dropout, group_logps
+from plumbline.models.loading import load_whole
 from plumbline.records import Publication, TokenGroup
 from plumbline.runs.checkpoint import write_directory
 from plumbline.runs.policies import write_proof
@@ -116,15 +117,16 @@ def probe_logps(model: Any, groups: Sequence[TokenGroup]) -> list[float]:
 
 
 def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:
-    """A causal language model, or a one-logit classifier, from a directory or from a config with random weights."""
+    """A causal language model, or a one-logit classifier, from a directory or from a config with random weights.
+
+    Raises ModelError: see `load_whole`.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     extra = {"num_labels": 1} if classifier else {}
     if origin.path is not None:
-        model = factory.from_pretrained(
-            origin.path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **extra
-        )
+        model = load_whole(factory, origin.path, dtype, new_head=classifier, **extra)
     else:
         assert origin.init is not None
         tokenizer = read_tokenizer(origin.tokenizer_path)

@@ -96,4 +96,4 @@ def test_a_directory_without_weights_is_one_line(
             (bare / file.name).write_bytes(file.read_bytes())
     assert main(["theory", str(bare), path]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"plumbline: model {bare}: cannot be loaded as a causal language model")
+    assert line.startswith(f"plumbline: model {bare}: cannot be loaded (OSError: ")
