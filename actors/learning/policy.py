@@ -11,7 +11,7 @@ from plumbline.config.data import Model
 from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import Pipeline, RewardModel
 from plumbline.data.prompting import load_tokenizer, read_tokenizer
-from plumbline.models.group_logps import disable_dropout, group_logps
+from plumbline.models.group_logps import disable_dropout, group_logps, pack
 from plumbline.models.loading import load_whole
 from plumbline.records import Publication, TokenGroup
 from plumbline.runs.checkpoint import write_directory
@@ -63,7 +63,7 @@ class LearnedPolicy:
 
     def probe(self, groups: Sequence[TokenGroup]) -> list[float]:
         """See `probe_logps`; for a model that is whole on this worker."""
-        return probe_logps(self.model, groups)
+        return probe_logps(self.model, groups, self._section.learner.micro_tokens)
 
     def save(
         self, directory: Path, publication: Publication, weights: Mapping[str, Tensor] | None = None, *, adapter: bool
@@ -106,14 +106,16 @@ class LearnedPolicy:
         return read_tokenizer(self._origin.tokenizer_path)
 
 
-def probe_logps(model: Any, groups: Sequence[TokenGroup]) -> list[float]:
-    """Mean log-prob a token of every response, in order; empty without groups."""
-    if not groups:
-        return []
-    with torch.no_grad():
-        logps_GK, tokens_GK = group_logps(model, list(groups))
-    there = tokens_GK > 0
-    return (logps_GK[there] / tokens_GK[there]).tolist()
+def probe_logps(model: Any, groups: Sequence[TokenGroup], micro_tokens: int) -> list[float]:
+    """Mean log-prob a token of every response, in order; at most `micro_tokens` of a forward, as in training."""
+    means: dict[int, list[float]] = {}
+    for indices in pack(groups, micro_tokens):
+        with torch.no_grad():
+            logps_GK, tokens_GK = group_logps(model, [groups[i] for i in indices])
+        for i, logps, tokens in zip(indices, logps_GK, tokens_GK, strict=True):
+            there = tokens > 0
+            means[i] = (logps[there] / tokens[there]).tolist()
+    return [mean for i in range(len(groups)) for mean in means[i]]
 
 
 def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:

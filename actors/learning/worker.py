@@ -231,7 +231,7 @@ class Worker:
 
     def _measure(self) -> list[float]:
         """The probe under the present weights; all workers together."""
-        return self._strategy.forward(lambda model: probe_logps(model, self._spec.probe))
+        return self._strategy.forward(lambda model: probe_logps(model, self._spec.probe, self._settings.micro_tokens))
 
     def _save(self) -> None:
         tensors = self._strategy.state()
