@@ -82,6 +82,6 @@ def assert_runs(scripts: Path, directory: Path, config: dict[str, Any]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "ple 2/2" in done.stdout
-    report = subprocess.run([scripts / "plumbline", "report", "run"], cwd=directory, env=environment, check=True)
-    assert report.returncode == 0 and (directory / "run/report.html").stat().st_size > 10_000
+    subprocess.run([scripts / "plumbline", "report", "run"], cwd=directory, env=environment, check=True)
+    assert (directory / "run/report.html").stat().st_size > 10_000
     assert leftovers(directory) == []
