@@ -14,8 +14,8 @@ from typing import TypeVar
 from actors.engines.seam import Adapter, Engine, EngineKind, EngineSpec
 from actors.engines.start import start_engine
 from actors.metrics import GENERATOR_ACTIVE, GENERATOR_REQUESTS, GENERATOR_TOKENS
+from actors.proof import Proof
 from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersions, score
-from actors.weights import Proof
 from plumbline.records import GenerateRequest, Generation, Head, PolicyRef, TokenGroup, UserRequest
 
 T = TypeVar("T")
@@ -68,8 +68,8 @@ class Generator:
         return os.getpid()
 
     async def _adopt(self, engine: Engine) -> None:
-        prober = Prober(self._name, engine, self._probe, self._tolerance)
-        prober.measured[PolicyRef()] = await prober.measure(None)
+        prober = Prober(self._name, engine, self._probe, self._spec.dtype, self._tolerance)
+        await prober.measure_base()
         if self._spec.max_adapters:
             self._versions = AdapterVersions(engine, prober, self._fetch, self._keep, self._pinned)
         else:

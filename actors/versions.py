@@ -17,8 +17,8 @@ from typing import Protocol
 
 from actors.engines.seam import Adapter, Engine
 from actors.metrics import PROBE_DIFFERENCE, PROOF_SECONDS
-from actors.weights import Proof, prove
-from plumbline.errors import RunError, SyncError
+from actors.proof import Digests, Proof, prove
+from plumbline.errors import RunError
 from plumbline.records import PolicyRef, Publication, TokenGroup
 
 Fetch = Callable[[PolicyRef], Awaitable[Publication]]
@@ -47,11 +47,24 @@ class Versions(Protocol):
 
 
 class Prober:
-    """Measures one engine on the probe, and keeps what each version measured: the next is proved against it."""
+    """Measures one engine on the probe, and proves versions against what it measured of version 0.
 
-    def __init__(self, name: str, engine: Engine, probe: Sequence[TokenGroup], tolerance: float) -> None:
-        self.name, self._engine, self._probe, self._tolerance = name, engine, list(probe), tolerance
-        self.measured: dict[PolicyRef, list[float]] = {}
+    Args:
+        name: what errors call the engine.
+        dtype: that the engine computes in, which says in what form its tensors are.
+        tolerance: nats (`actors.proof.TOLERANCE`).
+    """
+
+    def __init__(self, name: str, engine: Engine, probe: Sequence[TokenGroup], dtype: str, tolerance: float) -> None:
+        self.name, self._engine, self._probe = name, engine, list(probe)
+        self.dtype, self._tolerance = dtype, tolerance
+        self.base_measured: list[float] = []
+        self.measured: list[float] = []  # under the version that was proved last
+        self._base_held: Sequence[Digests] = ()
+
+    async def measure_base(self) -> None:
+        """To be called once, while the engine holds version 0."""
+        self.base_measured = self.measured = await self.measure(None)
 
     async def measure(self, adapter: Adapter | None) -> list[float]:
         """Mean log-prob a token of every probe response, in order."""
@@ -59,46 +72,54 @@ class Prober:
         return [sum(response) / len(response) for responses in scored for response in responses]
 
     async def prove(self, publication: Publication, adapter: Adapter | None) -> Proof:
-        """See `actors.weights.prove`. Raises SyncError, also where the base is not what it was."""
+        """See `actors.proof.prove`. Raises SyncError, also where the base is not what it was."""
         started = time.monotonic()
-        measured = await (self._beside_base(publication.ref, adapter) if adapter else self.measure(None))
-        PROOF_SECONDS.observe(time.monotonic() - started, policy=publication.ref.policy)
-        previous = PolicyRef(policy=publication.ref.policy, version=publication.ref.version - 1)
-        reference = previous if previous in self.measured else PolicyRef()
+        # The adapter and the base in one go, as requests are: the base must be left alone.
+        measured, beside = await asyncio.gather(self.measure(adapter), self.measure(None) if adapter else _nothing())
+        expected = publication.digests.get(self.dtype, {})
         proof = prove(
             publication,
             engine=self.name,
             measured=measured,
-            reference=reference,
-            reference_measured=self.measured[reference],
+            base_measured=self.base_measured,
+            beside=beside,
             tolerance=self._tolerance,
+            expected=expected,
+            held=await self._engine.digests(list(expected), adapter=adapter) if expected else (),
         )
+        self.measured = measured
+        PROOF_SECONDS.observe(time.monotonic() - started, policy=publication.ref.policy)
         PROBE_DIFFERENCE.set(proof.difference, policy=publication.ref.policy)
-        self.measured[publication.ref] = measured
         return proof
 
-    async def _beside_base(self, ref: PolicyRef, adapter: Adapter) -> list[float]:
-        """What the adapter measures, asked in one go with the base, as requests are: that must be left alone."""
-        measured, base = await asyncio.gather(self.measure(adapter), self.measure(None))
-        moved = max((abs(a - b) for a, b in zip(base, self.measured[PolicyRef()], strict=True)), default=0.0)
-        if not moved <= self._tolerance:
-            raise SyncError(ref.policy, ref.version, self.name, moved, "beside it, the base answers otherwise")
-        return measured
+    async def leave_base(self, names: Sequence[str]) -> None:
+        """Note what the engine holds of version 0's tensors, before they are replaced for the first time."""
+        if names and not self._base_held:
+            self._base_held = await self._engine.digests(names, adapter=None)
 
     async def prove_base(self, left: PolicyRef) -> Proof:
-        """Prove that the engine is back at its base, from the version `left`: what it measured first is expected."""
-        base, before = self.measured[PolicyRef()], self.measured.get(left, self.measured[PolicyRef()])
-        publication = Publication(
-            ref=PolicyRef(), files={}, probe_logps=base, previous_probe_logps=before, base_probe_logps=before
-        )
+        """Prove that the engine is back at version 0, from the version `left`: it holds and shows what it did first."""
+        expected = {name: held for name, held in (self._base_held[0] if self._base_held else {}).items() if held}
         return prove(
-            publication,
+            Publication(
+                ref=PolicyRef(),
+                files={},
+                probe_logps=self.base_measured,
+                previous_probe_logps=self.measured,
+                base_probe_logps=self.measured,
+            ),
             engine=self.name,
             measured=await self.measure(None),
-            reference=left,
-            reference_measured=before,
+            base_measured=self.measured,
+            origin=left,
             tolerance=self._tolerance,
+            expected=expected,
+            held=await self._engine.digests(list(expected), adapter=None) if expected else (),
         )
+
+
+async def _nothing() -> None:
+    pass
 
 
 class AdapterVersions:
@@ -170,7 +191,6 @@ class AdapterVersions:
             if ref in self.adapters and ref not in self._users and ref not in self._pins:  # or dropped meanwhile
                 adapter = self.adapters.pop(ref)
                 self._loading.pop(ref, None)
-                self._prober.measured.pop(ref, None)
                 await self._engine.remove_adapter(adapter)
                 shutil.rmtree(adapter.path, ignore_errors=True)
 
@@ -232,6 +252,7 @@ class WholeVersions:
             directory = Path(tempfile.mkdtemp(prefix="plumbline-weights-", dir=scratch(publication.files))) / "model"
             try:
                 await asyncio.to_thread(write_files, directory, publication.files)
+                await self._prober.leave_base(list(publication.digests.get(self._prober.dtype, {})))
                 await self._engine.load_weights(str(directory))
             finally:
                 shutil.rmtree(directory.parent, ignore_errors=True)

@@ -1,85 +1,19 @@
-"""Versions of policies: a learner publishes one, generators fetch it, and every engine proves that it arrived.
+"""Versions of policies: a learner publishes one, generators fetch it (`actors.versions`).
 
 The store holds the files of the versions that may still be asked for, in its own memory: a version outlives the learner
-worker that made it. `prove` is the proof itself (DESIGN.md, Weights).
+worker that made it.
 """
 
 import asyncio
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from plumbline.errors import PlumblineError, SyncError
+from plumbline.errors import PlumblineError
 from plumbline.records import PolicyRef, Publication
 from plumbline.runs.policies import is_adapter
 
-TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2.5e-1}
-"""Nats a token by which a probe response's log-prob may differ between learner and engine. Measured: 1e-6 in float32,
-near 1e-2 in bfloat16 (STACK.md 7); the margin covers unlike kernels."""
-
-
 WHOLE_KEPT = 2
 """Whole models of a policy that the store holds: the newest, and the one that requests under way were drawn for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
-    """What a passed proof measured. `drift` is the step from the reference version that the engine showed, as a share
-    of the step that the learner took: near 1, or nan where that step drowns in numerical noise."""
-
-    ref: PolicyRef
-    engine: str
-    difference: float
-    drift: float
-
-
-def prove(
-    publication: Publication,
-    *,
-    engine: str,
-    measured: Sequence[float],
-    reference: PolicyRef,
-    reference_measured: Sequence[float],
-    tolerance: float,
-) -> Proof:
-    """Compare an engine's probe log-probs [N] with the learner's, in value and in the change since `reference`.
-
-    `reference` is the version that the engine served before (or the base). The change must have the learner's
-    direction and size: a value test alone would pass an engine that kept the old weights after a small step.
-
-    Raises:
-        SyncError: names version, engine and the largest difference.
-    """
-    expected = publication.probe_logps
-    is_previous = reference.version == publication.ref.version - 1 and reference.version > 0
-    before = publication.previous_probe_logps if is_previous else publication.base_probe_logps
-    difference = max((abs(a - b) for a, b in zip(measured, expected, strict=True)), default=math.inf)
-
-    def fail(reason: str) -> SyncError:
-        return SyncError(publication.ref.policy, publication.ref.version, engine, difference, reason)
-
-    if not all(map(math.isfinite, [difference, *measured])):  # max() overlooks a nan that does not come first
-        raise fail("its probe log-probs are not finite")
-    step = [a - b for a, b in zip(expected, before, strict=True)]
-    shown = [a - b for a, b in zip(measured, reference_measured, strict=True)]
-    noise = _rms([a - b for a, b in zip(reference_measured, before, strict=True)]) + 1e-6
-    size = _rms(step)
-    if size > 5 * noise:
-        drift = sum(a * b for a, b in zip(step, shown, strict=True)) / sum(a * a for a in step)
-        if abs(drift) < 0.5:
-            raise fail(f"it still answers as {reference}")
-        if abs(drift - 1) > 0.5:
-            raise fail(f"it moved {drift:.2f} times as far from {reference} as the learner did")
-    else:
-        drift = math.nan
-    if difference > tolerance:
-        raise fail(f"its probe log-probs are not the learner's within {tolerance:g}")
-    return Proof(ref=publication.ref, engine=engine, difference=difference, drift=drift)
-
-
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(sum(v * v for v in values) / max(len(values), 1))
 
 
 class PolicyStore:

@@ -35,9 +35,9 @@ from worlds import table
 from actors.channel import Box
 from actors.engines.seam import EngineSpec
 from actors.learning.policy import LearnedPolicy
+from actors.proof import TOLERANCE
 from actors.scorer import ScorerSpec
 from actors.spawn import Fleet, ask, gather, start_fleet, start_ray, stop_ray
-from actors.weights import TOLERANCE
 from pipelines.context import Context, EventLog
 from pipelines.loop import Progress, produce, prove_everywhere
 from pipelines.ple import PleMethod

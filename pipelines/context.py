@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from actors.learning.worker import LearnerSpec
+from actors.proof import TOLERANCE
 from actors.spawn import Fleet
-from actors.weights import TOLERANCE
 from pipelines.pool import Pool
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Pipeline

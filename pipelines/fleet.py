@@ -133,17 +133,18 @@ def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scor
     return fleet.add_scorers(context.config.fleet.scorer, spec, role)
 
 
-PROBE_GROUPS = 16
-"""Prompts of the probe that versions are proved on, one response each."""
+PROBE_GROUPS = {"float32": 16, "bfloat16": 64}
+"""Prompts of the probe that versions are proved on, one response each: more where each says less for noise."""
 
 
 def make_probe(config: Config, checked: Checked) -> tuple[TokenGroup, ...]:
     """Prompts with their targets, or with their own words where there are none: text the policy's changes show on."""
-    groups = []
-    for prompt in checked.prompts[: 4 * PROBE_GROUPS]:
+    groups: list[TokenGroup] = []
+    count = PROBE_GROUPS[checked.dtype]
+    for prompt in checked.prompts[: 4 * count]:
         ids = render(checked.tokenizer, prompt.messages)[: config.model.max_len // 2]
         text = prompt.target or prompt.query
         response = encode_response(checked.tokenizer, text)[: config.model.max_len // 4]
-        if len(groups) < PROBE_GROUPS and response:
+        if len(groups) < count and response:
             groups.append(TokenGroup(ids, [response]))
     return tuple(groups)

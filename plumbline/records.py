@@ -173,8 +173,9 @@ class Publication:
     """One published version: its files, and the learner's own log-probs of the probe, which every engine must match.
 
     `probe_logps` [N] are means over tokens, one a probe response; `previous_probe_logps` [N] those of version - 1
-    and `base_probe_logps` [N] those of version 0, computed by the same learner. `metrics` are the learner's for the
-    step that made this version.
+    and `base_probe_logps` [N] those of version 0, computed by the same learner. `digests` are those of its tensors
+    (`plumbline.models.digest`): by the dtype that an engine computes in, then by name. `metrics` are the learner's for
+    the step that made this version.
     """
 
     ref: PolicyRef
@@ -182,4 +183,5 @@ class Publication:
     probe_logps: Sequence[float]
     previous_probe_logps: Sequence[float]
     base_probe_logps: Sequence[float]
+    digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)

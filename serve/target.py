@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from actors.engines.seam import EngineSpec, engine_spec
+from actors.proof import TOLERANCE
 from actors.spawn import start_ray, stop_ray
-from actors.weights import TOLERANCE
 from plumbline.config.file import load_config
 from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.serving import Serve

@@ -128,4 +128,16 @@ class Engine(Protocol):
         """Replace all weights by those of a model's directory, of the same shapes. No request may be under way."""
         ...
 
+    async def digests(self, names: Sequence[str], *, adapter: Adapter | None) -> list[dict[str, str | None]]:
+        """What every worker holds of an adapter's modules, or of all weights: digests (`plumbline.models.digest`).
+
+        Args:
+            names: the learner's, such as ``model.layers.0.self_attn.q_proj``, or that with ``.weight``.
+
+        Returns:
+            One a worker, ``name -> digest``: None where it is kept in another form, no entry where it is not there. An
+            adapter's modules that `names` lacks are told too.
+        """
+        ...
+
     async def close(self) -> None: ...

@@ -16,6 +16,7 @@ from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import RunError
 from plumbline.models.backend import set_up_torch
+from plumbline.models.digest import digest, lora_scalings, pair_digest
 from plumbline.models.loading import load_whole
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
@@ -70,6 +71,18 @@ class TransformersEngine:
     async def load_weights(self, path: str) -> None:
         async with self._lock:
             self._base = await asyncio.to_thread(self._read, path)  # read as at the start: ties are the model's own
+
+    async def digests(self, names: Sequence[str], *, adapter: Adapter | None) -> list[dict[str, str | None]]:
+        async with self._lock:
+            if adapter is None:
+                weights = dict(self._base.named_parameters())
+                return [{name: digest(weights[name]) for name in names if name in weights}]
+            assert self._model is not None
+            name, held = str(adapter.id), {}
+            for module, scaling in lora_scalings(self._model, name).items():
+                layer: Any = self._base.get_submodule(module)  # PEFT puts its layers into the model that it wraps
+                held[module] = pair_digest(layer.lora_A[name].weight, layer.lora_B[name].weight * scaling)
+            return [held]
 
     async def close(self) -> None:
         self._model = None

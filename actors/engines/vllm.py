@@ -15,7 +15,7 @@ from plumbline.records import Completion, Head, Sampling, UserRequest
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can be started for; an adapter's may be smaller."""
 CACHE_TRIES = 50
-REPLACES_WEIGHTS = "actors.engines.vllm_worker.ReplacesWeights"
+READS_BACK = "actors.engines.vllm_worker.ReadsBack"
 LEAVES_BASE = "actors.engines.vllm_lora.LeavesBase"
 
 
@@ -57,7 +57,9 @@ class VllmEngine:
             settings["gpu_memory_utilization"] = spec.memory_share
         if spec.seats:
             settings |= {"scheduling_policy": "priority", "max_num_seqs": spec.in_flight + spec.seats}
-        settings |= adapter_settings(spec) if spec.max_adapters else {"worker_extension_cls": REPLACES_WEIGHTS}
+        settings |= {"worker_extension_cls": LEAVES_BASE if on_cpu and spec.max_adapters else READS_BACK}
+        if spec.max_adapters:
+            settings |= adapter_settings(spec)
         args = AsyncEngineArgs(**settings)
         self._llm = AsyncLLM.from_engine_args(args)
         self._tokenizer = read_tokenizer(spec.model_path)
@@ -152,6 +154,11 @@ class VllmEngine:
             await asyncio.sleep(0.1)  # blocks of the last request are still being freed
         raise RunError("vLLM did not drop its prefix cache after its weights were replaced: a request was under way")
 
+    async def digests(self, names: Sequence[str], *, adapter: Adapter | None) -> list[dict[str, str | None]]:
+        if adapter is None:
+            return await self._llm.collective_rpc("weight_digests", args=(list(names),))
+        return await self._llm.collective_rpc("adapter_digests", args=(adapter.id, list(names)))
+
     async def close(self) -> None:
         self._llm.shutdown()
 
@@ -166,7 +173,6 @@ def adapter_settings(spec: EngineSpec) -> dict[str, Any]:
         # Without this vLLM prepares the LM head for adapters too, which PEFT's "all-linear" leaves out; on CPUs
         # its prompt log-probs then crash.
         "lora_target_modules": linear_names(spec.model_path),
-        **({"worker_extension_cls": LEAVES_BASE} if spec.device == "cpu" else {}),
     }
 
 

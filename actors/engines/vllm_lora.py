@@ -9,6 +9,8 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
+from actors.engines.vllm_worker import ReadsBack
+
 
 class BaseApart(PunicaWrapperCPU):
     """What an adapter adds is nought for rows that have none: the small product of the two is cleared."""
@@ -26,8 +28,8 @@ class BaseApart(PunicaWrapperCPU):
         y[: len(indices)].masked_fill_((indices < 0).unsqueeze(-1), 0)
 
 
-class LeavesBase:
-    """Mixed into vLLM's worker, which adds nothing to it: the import is what counts."""
+class LeavesBase(ReadsBack):
+    """Mixed into vLLM's worker, to which it adds no more: the import is what counts."""
 
 
 def _wrapper(cls: type) -> str:

@@ -11,6 +11,7 @@ from plumbline.config.data import Model
 from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import Pipeline, RewardModel
 from plumbline.data.prompting import load_tokenizer, read_tokenizer
+from plumbline.models.digest import FORMS, adapter_digests, lora_scalings, weight_digests
 from plumbline.models.group_logps import disable_dropout, group_logps, pack
 from plumbline.models.loading import load_whole
 from plumbline.records import Publication, TokenGroup
@@ -91,6 +92,17 @@ class LearnedPolicy:
 
         given = dict(self.model.named_parameters()) if weights is None else dict(weights)
         write_directory(directory, write)
+
+    def digests(self, weights: Mapping[str, Tensor], *, adapter: bool) -> dict[str, dict[str, str]]:
+        """Of what `save` writes of these weights: see `plumbline.records.Publication`."""
+        dtype = FORMS[self._dtype]
+        if not adapter:
+            return weight_digests(weights, dtype)
+        modules = {}
+        for name, scaling in lora_scalings(self.model, "default").items():
+            a, b = (weights[f"base_model.model.{name}.{matrix}.default.weight"] for matrix in ("lora_A", "lora_B"))
+            modules[name] = (a, b, scaling)
+        return adapter_digests(modules, dtype)
 
     def _merged(self, weights: Mapping[str, Tensor]) -> Any:
         """A second model with the adapter merged into it: this one is trained on, and may not be whole."""

@@ -56,6 +56,10 @@ class Strategy(Protocol):
         """Parameters by name, whole, as the model computes with them: all of them, or those that are trained."""
         ...
 
+    def held(self) -> Mapping[str, Tensor]:
+        """The trained weights by name, as the model computes with them: whole, or this worker's pieces of them."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs: ``model.NAME`` and ``optimizer.INDEX.KEY``, whole, in the optimiser's precision."""
         ...
@@ -126,6 +130,9 @@ class TorchStrategy:
 
     def weights(self, *, trainable: bool) -> Mapping[str, Tensor]:
         return self._named if trainable else dict(self._model.named_parameters())
+
+    def held(self) -> Mapping[str, Tensor]:
+        return self._named
 
     def state(self) -> dict[str, Tensor]:
         masters = zip(self._named, self._masters.parameters, strict=True)

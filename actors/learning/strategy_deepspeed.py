@@ -94,6 +94,9 @@ class DeepspeedStrategy:
         with self._api.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().cpu().clone()
 
+    def held(self) -> Mapping[str, Tensor]:
+        return {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in self._named.items()}
+
     def state(self) -> dict[str, Tensor]:
         utils = self._api.utils
         kept = self._states()

@@ -28,6 +28,7 @@ from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
 from plumbline.errors import LossError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
+from plumbline.models.loading import first_not_finite
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
 from plumbline.runs.checkpoint import MARKER, checkpoint_directory, latest_step, load_checkpoint, save_checkpoint
 from plumbline.runs.mirror import pull_parts, push_checkpoint, saved_step
@@ -150,6 +151,7 @@ class Worker:
         for step, samples in self._parts(holder):
             started = time.monotonic()
             self._metrics = self._train_on(step, samples)
+            self._refuse_damage(step)
             self._previous_probe, self._probe = self._probe, self._measure()
             self._done = step
             self._metrics |= {"learner_wait_s": started - waited, "learner_work_s": time.monotonic() - started}
@@ -210,6 +212,16 @@ class Worker:
             raise LossError(self._failure(step, f"the gradient became {update.grad_norm}"))
         return update.grad_norm
 
+    def _refuse_damage(self, step: int) -> None:
+        """Raise LossError where a weight is no finite number: it is neither saved nor published. All together."""
+        name = first_not_finite(self._strategy.held().items())
+        if self._world > 1:
+            names: list[Any] = [None] * self._world
+            dist.all_gather_object(names, name)
+            name = next(filter(None, names), None)
+        if name is not None:
+            raise LossError(self._failure(step, f"{name} became NaN or infinite"))
+
     def _failure(self, step: int, what: str) -> str:
         saved = latest_step(self._spec.checkpoints)
         kept = f"the checkpoint of step {saved} is saved" if saved else "no step was saved yet"
@@ -258,22 +270,23 @@ class Worker:
 
     def _publish(self) -> None:
         """Write the version to the run directory and hand it to the store."""
+        served, adapter = self._spec.publishes != "final", self._spec.publishes == "adapter"
+        written = served or self._done == self._spec.total
+        weights = self._strategy.weights(trainable=self._through_adapter) if written else {}
+        if self._rank != 0:
+            return
         publication = Publication(
             ref=PolicyRef(policy=self._spec.section.name, version=self._done),
             files={},
             probe_logps=self._probe,
             previous_probe_logps=self._previous_probe,
             base_probe_logps=self._base_probe,
+            digests=self._policy.digests(weights, adapter=adapter) if served else {},
             metrics=self._metrics,
         )
-        served = self._spec.publishes != "final"
-        written = served or self._done == self._spec.total
-        weights = self._strategy.weights(trainable=self._through_adapter) if written else {}
-        if self._rank != 0:
-            return
         if written:
             directory = version_directory(self._spec.run_dir, publication.ref)
-            self._policy.save(directory, publication, weights, adapter=self._spec.publishes == "adapter")
+            self._policy.save(directory, publication, weights, adapter=adapter)
             self._storage.push_directory(directory, PROOF)
             if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)

@@ -2,10 +2,11 @@
 the run here. Every process that loads a model by transformers calls it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers.utils import logging
 
 from plumbline.errors import ModelError, in_one_line
@@ -53,11 +54,13 @@ def load_whole(factory: Any, path: str, dtype: str, *, new_head: bool = False, *
         if wrong := sorted(name for name in names if not new_head or name.startswith(body)):
             more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
             raise ModelError(f"model {path}: it {what} {', '.join(wrong[:NAMED])}{more}; save it whole again")
-    if name := first_not_finite(model):
+    if name := first_not_finite(model.named_parameters()):
         raise ModelError(f"model {path}: {name} has values that are no finite numbers; it was damaged, or diverged")
     return model
 
 
-def first_not_finite(model: nn.Module) -> str | None:
-    """The name of a weight with NaN or infinite values."""
-    return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+def first_not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a weight with NaN or infinite values. Waits for the device once, not once a weight."""
+    flags = {name: weight.detach().isfinite().all() for name, weight in weights}
+    good = torch.stack(list(flags.values())).tolist() if flags else []
+    return next((name for name, fine in zip(flags, good, strict=True) if not fine), None)

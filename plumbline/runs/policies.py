@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 from plumbline.config.tree import Config
 from plumbline.errors import ModelError
@@ -51,13 +52,14 @@ def model_path(path: str) -> str:
 
 
 def write_proof(directory: Path, publication: Publication) -> None:
-    """Keep the probe log-probs of a version beside its weights."""
-    probes = {
+    """Keep what a version is proved by beside its weights: log-probs of the probe, digests of its tensors."""
+    proof = {
         "probe_logps": list(publication.probe_logps),
         "previous_probe_logps": list(publication.previous_probe_logps),
         "base_probe_logps": list(publication.base_probe_logps),
+        "digests": publication.digests,
     }
-    (directory / PROOF).write_text(json.dumps(probes), encoding="utf-8")
+    (directory / PROOF).write_text(json.dumps(proof), encoding="utf-8")
 
 
 def write_probe(run_dir: Path, groups: Sequence[TokenGroup]) -> None:
@@ -77,11 +79,11 @@ def read_probe(run_dir: Path) -> list[TokenGroup]:
 
 
 def read_publication(run_dir: Path, ref: PolicyRef) -> Publication:
-    """A version with its files and probe log-probs, as the learner published it."""
+    """A version with its files and what proves it, as the learner published it."""
     directory = version_directory(run_dir, ref)
-    probes: dict[str, Sequence[float]] = json.loads((directory / PROOF).read_text("utf-8"))
+    proof: dict[str, Any] = json.loads((directory / PROOF).read_text("utf-8"))
     files = {f.name: f.read_bytes() for f in sorted(directory.iterdir()) if f.name != PROOF}
-    return Publication(ref=ref, files=files, **probes)  # type: ignore[arg-type]
+    return Publication(ref=ref, files=files, **proof)
 
 
 def is_adapter(files: Container[str]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from actors.engines.seam import Adapter
 from actors.engines.start import start_engine
@@ -27,6 +28,8 @@ from tests.tiny import engine_spec, make_prompts, make_tiny_model
 
 pytest.importorskip("vllm")
 FLOAT32_PARITY = 1e-4
+MODULES = 14
+"""Linear layers that an adapter changes: seven in each of two layers."""
 
 
 class World:
@@ -64,7 +67,12 @@ class World:
             ref = PolicyRef(policy="ple", version=number)
             now = policy.probe(self.probe)
             publication = Publication(
-                ref=ref, files={}, probe_logps=now, previous_probe_logps=previous, base_probe_logps=base
+                ref=ref,
+                files={},
+                probe_logps=now,
+                previous_probe_logps=previous,
+                base_probe_logps=base,
+                digests=policy.digests(dict(policy.model.named_parameters()), adapter=True),
             )
             policy.save(version_directory(self.root, ref), publication, adapter=True)
             found[number] = read_publication(self.root, ref)
@@ -200,14 +208,67 @@ def test_versions_are_proved_and_old_ones_forgotten(world: World) -> None:
         proof = world.run(generator.load(PolicyRef(policy="ple", version=number)))
         assert proof.difference < FLOAT32_PARITY
         assert proof.drift == pytest.approx(1, abs=0.01)
+        assert proof.exact == MODULES
     held = adapters_of(generator)
     held._keep = 1
     world.run(held.forget(PolicyRef(policy="ple", version=3)))
     assert set(held.adapters) == {PolicyRef(policy="ple", version=3)}
 
 
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_both_engines_hold_what_the_learner_says(world: World, kind: str) -> None:
+    engine = world.vllm if kind == "vllm" else world.oracle
+    world.run(engine.add_adapter(adapter := world.adapter(2, id=930)))
+    expected = world.publications[2].digests["float32"]
+    assert world.run(engine.digests(list(expected), adapter=adapter)) == [expected]
+    assert len(expected) == MODULES
+    world.run(engine.remove_adapter(adapter))
+
+
+class Damaging:
+    """A real engine whose copy of an adapter's tensors is damaged before it is loaded."""
+
+    kind = "vllm"
+
+    def __init__(self, engine: Any, damage: Any) -> None:
+        self._engine, self._damage = engine, damage
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        path = Path(adapter.path) / "adapter_model.safetensors"
+        save_file(self._damage(load_file(path)), path)
+        await self._engine.add_adapter(adapter)
+
+
+def without(part: str) -> Any:
+    return lambda tensors: {name: t for name, t in tensors.items() if part not in name}
+
+
+def stale(world: World, part: str) -> Any:
+    """The tensors of `part` as they were in version 1."""
+    old = load_file(version_directory(world.root, ple(1)) / "adapter_model.safetensors")
+    return lambda tensors: {name: old[name] if part in name else t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("part", "count"),
+    [("q_proj", 2), ("k_proj", 2), ("layers.1.self_attn.v_proj", 1), ("layers.0.mlp.down_proj", 1), ("gate_proj", 2)],
+)
+@pytest.mark.parametrize("damage", ["missing", "stale", "negative"])
+def test_every_damaged_tensor_is_named_at_once(world: World, part: str, count: int, damage: str) -> None:
+    damages: dict[str, Any] = {
+        "missing": without(part),
+        "stale": stale(world, f"{part}.lora_A"),
+        "negative": lambda tensors: {n: -t if f"{part}.lora_B" in n else t for n, t in tensors.items()},
+    }
+    generator = world.generator(world.vllm)
+    adapters_of(generator)._engine = Damaging(world.vllm, damages[damage])
+    with pytest.raises(SyncError, match=f"{count} of {MODULES} tensors in it are not the learner's") as caught:
+        world.run(generator.load(ple(2)))
+    assert part in caught.value.reason
+
+
 class Sabotaged:
-    """A real engine whose `add_adapter` does something else than it was told."""
+    """A real engine that has the adapter that it was told to load, and answers from another."""
 
     kind = "vllm"
 
@@ -219,6 +280,9 @@ class Sabotaged:
 
     async def logprobs(self, prompt_ids: Any, response_ids: Any, *, adapter: Adapter | None) -> list[float]:
         return await self._engine.logprobs(prompt_ids, response_ids, adapter=adapter and self._instead(adapter))
+
+    async def digests(self, names: Any, *, adapter: Adapter | None) -> Any:
+        return await self._engine.digests(names, adapter=adapter)
 
 
 def sabotaged_load(world: World, instead: Any, version: int = 2) -> SyncError:
@@ -255,8 +319,6 @@ def test_a_small_step_is_told_from_none(world: World) -> None:
     source = version_directory(world.root, PolicyRef(policy="ple", version=1))
     nudged = world.root / "nudged"
     shutil.copytree(source, nudged, dirs_exist_ok=True)
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(nudged / "adapter_model.safetensors")
     save_file({k: v * 1.001 for k, v in weights.items()}, nudged / "adapter_model.safetensors")
     world.run(world.oracle.add_adapter(Adapter(id=77, name="nudged", path=str(nudged))))
@@ -267,6 +329,7 @@ def test_a_small_step_is_told_from_none(world: World) -> None:
 
     small = replace(
         world.publications[2],
+        digests={},  # of other tensors: the log-probs alone must tell
         probe_logps=world.run(probe_of(Adapter(id=77, name="nudged", path=str(nudged)))),
         files={f.name: f.read_bytes() for f in nudged.iterdir() if f.name != "proof.json"},
     )
@@ -323,7 +386,12 @@ class WholeWorld:
                     parameter.add_(torch.randn_like(parameter), alpha=0.01)
             now = policy.probe(self.probe)
             publication = Publication(
-                ref=ple(number), files={}, probe_logps=now, previous_probe_logps=previous, base_probe_logps=base
+                ref=ple(number),
+                files={},
+                probe_logps=now,
+                previous_probe_logps=previous,
+                base_probe_logps=base,
+                digests=policy.digests(dict(policy.model.named_parameters()), adapter=False),
             )
             policy.save(version_directory(self.root, ple(number)), publication, adapter=False)
             found[number] = read_publication(self.root, ple(number))
@@ -378,6 +446,7 @@ def test_whole_weights_arrive_and_are_proved(whole: WholeWorld) -> None:
         proof = whole.run(generator.load(ple(version)))
         assert proof.difference < FLOAT32_PARITY
         assert proof.drift == pytest.approx(1, abs=0.01)
+        assert proof.exact == len(whole.publications[version].digests["float32"]) > 15
         whole.assert_parity(version)
     ask = GenerateRequest(key="a", prompt_ids=[40, 41], ref=ple(0), sampling=Sampling(max_tokens=4), seed=0)
     [answer] = whole.run(generator.generate([ask]))
@@ -417,6 +486,10 @@ def sabotaged_weights(whole: WholeWorld, engine: Any) -> SyncError:
 
 
 def test_a_generator_that_keeps_the_old_weights_is_caught(whole: WholeWorld) -> None:
+    count = len(whole.publications[2].digests["float32"])
+    error = sabotaged_weights(whole, DeafWorkers(whole.vllm, None))
+    assert f"{count} of {count} tensors in it are not the learner's" in str(error)
+    whole.publications = {n: replace(p, digests={}) for n, p in whole.publications.items()}
     assert "still answers as ple@1" in str(sabotaged_weights(whole, DeafWorkers(whole.vllm, None)))
 
 

@@ -71,7 +71,7 @@ def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     from actors.engines.start import start_engine
     from actors.learning.policy import LearnedPolicy
-    from actors.weights import TOLERANCE
+    from actors.proof import TOLERANCE
 
     model = make_tiny_model(tmp_path / "model")
     groups = groups_of(tmp_path)

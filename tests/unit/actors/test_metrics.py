@@ -114,8 +114,8 @@ def test_a_proof_is_counted_by_generator_and_policy(ray: ModuleType, monkeypatch
         base_probe_logps=[-1.5],
     )
     engine: Any = Engine()
-    prober = Prober("generator-1", engine, [TokenGroup([1], [[2, 3]])], tolerance=1e-3)
-    prober.measured[PolicyRef()] = [-1.5]
+    prober = Prober("generator-1", engine, [TokenGroup([1], [[2, 3]])], "float32", tolerance=1e-3)
+    prober.base_measured = [-1.5]
     asyncio.run(prober.prove(publication, None))
     tags = {"run": "tiny", "replica": "scorer-1", "policy": "ple"}
     [(seconds, told)] = calls(metrics.PROOF_SECONDS)
