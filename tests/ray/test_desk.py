@@ -1,4 +1,4 @@
-"""A real learner that answers for π0: while it waits, while it trains, after it died, and with an error once it failed."""
+"""A real learner that answers for π0: while it waits, while it trains, after it died, with an error once it failed."""
 
 import math
 import os
@@ -107,7 +107,8 @@ def test_it_answers_while_it_waits_and_while_it_trains(tmp_path: Path, model: Pa
     assert all(close(answer, expected(question(1 + i))) for i, answer in enumerate(answered)), "whatever it has learnt"
     ray.get(learning.published(2), timeout=PATIENCE_S)
     assert close(ray.get(learning.ask(150), timeout=PATIENCE_S), expected(question(150))), "after the last part"
-    assert ray.get(learning.desk.counts.remote())["hits"] == 0
+    counts: Any = ray.get(learning.desk.counts.remote())
+    assert counts["hits"] == 0 and counts["misses"] >= 2 * (len(answered) + 2)
     ray.get(learning.channel.close.remote())
     ray.get(learning.training, timeout=PATIENCE_S)
     with pytest.raises(RunError, match="the learner of self_contrast has ended"):
@@ -121,7 +122,8 @@ def test_what_a_killed_worker_held_its_successor_answers(tmp_path: Path, model: 
     ray.get(learning.ask(0), timeout=PATIENCE_S)
     asked = [learning.ask(i) for i in range(1, 150)]
     ready, _ = ray.wait(asked, num_returns=5, timeout=PATIENCE_S)
-    [worker] = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if a.class_name == "RayTrainWorker"]
+    alive: Any = list_actors(filters=[("state", "=", "ALIVE")])
+    [worker] = [actor for actor in alive if actor.class_name == "RayTrainWorker"]
     os.kill(worker.pid, signal.SIGKILL)
     assert len(ready) == 5 and len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < 100, "it died over them"
     answers = ray.get(asked, timeout=PATIENCE_S)

@@ -118,7 +118,7 @@ def test_a_learner_in_training_answers_as_a_copy_of_the_base_and_learns_the_same
     assert feed.failures == [] and feed.closed and feed.questions == []
 
     copy = reference(tiny_model, dtype=dtype)
-    close = {"abs": 1e-6, "rel": 1e-6} if dtype == "float32" else {"rel": 1e-2}
+    close: Any = {"abs": 1e-6, "rel": 1e-6} if dtype == "float32" else {"rel": 1e-2}
     for found, expected in zip(feed.answers[1], copy.logps(GROUPS), strict=True):
         assert found == pytest.approx(expected, **close)
     assert numbers(feed.answers[2]) == pytest.approx(numbers(copy.contrast_logps(*CONTRAST, eos=False)), **close)
