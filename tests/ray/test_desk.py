@@ -1,17 +1,15 @@
 """A real learner that answers for π0: while it waits, while it trains, after it died, with an error once it failed."""
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
-from ray.util.state import list_actors
 
 from actors.channel import Box, Channel
 from actors.desk import Desk
@@ -26,8 +24,8 @@ from plumbline.records import PolicyRef, Sample, TokenGroup
 from tests.ray.test_learner import CASES, STEPS, Case, assert_same, part, plain, spec_of
 from tests.tiny import make_tiny_model
 
-pytestmark = pytest.mark.slow
-PATIENCE_S = 120
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+PATIENCE_S = 600
 LORA = Case("lora", {"batch_size": 4})
 
 
@@ -122,9 +120,8 @@ def test_what_a_killed_worker_held_its_successor_answers(tmp_path: Path, model: 
     ray.get(learning.ask(0), timeout=PATIENCE_S)
     asked = [learning.ask(i) for i in range(1, 150)]
     ready, _ = ray.wait(asked, num_returns=5, timeout=PATIENCE_S)
-    alive: Any = list_actors(filters=[("state", "=", "ALIVE")])
-    [worker] = [actor for actor in alive if actor.class_name == "RayTrainWorker"]
-    os.kill(worker.pid, signal.SIGKILL)
+    [worker] = [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in one.cmdline()[0]]
+    worker.kill()
     assert len(ready) == 5 and len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < 100, "it died over them"
     answers = ray.get(asked, timeout=PATIENCE_S)
     assert all(close(answer, expected(question(i))) for i, answer in enumerate(answers, start=1))
