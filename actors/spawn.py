@@ -20,6 +20,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayErr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
+from actors.desk import Desk
 from actors.embedder import Embedder, EmbedderSpec
 from actors.engines.seam import EngineKind, EngineSpec
 from actors.generator import Generator
@@ -123,6 +124,7 @@ class Fleet:
     judge: list[Any] = field(default_factory=list)
     reference: list[Any] = field(default_factory=list)
     embedder: list[Any] = field(default_factory=list)
+    desks: dict[str, Any] = field(default_factory=dict)
     others: list[Any] = field(default_factory=list)
     _trainer: Any = None
     _named: Counter[str] = field(default_factory=Counter)
@@ -187,22 +189,28 @@ class Fleet:
 
     def add_scorers(self, settings: ScorerFleet, spec: ScorerSpec, role: str = "scorer") -> list[Any]:
         """Start replicas of one reward; returns their handles."""
-        return self._start(Scorer, role, spec, settings, cpus=settings.cpus)
+        return self._start(Scorer, role, spec, settings, settings.replicas, cpus=settings.cpus)
 
-    def add_reference(self, settings: ReferenceFleet, spec: ReferenceSpec) -> None:
-        """Start the frozen model's replicas."""
-        self.reference += self._start(Reference, "reference", spec, settings)
+    def add_reference(self, settings: ReferenceFleet, spec: ReferenceSpec, count: int) -> None:
+        """Start `count` copies of the frozen model."""
+        self.reference += self._start(Reference, "reference", spec, settings, count)
 
     def add_embedders(self, settings: EmbedderFleet, spec: EmbedderSpec) -> None:
         """Start the sentence embedder's replicas."""
-        self.embedder += self._start(Embedder, "embedder", spec, settings)
+        self.embedder += self._start(Embedder, "embedder", spec, settings, settings.replicas)
 
     def _start(
-        self, kind: type, role: str, spec: Any, settings: ScorerFleet | ReferenceFleet | EmbedderFleet, cpus: float = 0
+        self,
+        kind: type,
+        role: str,
+        spec: Any,
+        settings: ScorerFleet | ReferenceFleet | EmbedderFleet,
+        count: int,
+        cpus: float = 0,
     ) -> list[Any]:
         actor = ray.remote(kind)
         where = {"num_cpus": cpus, "num_gpus": settings.gpus, "resources": settings.resources, **_REPLACED}
-        return [actor.options(name=self._name(role), **where).remote(spec) for _ in range(settings.replicas)]
+        return [actor.options(name=self._name(role), **where).remote(spec) for _ in range(count)]
 
     def add_channel(self, slots: int, learner: str) -> Any:
         """A channel for one learner."""
@@ -210,6 +218,13 @@ class Fleet:
         channel = actor.remote(slots, learner)
         self.others.append(channel)
         return channel
+
+    def add_desk(self, learner: str) -> Any:
+        """Where a pipeline asks its learner what π0 says."""
+        actor = ray.remote(Desk).options(name=self._name(f"desk-{learner}"), **beside_driver())
+        desk = self.desks[learner] = actor.remote(learner)
+        self.others.append(desk)
+        return desk
 
     def trainer(self) -> Any:
         """The actor from which all learners' Ray Train runs are started."""
@@ -279,12 +294,12 @@ def started(generator: Any) -> Any:
     return generator.start.options(max_task_retries=-1).remote()
 
 
-def start_learner(fleet: Fleet, spec: LearnerSpec, channel: Any) -> "asyncio.Future[None]":
+def start_learner(fleet: Fleet, spec: LearnerSpec, channel: Any, desk: Any = None) -> "asyncio.Future[None]":
     """Run a learner beside the event loop; the future ends when the learner does, with a RunError where it failed.
 
     Not in a thread of this process: one that still calls Ray while Ray shuts down here would end the process at once.
     """
-    learner = asyncio.ensure_future(ask(fleet.trainer().run.remote(spec, channel, fleet.store)))
+    learner = asyncio.ensure_future(ask(fleet.trainer().run.remote(spec, channel, fleet.store, desk)))
     learner.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # an interrupted run never asks
     return learner
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from actors.learning.frozen import FrozenSpec
 from actors.learning.worker import LearnerSpec
 from actors.proof import TOLERANCE
 from actors.spawn import Fleet
 from pipelines.pool import Pool
 from plumbline.config.learner import FullPolicy
-from plumbline.config.pipelines import Pipeline
+from plumbline.config.pipelines import Pipeline, Preference
 from plumbline.config.tree import Config
 from plumbline.records import PolicyRef, Prompt, TokenGroup
 from plumbline.runs.endpoint import LiveRun
@@ -81,7 +82,8 @@ class Promoter(Protocol):
 class Context:
     """One run. `model_path` is π0's directory: the config's model, or what the `sft` section made of it.
 
-    `fingerprint` says which model that is, where the run has a reference. Tasks in `beside` end with the run.
+    `fingerprint` says which model that is, where pairs are made or trained on; `frozen` is what learners answer for it
+    with, where they do. Tasks in `beside` end with the run.
     """
 
     config: Config
@@ -96,6 +98,7 @@ class Context:
     probe: tuple[TokenGroup, ...] = ()
     model_path: str = ""
     fingerprint: str = ""
+    frozen: FrozenSpec | None = None
     pool: Pool = field(default_factory=lambda: Pool([], 0))
     beside: list["asyncio.Task[None]"] = field(default_factory=list)
     promoter: Promoter | None = None
@@ -109,6 +112,10 @@ class Context:
     def pick(self, replicas: Sequence[Any]) -> Any:
         """One of an actor's replicas, each in turn."""
         return replicas[next(self._turns) % len(replicas)]
+
+    def reference(self, pipeline: str) -> Any:
+        """Whom a pipeline asks what π0 says: its own learner, or a copy of π0."""
+        return self.fleet.desks.get(pipeline) or self.pick(self.fleet.reference)
 
     def live_run(self) -> LiveRun:
         """What an endpoint beside the run is told of it."""
@@ -153,4 +160,5 @@ class Context:
             run_dir=self.run_dir,
             publishes=("full" if whole else "adapter") if serves else "final",
             storage=self.storage.url,
+            frozen=self.frozen if isinstance(section, Preference) else None,
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from actors.reference import ContrastLogps, ContrastPrompts
+from actors.frozen_logps import ContrastLogps, ContrastPrompts
 from pipelines.context import Context
 from pipelines.method import Method, Rollout, Row, fitting, rejected_row
 from pipelines.offline import OfflinePairs
@@ -39,7 +39,7 @@ class DlmaMethod(Method):
         judged = [self._contrast_prompts(prompt) for prompt in prompts]
         queries = [query for query in self._queries(prompts) for _ in range(2)]
         context = self._context
-        reference = context.pick(context.fleet.reference)
+        reference = context.reference(self.name)
         then = [lambda drawn: reference.contrast_logps.remote(judged, drawn, eos=self._dlma.eos_in_margin)]
         if context.fleet.scorer:
             scorer = context.pick(context.fleet.scorer)

@@ -12,6 +12,7 @@ from typing import Any
 from actors.embedder import EmbedderSpec
 from actors.engines.seam import engine_spec
 from actors.engines.start import resolve_engine
+from actors.learning.frozen import FrozenSpec
 from actors.reference import ReferenceSpec
 from actors.scorer import ScorerSpec
 from actors.spawn import Fleet, ask, start_fleet
@@ -19,10 +20,12 @@ from pipelines.autoscaler import autoscale
 from pipelines.context import Context, EventLog
 from pipelines.pool import Pool
 from plumbline.config.data import ClassifierReward, Reward
+from plumbline.config.demand import reference_replicas
 from plumbline.config.pipelines import Preference
 from plumbline.config.tree import Config
 from plumbline.data.prompting import encode_response, render
 from plumbline.doctor import Checked
+from plumbline.models.logp_cache import model_fingerprint
 from plumbline.records import TokenGroup
 from plumbline.runs.policies import model_path
 from plumbline.runs.storage import Storage
@@ -80,7 +83,7 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
     if config.evaluation and config.evaluation.judge:
         fleet.judge = add_reward(fleet, context, config.evaluation.judge, role="judge")
     if train and any(isinstance(p, Preference) for p in config.pipelines):
-        add_reference(context)
+        await add_reference(context)
     if train and config.embedder and any(p.embeds for p in config.methods):
         one = config.embedder
         device = "cuda" if one.gpus else "cpu"
@@ -96,21 +99,23 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
     context.beside.append(asyncio.create_task(autoscale(context)))
 
 
-def add_reference(context: Context) -> None:
-    """The frozen π0, with its cache."""
-    settings = context.config.fleet.reference
-    cache = Path(settings.cache) if settings.cache else user_cache()
-    context.fleet.add_reference(
-        settings,
-        ReferenceSpec(
-            model_path=context.model_path,
+async def add_reference(context: Context) -> None:
+    """What answers for the frozen π0: copies of it, or the learners, once they are there. With its cache."""
+    settings, path = context.config.fleet.reference, context.model_path
+    cache = str(Path(settings.cache) if settings.cache else user_cache())
+    if count := reference_replicas(context.config):
+        spec = ReferenceSpec(
+            model_path=path,
             dtype=context.dtype,
             device="cuda" if settings.gpus else "cpu",
             threads=settings.cpus,
             batch_tokens=settings.batch_tokens,
-            cache=str(cache),
-        ),
-    )
+            cache=cache,
+        )
+        context.fleet.add_reference(settings, spec, count)
+    else:
+        context.fingerprint = await asyncio.to_thread(model_fingerprint, path)
+        context.frozen = FrozenSpec(model_path=path, fingerprint=context.fingerprint, dtype=context.dtype, cache=cache)
 
 
 def user_cache() -> Path:

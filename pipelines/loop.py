@@ -22,7 +22,7 @@ import ray
 
 from actors.channel import Box
 from actors.learning.worker import LearnerSpec
-from actors.spawn import ask, start_learner
+from actors.spawn import ask, gather, start_learner
 from pipelines.context import Context
 from pipelines.method import Method, Rollout
 from pipelines.monitor import busy_seconds, busy_share, memory
@@ -66,7 +66,8 @@ async def run_method(context: Context, method: Method, section: MethodSection) -
     if progress.logged >= method.total:
         return
     channel = context.fleet.add_channel(method.slots, method.name)
-    learner = start_learner(context.fleet, spec, channel)
+    desk = context.fleet.add_desk(method.name) if spec.frozen else None
+    learner = start_learner(context.fleet, spec, channel, desk)
     try:
         await first_of(
             learner,
@@ -75,8 +76,9 @@ async def run_method(context: Context, method: Method, section: MethodSection) -
         )
     except Exception as error:
         # The other pipelines of the run go on: this one's learner must not wait for parts that never come.
+        ended = RunError(f"{method.name} has ended: {error}")
         with contextlib.suppress(RunError):
-            await ask(channel.fail.remote(RunError(f"{method.name} has ended: {error}")))
+            await gather(*(one.fail.remote(ended) for one in (channel, desk) if one))
         raise
 
 

@@ -61,7 +61,7 @@ async def push_events(context: Context) -> None:
 async def counts(context: Context) -> dict[str, int]:
     """Hits and misses of the reference's cache, texts embedded and truncated, since the run began."""
     fleet = context.fleet
-    reference = await gather(*(one.counts.remote() for one in fleet.reference))
+    reference = await gather(*(one.counts.remote() for one in [*fleet.reference, *fleet.desks.values()]))
     embedder = await gather(*(one.counts.remote() for one in fleet.embedder))
     return {
         **{f"reference_{key}": sum(one[key] for one in reference) for key in (reference or [{}])[0]},

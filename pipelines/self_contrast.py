@@ -113,16 +113,16 @@ class SelfContrastMethod(Method):
         """Rows of all prompts, with the reference's log-probs and, where there is a reward, what it says of them."""
         if not prompts:
             return []
-        fleet, pick = self._context.fleet, self._context.pick
         groups = [TokenGroup(self._plain_ids(prompt), [one.ids for one in answers]) for prompt, answers in prompts]
-        wanted = [pick(fleet.reference).logps.remote(groups)]
-        if fleet.scorer:
+        context = self._context
+        wanted = [context.reference(self.name).logps.remote(groups)]
+        if context.fleet.scorer:
             requests = [
                 ScoreRequest(messages=prompt.messages, response=one.text, extra=dict(prompt.extra))
                 for prompt, answers in prompts
                 for one in answers
             ]
-            wanted.append(pick(fleet.scorer).score.remote(requests))
+            wanted.append(context.pick(context.fleet.scorer).score.remote(requests))
         logps, *scored = await gather(*wanted)
         scores = iter(scored[0] if scored else [])
         return [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
-from plumbline.config.demand import demand, named
+from plumbline.config.demand import demand, named, reference_replicas
 from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, Sft
 from plumbline.config.section import bounds
 from plumbline.config.tree import Config
@@ -336,8 +336,9 @@ def _memory(config: Config) -> str:
     if config.model.path is not None:
         weights = sum(f.stat().st_size for f in Path(config.model.path).glob("*.safetensors")) / 2**30
     generator = config.fleet.generator
+    copies = 2 + reference_replicas(config)
     # Measured: an idle vLLM engine holds 2 GiB, a learner worker or scorer 1 GiB, before any weights.
-    needed = bounds(generator.replicas)[1] * (2 + weights + generator.kv_cache_gib) + 2 + 3 * weights
+    needed = bounds(generator.replicas)[1] * (2 + weights + generator.kv_cache_gib) + 2 + copies * weights
     if needed > available and run_device(config) == "cpu" and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             f"memory: about {needed:.1f} GiB are needed, {available:.1f} are free; fewer fleet.generator.replicas, "

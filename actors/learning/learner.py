@@ -3,6 +3,7 @@
 Ray Train places and restarts the workers; `actors.learning.worker` is what each does.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -11,22 +12,62 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.channel import Box, Lease
+from actors.desk import Question
 from actors.learning.worker import LearnerSpec, train
 from plumbline.errors import PlumblineError, RunError, in_one_line
 from plumbline.records import Publication, Sample
 
 
 class RayFeed:
-    """The calls of a channel and a policy store, made blocking, from inside a worker."""
+    """The calls of a channel, a policy store and a desk (where there is one), made blocking, from inside a worker.
 
-    def __init__(self, channel: Any, store: Any) -> None:
-        self._channel, self._store = channel, store
+    A lease and a question that were asked for stay under way until they are there: both are waited for at once.
+    """
+
+    def __init__(self, channel: Any, store: Any, desk: Any = None) -> None:
+        self._channel, self._store, self._desk = channel, store, desk
+        self._leasing: Any = None
+        self._taking: Any = None
 
     def attach(self, holder: str, done: int) -> None:
-        ray.get(self._channel.attach.remote(holder, done))
+        calls = [self._channel.attach.remote(holder, done)]
+        ray.get([*calls, self._desk.attach.remote(holder)] if self._desk else calls)
 
-    def lease(self, holder: str) -> Lease | None:
-        return ray.get(self._channel.lease.remote(holder))
+    def lease(self, holder: str) -> Lease | Question | None:
+        self._leasing = self._leasing or self._channel.lease.remote(holder)
+        while True:
+            ready, _ = ray.wait([self._leasing, *self._next_question(holder)])
+            if self._leasing in ready:
+                lease: Any = ray.get(self._leasing)
+                self._leasing = None
+                return lease
+            if question := self._taken():
+                return question
+
+    def question(self, holder: str) -> Question | None:
+        asked = self._next_question(holder)
+        return self._taken() if asked and ray.wait(asked, timeout=0)[0] else None
+
+    def answer(self, number: int, holder: str, answer: Any, counts: Mapping[str, int]) -> None:
+        if self._desk:
+            ray.get(self._desk.answer.remote(number, holder, answer, counts))
+
+    def close(self, holder: str) -> None:
+        if self._desk:
+            ray.get(self._desk.close.remote(holder))
+
+    def _next_question(self, holder: str) -> list[Any]:
+        """The call that takes it; none where nothing can be asked."""
+        if self._desk and self._taking is None:
+            self._taking = self._desk.take.remote(holder)
+        return [self._taking] if self._desk else []
+
+    def _taken(self) -> Question | None:
+        question: Any = ray.get(self._taking)
+        self._taking = None
+        if question is None:  # another holder is asked now
+            self._desk = None
+        return question
 
     def peek(self, step: int) -> Box:
         return ray.get(self._channel.peek.remote(step))
@@ -41,33 +82,33 @@ class RayFeed:
         ray.get(self._store.publish.remote(publication))
 
     def fail(self, policy: str, error: PlumblineError) -> None:
-        ray.get([self._store.fail.remote(policy, error), self._channel.fail.remote(error)])
+        calls = [self._store.fail.remote(policy, error), self._channel.fail.remote(error)]
+        ray.get([*calls, self._desk.fail.remote(error)] if self._desk else calls)
 
 
 def worker_loop(config: dict[str, Any]) -> None:
     """The `train_loop_per_worker` of Ray Train."""
     context = ray.train.get_context()
-    train(
-        config["spec"], RayFeed(config["channel"], config["store"]), context.get_world_rank(), context.get_world_size()
-    )
+    feed = RayFeed(config["channel"], config["store"], config["desk"])
+    train(config["spec"], feed, context.get_world_rank(), context.get_world_size())
 
 
 class Trainer:
     """Where the Ray Train runs of all learners of a fleet are started and waited for, each in a thread."""
 
-    def run(self, spec: LearnerSpec, channel: Any, store: Any) -> None:
+    def run(self, spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
         """Train until the channel closes. Blocks.
 
         Raises:
             RunError: a worker failed, or died more often than `max_failures`.
         """
         try:
-            fit(spec, channel, store)
+            fit(spec, channel, store, desk)
         except TrainingFailedError as error:
             raise RunError(f"the learner of {spec.section.name} ended: {in_one_line(error)}") from None
 
 
-def fit(spec: LearnerSpec, channel: Any, store: Any) -> None:
+def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
     """The run itself. Raises TrainingFailedError."""
     learner = spec.section.learner
     resources: dict[str, float] = {"CPU": learner.cpus, **learner.resources}
@@ -75,7 +116,7 @@ def fit(spec: LearnerSpec, channel: Any, store: Any) -> None:
         resources["GPU"] = learner.gpus
     TorchTrainer(
         worker_loop,
-        train_loop_config={"spec": spec, "channel": channel, "store": store},
+        train_loop_config={"spec": spec, "channel": channel, "store": store, "desk": desk},
         # A worker may wait for its next part as long as generation takes.
         torch_config=TorchConfig(backend="nccl" if spec.device == "cuda" else "gloo", timeout_s=86_400),
         scaling_config=ScalingConfig(

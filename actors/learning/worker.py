@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from actors.channel import Box, Lease
+from actors.desk import Question
+from actors.learning.frozen import FrozenBase, FrozenSpec
 from actors.learning.make_strategy import make_strategy
 from actors.learning.objectives import build_objective
 from actors.learning.policy import LearnedPolicy, probe_logps
@@ -42,6 +44,7 @@ class LearnerSpec:
 
     `publishes`: every version as an adapter that generators take, or as a whole model that they take (`full`), or one
     whole model at the end, for nobody (`final`). `storage`: the URL of the copy of `run_dir`, where there is one.
+    `frozen`: which π0 it answers for, where a pipeline asks it.
     """
 
     section: Pipeline
@@ -54,6 +57,7 @@ class LearnerSpec:
     run_dir: Path
     publishes: Literal["adapter", "full", "final"]
     storage: str | None = None
+    frozen: FrozenSpec | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -65,11 +69,24 @@ class LearnerSpec:
 
 
 class Feed(Protocol):
-    """Where parts come from and where versions go; the calls of a channel and a policy store, made blocking."""
+    """Where parts and questions come from, and where versions go; the calls of a channel, a policy store and a desk,
+    made blocking."""
 
     def attach(self, holder: str, done: int) -> None: ...
 
-    def lease(self, holder: str) -> Lease | None: ...
+    def lease(self, holder: str) -> Lease | Question | None:
+        """The next part, or what is asked of π0 before that is there; None after the last part."""
+        ...
+
+    def question(self, holder: str) -> Question | None:
+        """What is asked of π0 now; returns at once."""
+        ...
+
+    def answer(self, number: int, holder: str, answer: Any, counts: Mapping[str, int]) -> None: ...
+
+    def close(self, holder: str) -> None:
+        """Nothing more can be asked of π0."""
+        ...
 
     def peek(self, step: int) -> Box: ...
 
@@ -128,6 +145,10 @@ class Worker:
         # The strategy moves it to the device: ZeRO 3 holds no whole model there.
         self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, "cpu", spec.seed)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
+        asked = spec.frozen if rank == 0 else None
+        self._frozen = FrozenBase(asked, self._policy.model, self._settings.micro_tokens) if asked else None
+        self._holder = uuid.uuid4().hex
+        self._answering_s = 0.0
         self._updates = 0
         self._done = spec.saved_step()
         self._base_probe = self._measure()
@@ -141,32 +162,34 @@ class Worker:
 
     def run(self) -> None:
         """Take parts until there are no more."""
-        holder = uuid.uuid4().hex
         if self._done:  # died between saving and publishing, or the whole run was resumed
             self._publish()
         if self._rank == 0:
-            self._feed.attach(holder, self._done)
+            self._feed.attach(self._holder, self._done)
         every = self._settings.checkpoint_every or (50 if self._spec.publishes == "final" else 1)
         waited = time.monotonic()
-        for step, samples in self._parts(holder):
-            started = time.monotonic()
+        for step, samples in self._parts():
+            started, answered = time.monotonic(), self._answering_s
             self._metrics = self._train_on(step, samples)
             self._refuse_damage(step)
             self._previous_probe, self._probe = self._probe, self._measure()
             self._done = step
-            self._metrics |= {"learner_wait_s": started - waited, "learner_work_s": time.monotonic() - started}
+            worked = time.monotonic() - started + answered
+            self._metrics |= {"learner_wait_s": started - waited - answered, "learner_work_s": worked}
             saved = step % every == 0 or step == self._spec.total
             if saved:
                 self._save()
             self._publish()
             if saved and self._rank == 0:
-                self._feed.ack(step, holder)
+                self._feed.ack(step, self._holder)
             waited = time.monotonic()
+        if self._rank == 0:
+            self._feed.close(self._holder)
 
-    def _parts(self, holder: str) -> Iterator[tuple[int, list[Sample]]]:
+    def _parts(self) -> Iterator[tuple[int, list[Sample]]]:
         """Parts in order, the same on all workers: rank 0 leases, the others are told the step."""
         while True:
-            lease = self._feed.lease(holder) if self._rank == 0 else None
+            lease = self._lease() if self._rank == 0 else None
             step = lease.step if lease else 0
             if self._world > 1:
                 told = torch.tensor([step], device=self._spec.device)
@@ -178,6 +201,26 @@ class Worker:
             if self._world > 1:
                 dist.barrier()  # a part without an update would else be acknowledged before all have read it
             yield step, samples
+
+    def _lease(self) -> Lease | None:
+        """The next part; what is asked meanwhile is answered, for the part may be waiting for just that."""
+        self._answering_s = 0.0
+        while isinstance(found := self._feed.lease(self._holder), Question):
+            started = time.monotonic()
+            self._answer(found)
+            self._answering_s += time.monotonic() - started
+        return found
+
+    def _answer(self, question: Question) -> None:
+        assert self._frozen is not None
+        answer, counts = self._frozen.answer(question)
+        self._feed.answer(question.number, self._holder, answer, counts)
+
+    def _loss(self, model: Any, samples: Sequence[Sample]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The objective's; before each micro-batch, one question is answered."""
+        if self._frozen and (question := self._feed.question(self._holder)):
+            self._answer(question)
+        return self._objective.loss(model, samples)
 
     def _train_on(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """All updates of one part; metrics are means over its updates, weighted by samples."""
@@ -202,7 +245,7 @@ class Worker:
         """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm."""
         micros = micro_batches(batch, self._world, self._rank, self._settings.micro_tokens)
         self._updates += 1
-        update = self._strategy.update(self._objective.loss, micros, self._lr(step))
+        update = self._strategy.update(self._loss, micros, self._lr(step))
         for micro, (loss, metrics) in zip(micros, update.results, strict=True):
             if not math.isfinite(loss.item()):
                 raise LossError(self._failure(step, f"the loss became {loss.item()}"))

@@ -1,5 +1,6 @@
 """What a run asks of the machines it runs on: processors, GPUs, and resources that nodes offer by name."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 
@@ -24,8 +25,7 @@ def demand(config: Config, *, most: bool = False) -> Counter[str]:
         total += _held(bounds(config.serve.replicas)[at], generator.cpus, generator.gpus, config.serve.resources)
     rewards = bool(config.reward) + bool(config.evaluation and config.evaluation.judge)
     total += _held(rewards * fleet.scorer.replicas, fleet.scorer.cpus, fleet.scorer.gpus, fleet.scorer.resources)
-    if any(isinstance(p, Preference) for p in config.pipelines):
-        total += _held(fleet.reference.replicas, 0, fleet.reference.gpus, fleet.reference.resources)
+    total += _held(reference_replicas(config), 0, fleet.reference.gpus, fleet.reference.resources)
     if config.embedder and any(p.embeds for p in config.methods):
         total += _held(config.embedder.replicas, 0, config.embedder.gpus, config.embedder.resources)
     for one in (p.learner for p in config.pipelines):
@@ -34,6 +34,19 @@ def demand(config: Config, *, most: bool = False) -> Counter[str]:
         one = config.sft.learner
         total |= _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
     return total
+
+
+def reference_replicas(config: Config) -> int:
+    """Copies of π0 that a run has for its preference pipelines; 0 where their learners answer, or there are none."""
+    settings = config.fleet.reference
+    asking = [p for p in config.pipelines if isinstance(p, Preference)]
+    if not asking or settings.replicas == "learner":
+        return 0
+    if settings.replicas != "auto":
+        return settings.replicas
+    # A cluster's learners may be far from its generators, a CPU's have no time to spare.
+    one_box = not os.environ.get("RAY_ADDRESS") and all(p.keeps_base and p.learner.gpus for p in asking)
+    return 0 if one_box and not settings.gpus and not settings.resources else 1
 
 
 def named(config: Config) -> list[str]:

@@ -1,8 +1,8 @@
 """The sections of a config that say which processes a run has: generators, rewards, the reference, an embedder."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from plumbline.config.section import Count, Elastic, Resources, Section, Share
 
@@ -36,14 +36,26 @@ class ScorerFleet(Section):
     resources: Resources = Field(default={})
 
 
+def _copies(value: Any) -> Any:
+    """One line for what is none of them: a union's own errors name its kinds, which no config has."""
+    count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not count and value not in ("auto", "learner"):
+        raise ValueError("should be auto, learner, or a count of 1 or more")
+    return value
+
+
 class ReferenceFleet(Section):
     """The frozen π0: reference log-probs of DPO, contrastive log-probs of DLMA."""
 
-    replicas: Count = Field(default=1, description="copies of the model")
+    replicas: Annotated[Literal["auto", "learner"] | Count, BeforeValidator(_copies)] = Field(
+        default="auto",
+        description="copies of the model; learner: none, each pipeline's learner answers, by its model without the "
+        "adapter; auto: that where all have GPUs of one machine and `lora`, else 1",
+    )
     cpus: Count = Field(default=1, description="threads; they share the machine, as Ray resources they count 0")
     gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})
-    batch_tokens: Count = Field(default=8192, description="tokens of one forward")
+    batch_tokens: Count = Field(default=8192, description="tokens of one forward; of a learner, its `micro_tokens`")
     cache: str | None = Field(
         default=None,
         description="directory of the cache of log-probs; default: plumbline in the user's cache directory",

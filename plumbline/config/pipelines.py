@@ -95,6 +95,11 @@ class Preference(Frozen):
         default=None, description="train on these instead: a directory of parts that another run made"
     )
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether its learner holds π0 whole, under the adapter that it trains."""
+        return self.train and isinstance(self.policy, LoraPolicy) and self.learner.zero != 3
+
 
 class Contrasts(Section):
     """A wanted quality and its opposite: a preset, either side of which may be replaced, or both sides."""

@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from plumbline.config.data import Data, Model, Reward
 from plumbline.config.fleet import Embedder, Fleet
 from plumbline.config.learner import FullPolicy
-from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Sft
+from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Preference, Sft
 from plumbline.config.section import Count, Name, Section, bounds
 from plumbline.config.serving import Serve
 from plumbline.config.tracking import Tracking
@@ -60,6 +60,11 @@ class Config(Section):
                 raise ValueError(
                     f"`policy: {{type: full}}` of {one.name!r} replaces the weights of all generators; "
                     "give it a run of its own, or `type: lora`"
+                )
+            if self.fleet.reference.replicas == "learner" and isinstance(one, Preference) and not one.keeps_base:
+                raise ValueError(
+                    f"`fleet.reference.replicas: learner` asks the learner of {one.name!r}, which does not hold π0: "
+                    "that takes `policy: {type: lora}`, `train: true` and no `zero: 3`; or write `auto`"
                 )
             if self.reward is None and one.needs_reward:
                 raise ValueError(f"a `{one.type}` pipeline needs `reward` (type: classifier or type: program)")

@@ -2,12 +2,13 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from plumbline.config.data import Model
-from plumbline.config.pipelines import Ple
+from plumbline.config.pipelines import Dlma, Ple
 from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.models import shared_prefix
@@ -28,6 +29,25 @@ def groups_of(directory: Path) -> list[TokenGroup]:
         TokenGroup(render(tokenizer, p.messages), [encode_response(tokenizer, p.target or "x"), [5, 6, 7]])
         for p in prompts
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_learner_without_its_adapter_is_the_base(tmp_path: Path, dtype: Any) -> None:
+    from actors.learning.frozen import without_adapter
+    from actors.learning.policy import LearnedPolicy, load_model
+
+    origin = Model.model_validate({"path": str(make_tiny_model(tmp_path / "model"))})
+    groups = groups_of(tmp_path)
+    section = Dlma.model_validate({"type": "dlma", "learner": {"gradient_checkpointing": True}})
+    policy = LearnedPolicy(section, origin, dtype, "cuda", seed=0)
+    with torch.no_grad():
+        for parameter in policy.trainable:
+            parameter.add_(0.1)
+        learnt = group_logps(policy.model, groups)[0]
+        base = group_logps(load_model(origin, dtype).to("cuda").eval(), groups)[0]
+    with without_adapter(policy.model):
+        assert torch.allclose(group_logps(policy.model, groups)[0], base, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(learnt, base, atol=0.5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])

@@ -32,7 +32,7 @@ MEND = "; move what both need into an earlier wing, or hand it over as an argume
 
 ROOMS = ("plumbline", "actors", "pipelines", "serve", "cli")
 HEAVY = {"ray", "vllm", "deepspeed"}
-PROCESSES = {"generator", "scorer", "reference", "embedder", "channel", "weights"}
+PROCESSES = {"generator", "scorer", "reference", "embedder", "channel", "weights", "desk"}
 SHARED = {"channel", "weights"}
 MAY_PRINT = {"cli/main.py", "cli/serving.py", "plumbline/miniature/__main__.py"}
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from actors.reference import CACHE_FILE, ContrastLogps, ContrastPrompts, Reference, ReferenceSpec
+from actors.frozen_logps import CACHE_FILE, ContrastLogps, ContrastPrompts
+from actors.reference import Reference, ReferenceSpec
 from plumbline.data.prompting import read_tokenizer
 from plumbline.errors import DataError, ModelError, RunError
 from plumbline.models import group_logps as forward

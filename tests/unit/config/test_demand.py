@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from plumbline.config.demand import demand, named
+from plumbline.config.demand import demand, named, reference_replicas
 from plumbline.config.file import load_config
 from plumbline.doctor import examine, run_device
 from plumbline.errors import ConfigError
@@ -71,6 +71,54 @@ def test_demand_is_of_all_that_runs_at_once() -> None:
     assert demand(asked) == {"CPU": 3 + 3 + 2 + 1 + 1, "GPU": 1 + 1 + 0.5 + 1, **names}
     names |= {"generator": 4, "users": 2, "learner": 2.5}
     assert demand(asked, most=True) == {"CPU": 4 * 3 + 2 * 3 + 2 * 2 + 1 + 1, "GPU": 4 + 2 + 0.5 + 2, **names}
+
+
+DLMA = "pipelines=[{type: dlma, learner: {gpus: 1}}]"
+
+
+@pytest.mark.parametrize(
+    ("sets", "copies"),
+    [
+        ([DLMA], 0),
+        (["pipelines=[{type: dlma}]"], 1),  # on CPUs
+        (["pipelines=[{type: dlma, learner: {gpus: 1}}, {type: self_contrast, filter: false, negatives: 1}]"], 1),
+        (["pipelines=[{type: dlma, train: false, learner: {gpus: 1}}]"], 1),
+        (["pipelines=[{type: dlma, policy: {type: full}, learner: {gpus: 1}}]"], 1),
+        (["pipelines=[{type: dlma, learner: {gpus: 1, strategy: deepspeed, zero: 3}}]"], 1),
+        (["pipelines=[{type: dlma, learner: {gpus: 1, strategy: deepspeed}}]"], 0),
+        ([DLMA, "fleet.reference.gpus=0.5"], 1),  # it was given a place
+        ([DLMA, "fleet.reference.resources={big: 1}"], 1),
+        ([DLMA, "fleet.reference.replicas=2"], 2),
+        (["pipelines=[{type: dlma}]", "fleet.reference.replicas=learner"], 0),
+        ([], 0),  # ple asks nothing of π0
+    ],
+)
+def test_a_copy_of_the_base_is_loaded_where_no_learner_on_this_machines_gpus_holds_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str], copies: int
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = load_config(path, sets)
+    assert reference_replicas(config) == copies
+    assert demand(config)["GPU"] == sum(p.learner.gpus for p in config.pipelines) + copies * config.fleet.reference.gpus
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    chosen = config.fleet.reference.replicas != "auto"
+    assert reference_replicas(config) == (copies if chosen else int(bool(sets))), "a cluster has a copy"
+
+
+@pytest.mark.parametrize("section", ["train: false", "policy: {type: full}", "learner: {strategy: deepspeed, zero: 3}"])
+def test_a_learner_without_the_base_cannot_be_asked_for_it(path: Path, section: str) -> None:
+    sets = [f"pipelines=[{{type: dlma, {section}}}]", "fleet.reference.replicas=learner"]
+    with pytest.raises(ConfigError, match="asks the learner of 'dlma', which does not hold π0") as caught:
+        load_config(path, sets)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["0", "1.5", "true", "learners", "[1, 2]"])
+def test_what_is_no_number_of_references(path: Path, given: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"fleet\.reference\.replicas: should be auto, learner, or a count of 1 or more"
+    ):
+        load_config(path, [f"fleet.reference.replicas={given}"])
 
 
 def test_sft_has_the_machine_to_itself_before_the_fleet_starts(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.reference import ContrastLogps
+from actors.frozen_logps import ContrastLogps
 from pipelines.context import Context, EventLog
 from pipelines.dlma import DlmaMethod
 from pipelines.method import Method, Rollout
@@ -72,7 +72,7 @@ def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: in
         tokenizer=TOKENIZER,
         prompts=prompts,
         events=EventLog(tmp_path / "events.jsonl", lambda event: None),
-        fleet=SimpleNamespace(**actors),  # type: ignore[arg-type]
+        fleet=SimpleNamespace(**actors, desks={}),  # type: ignore[arg-type]
         fingerprint="f" * 64,
         pool=Pool([generator], capacity=10_000, batch=64),
     )
