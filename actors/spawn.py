@@ -10,7 +10,7 @@ import signal
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,10 +256,12 @@ class Fleet:
 
 
 def fetcher(store_name: str | None, run_dir: Path | None) -> Fetch:
-    """How a generator gets a version: from the run's policy store, or an older one from its directory.
+    """How a generator gets a version: from the run's policy store, or an older one from the run's directory.
+
+    A whole model is read where its files lie, if that place is seen here, and is else sent from its learner's node.
 
     Raises:
-        KeyError: there is no such version in either.
+        KeyError: there is no such version in either, or a whole model's files are nowhere any more.
     """
 
     async def fetch(ref: PolicyRef) -> Publication:
@@ -268,8 +270,11 @@ def fetcher(store_name: str | None, run_dir: Path | None) -> Fetch:
             store: Any = ray.get_actor(store_name)
             with contextlib.suppress(KeyError):
                 held: Publication = await store.fetch.remote(ref)
-                if held.files or run_dir is None:  # of an old whole model the store has only the log-probs
+                if held.files or (held.directory and Path(held.directory).is_dir()):
                     return held
+                if box := await store.box.remote(ref):
+                    with contextlib.suppress(ObjectLostError):  # its learner died since
+                        return replace(held, files=await box.ref, directory=None)
         if run_dir is None or not version_directory(run_dir, ref).is_dir():
             raise KeyError(f"no published version {ref}")
         return await asyncio.to_thread(read_publication, run_dir, ref)

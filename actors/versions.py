@@ -11,14 +11,14 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
 from actors.engines.seam import Adapter, Engine
 from actors.metrics import PROBE_DIFFERENCE, PROOF_SECONDS
 from actors.proof import Digests, Proof, prove
-from plumbline.errors import RunError
 from plumbline.records import PolicyRef, Publication, TokenGroup
 
 Fetch = Callable[[PolicyRef], Awaitable[Publication]]
@@ -242,20 +242,14 @@ class WholeVersions:
 
     async def _replace(self, ref: PolicyRef) -> None:
         publication = await self._fetch(ref) if ref.version else None
-        if publication is not None and not publication.files:
-            raise RunError(f"the weights of {ref} are no longer held; ask for a newer version")
         left, self.serves = self.serves, None
         if publication is None:
             await self._engine.load_weights(self._base)
             self._proofs[ref] = await self._prober.prove_base(left or ref)
         else:
-            directory = Path(tempfile.mkdtemp(prefix="plumbline-weights-", dir=scratch(publication.files))) / "model"
-            try:
-                await asyncio.to_thread(write_files, directory, publication.files)
-                await self._prober.leave_base(list(publication.digests.get(self._prober.dtype, {})))
-                await self._engine.load_weights(str(directory))
-            finally:
-                shutil.rmtree(directory.parent, ignore_errors=True)
+            await self._prober.leave_base(list(publication.digests.get(self._prober.dtype, {})))
+            async with model_directory(publication) as directory:
+                await self._engine.load_weights(directory)
             self._proofs[ref] = await self._prober.prove(publication, None)
         self.serves = ref
 
@@ -270,6 +264,20 @@ async def score(engine: Engine, group: TokenGroup, adapter: Adapter | None) -> l
 def of_base(ref: PolicyRef) -> PolicyRef:
     """The one name of version 0, which is the base whatever the policy."""
     return ref if ref.version else PolicyRef()
+
+
+@asynccontextmanager
+async def model_directory(publication: Publication) -> AsyncIterator[str]:
+    """Where a whole model's files lie: their own place, or for as long as they are read one that they are put into."""
+    if publication.directory is not None:
+        yield publication.directory
+        return
+    place = Path(tempfile.mkdtemp(prefix="plumbline-weights-", dir=scratch(publication.files)))
+    try:
+        await asyncio.to_thread(write_files, place / "model", publication.files)
+        yield str(place / "model")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def scratch(files: Mapping[str, bytes]) -> str | None:

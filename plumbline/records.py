@@ -172,6 +172,8 @@ class Sample:
 class Publication:
     """One published version: its files, and the learner's own log-probs of the probe, which every engine must match.
 
+    `files` are an adapter's. A whole model is too large to be handed from process to process: `directory` says where
+    its files lie, for who sees that place, and `files` has them only where they had to be sent.
     `probe_logps` [N] are means over tokens, one a probe response; `previous_probe_logps` [N] those of version - 1
     and `base_probe_logps` [N] those of version 0, computed by the same learner. `digests` are those of its tensors
     (`plumbline.models.digest`): by the dtype that an engine computes in, then by name. `metrics` are the learner's for
@@ -183,5 +185,6 @@ class Publication:
     probe_logps: Sequence[float]
     previous_probe_logps: Sequence[float]
     base_probe_logps: Sequence[float]
+    directory: str | None = None
     digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -3,7 +3,9 @@
 Ray Train places and restarts the workers; `actors.learning.worker` is what each does.
 """
 
+from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,8 +16,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.channel import Box, Lease
 from actors.desk import Question
 from actors.learning.worker import LearnerSpec, train
+from actors.weights import BOXES_KEPT
 from plumbline.errors import PlumblineError, RunError, in_one_line
 from plumbline.records import Publication, Sample
+from plumbline.runs.policies import read_files
 
 
 class RayFeed:
@@ -26,6 +30,7 @@ class RayFeed:
 
     def __init__(self, channel: Any, store: Any, desk: Any = None) -> None:
         self._channel, self._store, self._desk = channel, store, desk
+        self._boxes: deque[Box] = deque(maxlen=BOXES_KEPT)  # what is in them is there as long as this process holds it
         self._leasing: Any = None
         self._taking: Any = None
 
@@ -79,7 +84,11 @@ class RayFeed:
         ray.get(self._channel.ack.remote(step, holder))
 
     def publish(self, publication: Publication) -> None:
-        ray.get(self._store.publish.remote(publication))
+        box = None
+        if publication.directory and len([node for node in ray.nodes() if node["Alive"]]) > 1:
+            box = Box(ref=ray.put(read_files(Path(publication.directory))))
+            self._boxes.append(box)
+        ray.get(self._store.publish.remote(publication, box))
 
     def fail(self, policy: str, error: PlumblineError) -> None:
         calls = [self._store.fail.remote(policy, error), self._channel.fail.remote(error)]

@@ -6,7 +6,7 @@ transformers write, so that other tools load them as they are.
 
 import json
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +79,17 @@ def read_probe(run_dir: Path) -> list[TokenGroup]:
 
 
 def read_publication(run_dir: Path, ref: PolicyRef) -> Publication:
-    """A version with its files and what proves it, as the learner published it."""
+    """A version and what proves it, as published: with an adapter's files, or the directory of a whole model's."""
     directory = version_directory(run_dir, ref)
     proof: dict[str, Any] = json.loads((directory / PROOF).read_text("utf-8"))
-    files = {f.name: f.read_bytes() for f in sorted(directory.iterdir()) if f.name != PROOF}
-    return Publication(ref=ref, files=files, **proof)
+    if not (directory / ADAPTER_CONFIG).exists():
+        return Publication(ref=ref, files={}, directory=str(directory.absolute()), **proof)
+    return Publication(ref=ref, files=read_files(directory), **proof)
 
 
-def is_adapter(files: Container[str]) -> bool:
-    """Whether a publication's files are an adapter; else they are a whole model, or none."""
-    return ADAPTER_CONFIG in files
+def read_files(directory: Path) -> dict[str, bytes]:
+    """The files of a version, without what proves it."""
+    return {f.name: f.read_bytes() for f in sorted(directory.iterdir()) if f.name != PROOF}
 
 
 def parse_ref(run_dir: Path, name: str) -> PolicyRef:
