@@ -78,13 +78,8 @@ def checkpoint_directory(root: Path, step: int) -> Path:
 
 
 def listed(manifest: str) -> list[str]:
-    """The files that a manifest lists. Raises RunError: it is of a version of plumbline that wrote no such lists."""
-    files = json.loads(manifest).get("files")
-    if files is None:
-        raise RunError(
-            f"a {MARKER} in the run's checkpoints was written by an older plumbline; go on with that version"
-        )
-    return files
+    """The files that a manifest lists."""
+    return json.loads(manifest)["files"]
 
 
 def latest_step(root: Path) -> int:
