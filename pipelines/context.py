@@ -73,6 +73,10 @@ class Promoter(Protocol):
         """A version was proved by all generators; `last`: of its run. Returns at once."""
         ...
 
+    def looks_at(self, policy: str) -> set[int]:
+        """Versions of a policy that were offered and are not decided yet."""
+        ...
+
     async def finish(self) -> None:
         """Wait for what is still being looked at."""
         ...

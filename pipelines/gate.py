@@ -32,6 +32,7 @@ class Gatekeeper:
         self._prompts: list[Prompt] = []
         self._seen: dict[PolicyRef, Figures] = {}
         self._looks: list[asyncio.Task[None]] = []
+        self._undecided: set[PolicyRef] = set()
 
     def offer(self, ref: PolicyRef, *, last: bool) -> None:
         """A version was proved by all generators; `last`: of its run. It is looked at beside the training."""
@@ -39,7 +40,12 @@ class Gatekeeper:
             promote(self._context.run_dir, Promotion(ref=ref, by="proof"))
         elif ref.version % self._gate.every == 0 or last:
             self._waiting[ref.policy] = ref
+            self._undecided.add(ref)
             self._looks.append(asyncio.create_task(self._turn(self._gate, ref)))
+
+    def looks_at(self, policy: str) -> set[int]:
+        """See `pipelines.context.Promoter`."""
+        return {ref.version for ref in self._undecided if ref.policy == policy}
 
     async def finish(self) -> None:
         """Wait for the looks that are still to come."""
@@ -47,12 +53,13 @@ class Gatekeeper:
 
     async def _turn(self, gate: Gate, ref: PolicyRef) -> None:
         async with self._looking:
-            if self._waiting.get(ref.policy) != ref:
-                return
             try:
-                await self._look(gate, ref)
+                if self._waiting.get(ref.policy) == ref:
+                    await self._look(gate, ref)
             except RunError as error:
                 self._context.events.say(f"not promoted {ref}: it could not be looked at ({error})")
+            finally:
+                self._undecided.discard(ref)
 
     async def _look(self, gate: Gate, ref: PolicyRef) -> None:
         past = promoted(self._context.run_dir, ref.policy)

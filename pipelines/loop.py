@@ -29,6 +29,7 @@ from pipelines.monitor import busy_seconds, busy_share, memory
 from plumbline.config.pipelines import Frozen, MethodSection
 from plumbline.errors import LostError, RunError
 from plumbline.records import PolicyRef, Sample
+from plumbline.runs.mirror import prune_versions
 from plumbline.runs.policies import PROOF, version_directory
 
 
@@ -221,7 +222,17 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         if context.promoter and not later:  # without any generator, the first that joins proves it
             await asyncio.to_thread(context.storage.pull_directory, version_directory(context.run_dir, ref), PROOF)
             context.promoter.offer(ref, last=step == method.total)
+        await prune(context, method.name, method.keep_versions, step)
         clock, busy = now, now_busy
+
+
+async def prune(context: Context, policy: str, keep: int | None, step: int) -> None:
+    """Consumes old versions on disk, now that the run has come to the one of `step`. The newest `keep` stay (None:
+    all), those that rollouts may ask for, and those that the promoter looks at."""
+    if keep is not None:
+        used = context.promoter.looks_at(policy) if context.promoter else set()
+        keep = max(keep, context.config.kept_versions)
+        await asyncio.to_thread(prune_versions, context.storage, context.run_dir, policy, step, keep, used)
 
 
 async def step_event(
@@ -287,6 +298,7 @@ async def train_on(context: Context, spec: LearnerSpec, batches: Sequence[Sequen
         for step in range(done + 1, len(batches) + 1):
             publication = await ask(context.fleet.store.wait.remote(PolicyRef(policy=name, version=step)))
             await ask(channel.release.remote())
+            await prune(context, name, spec.section.keep_versions, step)
             per_step = (time.monotonic() - started) / (step - done)
             context.events.write(
                 {

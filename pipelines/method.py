@@ -60,6 +60,7 @@ class Method(ABC):
         self._section = section
         directory = self.directory = context.run_dir / room / section.name
         self.name = section.name
+        self.keep_versions = section.keep_versions
         self.parts = Parts(str(directory), schema)
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self._prompts = list(prompts)

@@ -5,6 +5,7 @@ from typing import Literal
 from actors.learning.policy import LearnedPolicy
 from actors.learning.strategy import Strategy, TorchStrategy
 from plumbline.config.learner import Learner
+from plumbline.models.loading import Cut
 
 
 def make_strategy(
@@ -20,3 +21,12 @@ def make_strategy(
 
         return DeepspeedStrategy(policy, settings, dtype, device, world)
     return TorchStrategy(policy, settings, device, world)
+
+
+def make_cut(settings: Learner, device: Literal["cpu", "cuda"]) -> Cut | None:
+    """How a model is cut while it is loaded; None where the strategy wants it whole. Collective."""
+    if settings.strategy == "deepspeed" and settings.zero == 3:
+        from actors.learning.strategy_deepspeed import ZeroCut
+
+        return ZeroCut(device)
+    return None

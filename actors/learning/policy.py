@@ -1,6 +1,8 @@
 """The weights that a learner trains: loaded once, with an adapter or whole, saved as PEFT or transformers read them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from plumbline.config.pipelines import Pipeline, RewardModel
 from plumbline.data.prompting import load_tokenizer, read_tokenizer
 from plumbline.models.digest import FORMS, adapter_digests, lora_scalings, weight_digests
 from plumbline.models.group_logps import disable_dropout, group_logps, pack
-from plumbline.models.loading import load_whole
+from plumbline.models.loading import Cut, load_whole, write_shards
 from plumbline.records import Publication, TokenGroup
 from plumbline.runs.checkpoint import write_directory
 from plumbline.runs.policies import write_proof
@@ -29,13 +31,14 @@ class LearnedPolicy:
         dtype: Literal["float32", "bfloat16"],
         device: Literal["cpu", "cuda"],
         seed: int,
+        cut: Cut | None = None,
     ) -> None:
         torch.manual_seed(seed)  # all workers draw the same initial weights
         self._section, self._origin, self._seed = section, origin, seed
         self._dtype: Literal["float32", "bfloat16"] = dtype
         self._reads_chats = not isinstance(section, RewardModel) or section.reads == "conversation"
         self.generates = not isinstance(section, RewardModel)
-        model = load_model(origin, dtype, classifier=not self.generates)
+        model = load_model(origin, dtype, classifier=not self.generates, cut=cut)
         model.config.use_cache = False
         if section.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -67,42 +70,69 @@ class LearnedPolicy:
         return probe_logps(self.model, groups, self._section.learner.micro_tokens)
 
     def save(
-        self, directory: Path, publication: Publication, weights: Mapping[str, Tensor] | None = None, *, adapter: bool
+        self,
+        directory: Path,
+        publication: Publication,
+        weights: Iterable[tuple[str, Tensor]] | None = None,
+        *,
+        adapter: bool,
     ) -> None:
         """Write weights and what proves them, aside and renamed: an adapter, or a whole model with its tokenizer.
 
         Args:
+            publication: what it lacks of a proof, the digests of what is written, is added.
             weights: parameters by name, where the model does not hold them whole: the trainable ones for an adapter
-                and for a model that was trained through one, which is merged here; else all.
+                and for a model that was trained through one, which is merged here; else all. Taken one at a time.
         """
+
+        dtype = FORMS[self._dtype]
+        digests: dict[str, dict[str, str]] = {form: {} for form in FORMS}
+
+        def noted(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, weight in weights:
+                for form, found in weight_digests({name: weight}, dtype).items():
+                    digests[form].update(found)
+                yield name, weight
 
         def write(aside: Path) -> None:
             if adapter:
-                self.model.save_pretrained(aside, state_dict=given, safe_serialization=True)
+                trained = dict(given)
+                self.model.save_pretrained(aside, state_dict=trained, safe_serialization=True)
                 (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+                digests.update(adapter_digests(self._modules(trained), dtype))
             elif hasattr(self.model, "peft_config"):
-                self._merged(given).save_pretrained(aside, safe_serialization=True)
+                self._merged(dict(given)).save_pretrained(aside, safe_serialization=True)
                 self._tokenizer().save_pretrained(aside)
             else:
-                kept = self.model.state_dict()
-                buffers = {name: kept[name] for name, _ in self.model.named_buffers() if name in kept}
-                self.model.save_pretrained(aside, state_dict={**buffers, **given}, safe_serialization=True)
+                self._write_whole(aside, noted(given))
                 self._tokenizer().save_pretrained(aside)
-            write_proof(aside, publication)
+            write_proof(aside, replace(publication, digests=digests))
 
-        given = dict(self.model.named_parameters()) if weights is None else dict(weights)
+        given = self.model.named_parameters() if weights is None else weights
         write_directory(directory, write)
 
-    def digests(self, weights: Mapping[str, Tensor], *, adapter: bool) -> dict[str, dict[str, str]]:
-        """Of what `save` writes of these weights: see `plumbline.records.Publication`."""
-        dtype = FORMS[self._dtype]
-        if not adapter:
-            return weight_digests(weights, dtype)
-        modules = {}
-        for name, scaling in lora_scalings(self.model, "default").items():
-            a, b = (weights[f"base_model.model.{name}.{matrix}.default.weight"] for matrix in ("lora_A", "lora_B"))
-            modules[name] = (a, b, scaling)
-        return adapter_digests(modules, dtype)
+    def _modules(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """An adapter's A, B and scaling by module."""
+        prefix = "base_model.model."
+        return {
+            name: (
+                weights[f"{prefix}{name}.lora_A.default.weight"],
+                weights[f"{prefix}{name}.lora_B.default.weight"],
+                scaling,
+            )
+            for name, scaling in lora_scalings(self.model, "default").items()
+        }
+
+    def _write_whole(self, aside: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+        kept = self.model.state_dict()
+        buffers = {name: kept[name] for name, _ in self.model.named_buffers() if name in kept}
+        if getattr(self.model, "_weight_conversions", None):  # its files name other weights, made of several of these
+            self.model.save_pretrained(aside, state_dict={**buffers, **dict(weights)}, safe_serialization=True)
+            return
+        self.model.save_pretrained(aside, state_dict={}, safe_serialization=True)  # its configs alone
+        for file in aside.glob("*.safetensors"):
+            file.unlink()
+        write_shards(aside, itertools.chain(buffers.items(), weights))
 
     def _merged(self, weights: Mapping[str, Tensor]) -> Any:
         """A second model with the adapter merged into it: this one is trained on, and may not be whole."""
@@ -130,8 +160,11 @@ def probe_logps(model: Any, groups: Sequence[TokenGroup], micro_tokens: int) -> 
     return [mean for i in range(len(groups)) for mean in means[i]]
 
 
-def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:
+def load_model(origin: Model, dtype: str, *, classifier: bool = False, cut: Cut | None = None) -> Any:
     """A causal language model, or a one-logit classifier, from a directory or from a config with random weights.
+
+    Args:
+        cut: see `load_whole`; random weights are drawn whole, or they would be others than those of an uncut model.
 
     Raises ModelError: see `load_whole`.
     """
@@ -140,7 +173,7 @@ def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:
     factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     extra = {"num_labels": 1} if classifier else {}
     if origin.path is not None:
-        model = load_whole(factory, origin.path, dtype, new_head=classifier, **extra)
+        model = load_whole(factory, origin.path, dtype, new_head=classifier, cut=cut, **extra)
     else:
         assert origin.init is not None
         tokenizer = read_tokenizer(origin.tokenizer_path)
@@ -150,7 +183,9 @@ def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:
             "eos_token_id": tokenizer.eos_token_id,
         }
         config = AutoConfig.for_model(**{**settings, **origin.init, **extra})
-        model = factory.from_config(config).to(getattr(torch, dtype))
+        model = factory.from_config(config)
+        for weight in model.parameters():  # buffers, such as rotary frequencies, keep their precision
+            weight.data = weight.data.to(getattr(torch, dtype))
     if classifier and model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
     return model

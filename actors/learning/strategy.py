@@ -1,11 +1,11 @@
 """How a learner's worker turns micro-batches into an update: the seam between plain torch and DeepSpeed.
 
 A worker cuts every update into the same number of micro-batches on all workers, hands them to a `Strategy`, and asks
-it for whole tensors when it saves. Both strategies give the same updates and the same checkpoints, so that a learner
-resumes with another number of workers, or with the other strategy.
+it for its pieces when it saves. Both strategies give the same updates, and checkpoints of the same tensors, so that a
+learner resumes with another number of workers, or with the other strategy.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
@@ -18,6 +18,7 @@ from actors.learning.policy import LearnedPolicy
 from plumbline.config.learner import Learner
 from plumbline.models.group_logps import pack, split_by_rank
 from plumbline.records import Sample
+from plumbline.runs.checkpoint import Checkpoint, Piece, whole
 
 T = TypeVar("T")
 Loss = Callable[[Any, Sequence[Sample]], tuple[Tensor, dict[str, Tensor]]]
@@ -52,20 +53,22 @@ class Strategy(Protocol):
         """``work(model)`` without gradients; its forward passes must not depend on the worker."""
         ...
 
-    def weights(self, *, trainable: bool) -> Mapping[str, Tensor]:
-        """Parameters by name, whole, as the model computes with them: all of them, or those that are trained."""
+    def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name, whole, as the model computes with them: all of them, or those that are trained. One at a
+        time: every worker takes them all, whatever it does with them."""
         ...
 
     def held(self) -> Mapping[str, Tensor]:
         """The trained weights by name, as the model computes with them: whole, or this worker's pieces of them."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: ``model.NAME`` and ``optimizer.INDEX.KEY``, whole, in the optimiser's precision."""
+    def state(self) -> dict[str, Piece]:
+        """This worker's part of a checkpoint: of ``model.NAME`` and ``optimizer.INDEX.KEY``, in the optimiser's
+        precision, what no other worker gives."""
         ...
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`, also from another number of workers."""
+    def load(self, saved: Checkpoint) -> None:
+        """Go on from the `state` of all workers, also of another number of them, or of another strategy."""
         ...
 
 
@@ -128,26 +131,32 @@ class TorchStrategy:
         with torch.no_grad():
             return work(self._model)
 
-    def weights(self, *, trainable: bool) -> Mapping[str, Tensor]:
-        return self._named if trainable else dict(self._model.named_parameters())
+    def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._named.items()) if trainable else self._model.named_parameters()
 
     def held(self) -> Mapping[str, Tensor]:
         return self._named
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Piece]:
+        if self._world > 1 and dist.get_rank() > 0:
+            return {}
         masters = zip(self._named, self._masters.parameters, strict=True)
-        tensors = {f"model.{name}": p.detach() for name, p in masters}
+        pieces = {f"model.{name}": whole(p) for name, p in masters}
         for i, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-        return tensors
+            pieces |= {f"optimizer.{i}.{key}": whole(value) for key, value in state.items()}
+        return pieces
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, saved: Checkpoint) -> None:
         with torch.no_grad():
             for name, parameter in zip(self._named, self._masters.parameters, strict=True):
-                parameter.copy_(tensors[f"model.{name}"])
+                parameter.copy_(saved.whole(f"model.{name}"))
         self._masters.write_back()
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": optimizer_state(tensors), "param_groups": groups})
+        state = {
+            i: {key: saved.whole(f"optimizer.{i}.{key}") for key in keys}
+            for i, keys in optimizer_keys(saved.shapes()).items()
+        }
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def micro_batches(batch: Sequence[Sample], world: int, rank: int, token_budget: int) -> list[MicroBatch]:
@@ -172,15 +181,15 @@ def make_optimizer(settings: Learner, parameters: Sequence[nn.Parameter]) -> tor
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The ``optimizer.INDEX.KEY`` of a checkpoint, by index and key; an index is a trainable parameter's position."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+def optimizer_keys(names: Iterable[str]) -> dict[int, list[str]]:
+    """The keys of ``optimizer.INDEX.KEY`` in a checkpoint, by index: a trainable parameter's position."""
+    keys: dict[int, list[str]] = {}
+    for name in names:
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
-    return state
+            keys.setdefault(int(index), []).append(key)
+    return keys
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

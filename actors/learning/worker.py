@@ -1,18 +1,20 @@
 """What one worker of a learner does: take a part, update, save, publish, acknowledge; until the channel closes.
 
 Every worker sees every part and takes its share of an update's groups; what they do with gradients and weights is the
-strategy's (`actors.learning.strategy`), and the result does not depend on how many workers there are. Rank 0 leases,
-writes and publishes; what the strategy must gather for that, all workers gather together.
+strategy's (`actors.learning.strategy`), and the result does not depend on how many workers there are. Rank 0 leases
+and publishes; what the strategy must gather for that, all workers gather together. Each writes its part of a
+checkpoint.
 """
 
 import math
 import random
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from actors.channel import Box, Lease
 from actors.desk import Question
 from actors.learning.frozen import FrozenBase, FrozenSpec
-from actors.learning.make_strategy import make_strategy
+from actors.learning.make_strategy import make_cut, make_strategy
 from actors.learning.objectives import build_objective
 from actors.learning.policy import LearnedPolicy, probe_logps
 from actors.learning.strategy import micro_batches
@@ -32,10 +34,20 @@ from plumbline.errors import LossError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.models.loading import first_not_finite
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
-from plumbline.runs.checkpoint import MARKER, checkpoint_directory, latest_step, load_checkpoint, save_checkpoint
-from plumbline.runs.mirror import pull_parts, push_checkpoint, saved_step
-from plumbline.runs.policies import PROOF, read_publication, version_directory
+from plumbline.runs.checkpoint import (
+    Checkpoint,
+    checkpoint_directory,
+    latest_step,
+    remove_old,
+    whole,
+    write_manifest,
+    write_pieces,
+)
+from plumbline.runs.mirror import pull_checkpoint, pull_parts, saved_step, seal_checkpoint
+from plumbline.runs.policies import PROOF, read_publication, version_directory, versions
 from plumbline.runs.storage import Storage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +154,9 @@ class Worker:
         self._storage = Storage(spec.run_dir, spec.storage)
         parts = spec.run_dir / "rollouts" / spec.section.name
         self._objective = build_objective(spec.section, parts, spec.seed)
-        # The strategy moves it to the device: ZeRO 3 holds no whole model there.
-        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, "cpu", spec.seed)
+        # The strategy moves it to the device; with ZeRO 3 it is never whole, there or here.
+        cut = make_cut(self._settings, spec.device)
+        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, "cpu", spec.seed, cut)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
         asked = spec.frozen if rank == 0 else None
         self._frozen = FrozenBase(asked, self._policy.model, self._settings.micro_tokens) if asked else None
@@ -278,45 +291,66 @@ class Worker:
         return s.lr * warm * decay
 
     def _gathered(self, sums: dict[str, float]) -> dict[str, float]:
-        if self._world == 1:
-            return sums
-        everyone: list[Any] = [None] * self._world
-        dist.all_gather_object(everyone, sums)
+        everyone = self._everyones(sums)
         return {key: sum(one.get(key, 0.0) for one in everyone) for key in {k for one in everyone for k in one}}
+
+    def _everyones(self, value: T) -> list[T]:
+        """What each worker has, by rank."""
+        everyone: list[Any] = [value] * self._world
+        if self._world > 1:
+            dist.all_gather_object(everyone, value)
+        return everyone
 
     def _measure(self) -> list[float]:
         """The probe under the present weights; all workers together."""
         return self._strategy.forward(lambda model: probe_logps(model, self._spec.probe, self._settings.micro_tokens))
 
     def _save(self) -> None:
-        tensors = self._strategy.state()
-        if self._rank != 0:
-            return
-        tensors["rng.torch"] = torch.get_rng_state()
-        if self._spec.device == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        meta = {"updates": self._updates, "previous_probe": self._previous_probe, "metrics": self._metrics}
-        save_checkpoint(self._spec.checkpoints, self._done, tensors, meta)
-        push_checkpoint(self._storage, self._spec.checkpoints, self._done)
+        """Each worker writes its file, and pushes it; then rank 0 the manifest."""
+        root = self._spec.checkpoints
+        pieces = self._strategy.state()
+        if self._rank == 0:
+            pieces["rng.torch"] = whole(torch.get_rng_state())
+            if self._spec.device == "cuda":
+                pieces["rng.cuda"] = whole(torch.cuda.get_rng_state())
+        mine = write_pieces(root, self._done, pieces) if pieces else None
+        if mine:
+            self._storage.push(mine)
+        files = [name for name in self._everyones(mine.name if mine else None) if name]
+        if self._rank == 0:
+            directory = checkpoint_directory(root, self._done)
+            if self._storage.url is None and not all((directory / name).exists() for name in files):
+                raise RunError(
+                    f"{directory}: what the learner's workers on other machines wrote is not there; they need a run "
+                    "directory that all machines see, or `storage_path`"
+                )
+            meta = {"updates": self._updates, "previous_probe": self._previous_probe, "metrics": self._metrics}
+            write_manifest(root, self._done, files, meta)
+            seal_checkpoint(self._storage, root, self._done)
+        if self._world > 1:
+            dist.barrier()
+        remove_old(root, self._done)
 
     def _restore(self) -> None:
-        self._storage.pull_directory(checkpoint_directory(self._spec.checkpoints, self._done), MARKER)
-        tensors, meta = load_checkpoint(self._spec.checkpoints, self._done)
-        self._strategy.load(tensors)
-        torch.set_rng_state(tensors["rng.torch"])
-        if self._spec.device == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
-        self._updates = int(meta["updates"])
-        self._metrics = meta["metrics"]
-        self._previous_probe = meta["previous_probe"]
+        pull_checkpoint(self._storage, self._spec.checkpoints, self._done)
+        with Checkpoint.opened(self._spec.checkpoints, self._done) as saved:
+            self._strategy.load(saved)
+            torch.set_rng_state(saved.whole("rng.torch"))
+            if self._spec.device == "cuda":
+                torch.cuda.set_rng_state(saved.whole("rng.cuda"))
+        self._updates = int(saved.meta["updates"])
+        self._metrics = saved.meta["metrics"]
+        self._previous_probe = saved.meta["previous_probe"]
         self._probe = self._measure()
 
     def _publish(self) -> None:
         """Write the version to the run directory and hand it to the store."""
         served, adapter = self._spec.publishes != "final", self._spec.publishes == "adapter"
         written = served or self._done == self._spec.total
-        weights = self._strategy.weights(trainable=self._through_adapter) if written else {}
+        weights = self._strategy.weights(trainable=self._through_adapter) if written else iter(())
         if self._rank != 0:
+            for _ in weights:  # they are gathered from all workers, one at a time
+                pass
             return
         publication = Publication(
             ref=PolicyRef(policy=self._spec.section.name, version=self._done),
@@ -324,13 +358,21 @@ class Worker:
             probe_logps=self._probe,
             previous_probe_logps=self._previous_probe,
             base_probe_logps=self._base_probe,
-            digests=self._policy.digests(weights, adapter=adapter) if served else {},
             metrics=self._metrics,
         )
         if written:
             directory = version_directory(self._spec.run_dir, publication.ref)
             self._policy.save(directory, publication, weights, adapter=adapter)
             self._storage.push_directory(directory, PROOF)
+            self._forget_versions()
             if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
         self._feed.publish(publication)
+
+    def _forget_versions(self) -> None:
+        """Where only learners of the run work, its own process prunes the storage alone: the copies here are no use."""
+        keep = self._spec.section.keep_versions
+        if keep and self._storage.url and not (self._spec.run_dir / "config.yaml").exists():
+            for old in versions(self._spec.run_dir, self._spec.section.name)[:-keep]:
+                ref = PolicyRef(policy=self._spec.section.name, version=old)
+                shutil.rmtree(version_directory(self._spec.run_dir, ref), ignore_errors=True)

@@ -47,6 +47,9 @@ class Learner(Section):
     micro_tokens: Count = Field(default=8192, description="tokens of one forward and backward")
     gradient_checkpointing: bool = Field(default=False, description="less memory, more time a step")
     checkpoint_every: Count | None = Field(default=None, description="parts; default: 1, or 50 for one whole model")
+    keep_versions: Count | None = Field(
+        default=None, description="published versions that stay on disk; default: all adapters, of whole models 3"
+    )
     max_failures: int = Field(default=3, ge=0, description="dead workers that Ray Train replaces")
 
     @model_validator(mode="after")

@@ -24,6 +24,11 @@ class PipelineBase(Section):
     name: Name
     learner: Learner = Learner()
 
+    @property
+    def keep_versions(self) -> int | None:
+        """How many versions of its policy stay on disk, the newest; None: all."""
+        return self.learner.keep_versions or (3 if isinstance(getattr(self, "policy", None), FullPolicy) else None)
+
 
 class MethodBase(PipelineBase):
     """What every method has that generates: parts of prompts drawn from the pool of generators."""

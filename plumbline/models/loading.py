@@ -1,27 +1,59 @@
 """Models as their files have them, whole: what transformers only reports, random weights in place of missing ones, ends
 the run here. Every process that loads a model by transformers calls it.
+
+A worker that holds only its piece of every weight reads a model by the same code of transformers: each weight is cut as
+soon as it is there (`Cut`), so that no more than one is ever whole.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import modeling_utils
 from transformers.utils import logging
 
 from plumbline.errors import ModelError, in_one_line
 
 NAMED = 3
 """Weights that a message names; of more it says how many."""
+SHARD = 5 * 10**9
+"""Bytes of a file of weights, at most."""
+WEIGHTS = "model.safetensors"
+_THERE = "_is_hf_initialized"
+"""Transformers' own mark of a weight that was loaded, and is not to be drawn."""
 
 
-def load_whole(factory: Any, path: str, dtype: str, *, new_head: bool = False, **settings: Any) -> Any:
+class Cut(Protocol):
+    """How workers share weights; both calls are collective, in the same order."""
+
+    def __call__(self, weight: nn.Parameter) -> None:
+        """Leave of a weight, which all workers hold whole, this worker's piece; in place."""
+        ...
+
+    def same(self, one: nn.Parameter, other: nn.Parameter) -> bool:
+        """Whether two weights that were cut are equal."""
+        ...
+
+
+def load_whole(
+    factory: Any, path: str, dtype: str, *, new_head: bool = False, cut: Cut | None = None, **settings: Any
+) -> Any:
     """``factory.from_pretrained`` from safetensors, without remote code, on the CPU.
 
     Args:
         factory: one of transformers' AutoModel classes.
         dtype: `float32` and the like, or `auto`: what the files have.
         new_head: the head may be another than the files', and random: a classifier to be trained from a causal LM.
+        cut: how to cut each weight as soon as it is read; None: the model stays whole.
         settings: of the model's config, such as `num_labels`.
 
     Raises:
@@ -30,16 +62,18 @@ def load_whole(factory: Any, path: str, dtype: str, *, new_head: bool = False, *
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report, a table of warnings, becomes one line below
+    pieces = Pieces(cut) if cut else None
     try:
-        model, report = factory.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be named below
-            **settings,
-        )
+        with pieces.taken() if pieces else contextlib.nullcontext():
+            model, report = factory.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be named below
+                **settings,
+            )
     except Exception as error:  # of safetensors, of transformers, of the disk: all mean that the files are no model
         raise ModelError(f"model {path}: cannot be loaded ({in_one_line(error)})") from None
     finally:
@@ -54,9 +88,73 @@ def load_whole(factory: Any, path: str, dtype: str, *, new_head: bool = False, *
         if wrong := sorted(name for name in names if not new_head or name.startswith(body)):
             more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
             raise ModelError(f"model {path}: it {what} {', '.join(wrong[:NAMED])}{more}; save it whole again")
-    if name := first_not_finite(model.named_parameters()):
+    if name := pieces.first_not_finite(model) if pieces else first_not_finite(model.named_parameters()):
         raise ModelError(f"model {path}: {name} has values that are no finite numbers; it was damaged, or diverged")
+    if pieces:
+        pieces.put_into(model)
     return model
+
+
+class Pieces:
+    """Weights that were cut on their way into a model, where a placeholder of the same shape, without memory, stands
+    for each until the model is complete: transformers ties weights by what it finds there.
+    """
+
+    def __init__(self, cut: Cut) -> None:
+        self._cut = cut
+        self._pieces: dict[nn.Parameter, nn.Parameter] = {}
+        self._not_finite: set[nn.Parameter] = set()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """While inside, a weight that is there whole is cut when a module gets it, and files are read weight by weight:
+        neither ahead by threads, nor through a map of the file, of which every page that was seen stays in memory.
+        """
+
+        def read(file: str, **settings: Any) -> Any:
+            return safe_open(file, **{**settings, "backend": "pread"})
+
+        one_by_one = mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1")
+        hook = register_module_parameter_registration_hook(self._take)  # type: ignore[arg-type]  # may give another
+        try:
+            with one_by_one, mock.patch.object(modeling_utils, "safe_open", read):
+                yield
+        finally:
+            hook.remove()
+
+    def _take(self, module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter | None:
+        if weight.is_meta or not getattr(weight, _THERE, False):
+            return None
+        placeholder = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        setattr(placeholder, _THERE, True)
+        if not weight.isfinite().all():
+            self._not_finite.add(placeholder)
+        self._pieces[placeholder] = nn.Parameter(weight.data, requires_grad=weight.requires_grad)
+        self._cut(self._pieces[placeholder])
+        return placeholder
+
+    def first_not_finite(self, model: nn.Module) -> str | None:
+        """See `first_not_finite`."""
+        return next((name for name, weight in model.named_parameters() if weight in self._not_finite), None)
+
+    def put_into(self, model: Any) -> None:
+        """The pieces take their places; what was not read, a new head, is cut too. Equal weights are tied, as of a
+        model that is whole."""
+        ties = getattr(model, "all_tied_weights_keys", {})
+        for target, source in list(ties.items()):
+            one, other = (self._pieces.get(model.get_parameter(name)) for name in (source, target))
+            if one is not None and other is not None and one is not other:
+                if self._cut.same(one, other):
+                    self._pieces[model.get_parameter(target)] = one
+                else:
+                    del ties[target]
+        drawn = [weight for weight in model.parameters() if weight not in self._pieces]
+        for module in model.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if weight in self._pieces:
+                    setattr(module, name, self._pieces[weight])
+        for weight in drawn:
+            self._cut(weight)
 
 
 def first_not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -64,3 +162,31 @@ def first_not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
     flags = {name: weight.detach().isfinite().all() for name, weight in weights}
     good = torch.stack(list(flags.values())).tolist() if flags else []
     return next((name for name, fine in zip(flags, good, strict=True) if not fine), None)
+
+
+def write_shards(directory: Path, weights: Iterable[tuple[str, Tensor]], most: int = SHARD) -> None:
+    """Write a model's weights as transformers reads them, in files of at most `most` bytes (one weight may have more):
+    no more than that is held at once."""
+    shards: list[list[str]] = []
+    sizes: list[int] = []
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        save_file(held, directory / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(held))
+        sizes.append(sum(weight.nbytes for weight in held.values()))
+        held.clear()
+
+    for name, weight in weights:
+        if held and sum(one.nbytes for one in held.values()) + weight.nbytes > most:
+            write()
+        held[name] = weight.detach().cpu().contiguous()
+    write()
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
+    for i, name in enumerate(names):
+        (directory / f"{i}.safetensors").rename(directory / name)
+    if count > 1:
+        weight_map = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

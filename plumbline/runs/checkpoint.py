@@ -1,16 +1,23 @@
-"""Checkpoints of a learner: safetensors and JSON in a directory a step, written aside and renamed.
+"""Checkpoints of a learner: safetensors and JSON in a directory a step, a file a worker, the manifest last.
 
 Ours rather than Ray Train's: a part is acknowledged only once its checkpoint is on disk, and that must not wait for a
-controller's next poll; and one mechanism then serves a dead worker, a resumed run and another number of workers.
+controller's next poll; and one mechanism then serves a dead worker, a resumed run and another number of workers. A
+tensor may lie in pieces, whose numbers stand in the files; whoever reads takes what it needs of it, whoever wrote it.
 """
 
+import contextlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from plumbline.errors import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,22 +25,50 @@ if TYPE_CHECKING:
 KEPT = 2
 """Checkpoints of a learner that are kept, the newest ones."""
 MARKER = "state.json"
-"""The file that is written last."""
+"""The manifest: the files of the checkpoint and what is no tensor. What it does not list is not part of it."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def save_checkpoint(
-    root: Path, step: int, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], keep: int = KEPT
-) -> None:
-    """Write `root/step-NNNNNN`; afterwards all but the newest `keep` are removed. A crash leaves the old ones whole."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Numbers of a tensor of this `shape` that lie side by side, from the `start`-th on."""
+
+    values: "Tensor"
+    start: int
+    shape: Sequence[int]
+
+
+def whole(tensor: "Tensor") -> Piece:
+    """A tensor in one piece."""
+    return Piece(values=tensor, start=0, shape=tensor.shape)
+
+
+def write_pieces(root: Path, step: int, pieces: Mapping[str, Piece]) -> Path:
+    """Write one worker's file into ``root/step-NNNNNN``, aside and renamed, under a name that no other has."""
     from safetensors.torch import save_file
 
-    def write(directory: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "state.safetensors")
-        (directory / MARKER).write_text(json.dumps(dict(meta)), encoding="utf-8")
+    directory = checkpoint_directory(root, step)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{uuid.uuid4().hex}.safetensors"
+    places = {name: [piece.start, *piece.shape] for name, piece in pieces.items()}
+    tensors = {name: piece.values.detach().contiguous().view(-1) for name, piece in pieces.items()}
+    save_file(tensors, file.with_suffix(".aside"), metadata={"places": json.dumps(places)})
+    file.with_suffix(".aside").replace(file)
+    return file
 
-    write_directory(checkpoint_directory(root, step), write)
-    for old in _steps(root)[:-keep]:
+
+def write_manifest(root: Path, step: int, files: Sequence[str], meta: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint whose `files` are all there: from now on it counts. A crash before leaves
+    what was there, also of the same step."""
+    manifest = checkpoint_directory(root, step) / MARKER
+    manifest.with_suffix(".aside").write_text(json.dumps({"files": list(files), **meta}), encoding="utf-8")
+    manifest.with_suffix(".aside").replace(manifest)
+
+
+def remove_old(root: Path, step: int, keep: int = KEPT) -> None:
+    """Remove what is older than the checkpoint of `step` and the `keep` - 1 before it."""
+    older = [one for one in _steps(root) if one < step]
+    for old in older[: len(older) - (keep - 1)]:
         shutil.rmtree(checkpoint_directory(root, old), ignore_errors=True)
 
 
@@ -42,17 +77,79 @@ def checkpoint_directory(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
+def listed(manifest: str) -> list[str]:
+    """The files that a manifest lists."""
+    return json.loads(manifest)["files"]
+
+
 def latest_step(root: Path) -> int:
-    """Step of the newest checkpoint, 0 where there is none."""
-    return max(_steps(root), default=0)
+    """Step of the newest checkpoint whose files are all here, 0 where there is none."""
+    return max((step for step in _steps(root) if _complete(checkpoint_directory(root, step))), default=0)
 
 
-def load_checkpoint(root: Path, step: int) -> "tuple[dict[str, Tensor], dict[str, Any]]":
-    """Tensors and meta of one checkpoint."""
-    from safetensors.torch import load_file
+class Checkpoint:
+    """A checkpoint that is open for reading, a part of a tensor at a time.
 
-    directory = checkpoint_directory(root, step)
-    return load_file(directory / "state.safetensors"), json.loads((directory / MARKER).read_text("utf-8"))
+    Example: ``with Checkpoint.opened(root, 12) as saved: saved.read("model.a", start=4, count=2)``
+    """
+
+    def __init__(self, directory: Path, files: Sequence[Any], meta: dict[str, Any]) -> None:
+        self.meta = meta
+        self._directory = directory
+        self._shapes: dict[str, list[int]] = {}
+        self._parts: dict[str, list[tuple[int, Any]]] = {}
+        for file in files:
+            for name, (start, *shape) in json.loads(file.metadata()["places"]).items():
+                self._shapes[name] = shape
+                self._parts.setdefault(name, []).append((start, file.get_slice(name)))
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, root: Path, step: int) -> "Iterator[Checkpoint]":
+        """The one of a step."""
+        from safetensors import safe_open
+
+        directory = checkpoint_directory(root, step)
+        meta = json.loads((directory / MARKER).read_text("utf-8"))
+        with contextlib.ExitStack() as stack:
+            # Not through a map of the file, of which every page that was seen stays in memory.
+            files = [
+                stack.enter_context(safe_open(directory / name, framework="pt", backend="pread"))
+                for name in meta.pop("files")
+            ]
+            yield cls(directory, files, meta)
+
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """The shape of every tensor, by name."""
+        return self._shapes
+
+    def read(self, name: str, start: int, count: int) -> "Tensor":
+        """`count` numbers of a tensor from the `start`-th on, flat.
+
+        Raises:
+            KeyError: there is no such tensor.
+            RunError: a piece of it is missing.
+        """
+        import torch
+
+        found = torch.empty(0)
+        filled = 0
+        for begin, part in self._parts[name]:
+            (size,) = part.get_shape()
+            low, high = max(start, begin), min(start + count, begin + size)
+            if low < high or not filled:
+                values = part[max(low - begin, 0) : max(high - begin, 0)]
+                found = found if filled else torch.empty(count, dtype=values.dtype)
+                found[max(low - start, 0) : max(high - start, 0)] = values
+                filled += max(high - low, 0)
+        if filled != count:
+            raise RunError(f"{self._directory}: it lacks a piece of {name}; without it, the run goes on from before")
+        return found
+
+    def whole(self, name: str) -> "Tensor":
+        """A tensor as it was. Raises as `read`."""
+        shape = self._shapes[name]
+        return self.read(name, 0, math.prod(shape)).view(shape)
 
 
 def write_directory(target: Path, write: Callable[[Path], object]) -> None:
@@ -65,6 +162,11 @@ def write_directory(target: Path, write: Callable[[Path], object]) -> None:
     if target.exists():
         shutil.rmtree(target)
     aside.rename(target)
+
+
+def _complete(directory: Path) -> bool:
+    manifest = directory / MARKER
+    return manifest.exists() and all((directory / name).exists() for name in listed(manifest.read_text("utf-8")))
 
 
 def _steps(root: Path) -> list[int]:

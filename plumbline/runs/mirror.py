@@ -7,16 +7,18 @@ two that have gone apart are refused. Called by the start and the end of a run, 
 import contextlib
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from plumbline.config.file import dump_config, parse_text
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError, RunError, in_one_line
 from plumbline.records import PolicyRef
-from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest_step
+from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest_step, listed
 from plumbline.runs.directory import check_same
 from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, version_directory, versions
+from plumbline.runs.promotions import spared
 from plumbline.runs.storage import Storage, redacted
 
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
@@ -112,9 +114,30 @@ def saved_step(storage: Storage, checkpoints: Path) -> int:
 
 
 def push_checkpoint(storage: Storage, checkpoints: Path, step: int) -> None:
-    """Push a checkpoint, and remove old ones there as they were removed here."""
-    storage.push_directory(checkpoint_directory(checkpoints, step), MARKER)
+    """Push a checkpoint that is here whole: its files, then as `seal_checkpoint`."""
+    directory = checkpoint_directory(checkpoints, step)
+    if storage.url:
+        storage.push(*(directory / name for name in listed((directory / MARKER).read_text("utf-8"))))
+    seal_checkpoint(storage, checkpoints, step)
+
+
+def seal_checkpoint(storage: Storage, checkpoints: Path, step: int) -> None:
+    """Push the manifest of a checkpoint whose files were pushed, and remove old ones there as here."""
+    storage.push(checkpoint_directory(checkpoints, step) / MARKER)
     storage.keep_newest(checkpoints, MARKER, KEPT)
+
+
+def pull_checkpoint(storage: Storage, checkpoints: Path, step: int) -> None:
+    """Pull what is not here of a checkpoint: of one that workers on several machines wrote, each has its own files.
+
+    The storage's manifest is the one that counts. Several processes may ask at once.
+    """
+    directory = checkpoint_directory(checkpoints, step)
+    with storage.pulling():
+        manifest = storage.read_text(directory / MARKER)
+        if manifest is not None:
+            storage.pull(*(directory / name for name in listed(manifest) if not (directory / name).exists()))
+            storage.pull(directory / MARKER)
 
 
 def pull_parts(storage: Storage, run_dir: Path, directory: Path) -> None:
@@ -133,6 +156,26 @@ def pull_versions(storage: Storage, run_dir: Path) -> None:
         for number, directory in complete.items():
             if number == max(complete) or f"{policy}/{directory.name}/{ADAPTER_CONFIG}" in names:
                 storage.pull_directory(directory, PROOF)
+
+
+def prune_versions(
+    storage: Storage, run_dir: Path, policy: str, step: int, keep: int, used: Collection[int] = ()
+) -> None:
+    """Remove old versions of a policy, here and in the storage.
+
+    Args:
+        step: the version that the run has come to; those after it, of a learner that is ahead, stay.
+        keep: how many stay, counted from that one.
+        used: others that stay, beside those that `plumbline.runs.promotions.spared` has.
+    """
+    root = run_dir / "policies" / policy
+    there = storage.complete(root, PROOF)
+    known = sorted(version for version in {*versions(run_dir, policy), *there} if version <= step)
+    for version in set(known[:-keep]) - {*used, *spared(run_dir, policy)}:
+        directory = version_directory(run_dir, PolicyRef(policy=policy, version=version))
+        if version in there:
+            storage.remove(directory, PROOF)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _exchange_parts(storage: Storage, run_dir: Path) -> None:

@@ -67,18 +67,31 @@ def rollback(run_dir: Path, policy: str) -> PolicyRef:
 
 def promoted(run_dir: Path, policy: str) -> list[int]:
     """Versions that the alias has meant, the present one last; one that was rolled back is left out."""
+    return [version for version, _ in _promotions(run_dir, policy)]
+
+
+def spared(run_dir: Path, policy: str) -> set[int]:
+    """Versions that are not to be pruned: that a gate or a person promoted, and the last two of those that a proof
+    alone did, which is every one."""
+    past = _promotions(run_dir, policy)
+    return {version for version, by in past if by != "proof"} | {version for version, _ in past[-2:]}
+
+
+def _promotions(run_dir: Path, policy: str) -> list[tuple[int, By]]:
     path = ledger_path(run_dir, policy)
     if not path.exists():
         return []
-    stack: list[int] = []
+    stack: list[tuple[int, By]] = []
     for line in path.read_text("utf-8").splitlines(keepends=True):
         if not line.endswith("\n"):  # of a process that was killed while it wrote
             continue
         entry = json.loads(line)
         if entry["by"] == "rollback" and len(stack) > 1:
             stack.pop()
-        elif not stack or stack[-1] != entry["version"]:
-            stack.append(entry["version"])
+        elif not stack or stack[-1][0] != entry["version"]:
+            stack.append((entry["version"], entry["by"]))
+        else:
+            stack[-1] = (entry["version"], entry["by"])  # by hand what a proof had promoted
     return stack
 
 

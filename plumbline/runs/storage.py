@@ -134,9 +134,7 @@ class Storage:
         """Download a directory that is complete in the storage and not here. Several processes may ask at once."""
         if self.url is None or directory.is_dir():
             return
-        self._root.mkdir(parents=True, exist_ok=True)
-        with (self._root / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self.pulling():
             names = {} if directory.is_dir() else self.sizes(directory)
 
             def download(aside: Path) -> None:
@@ -147,16 +145,28 @@ class Storage:
             if marker in names:
                 write_directory(directory, download)
 
+    @contextlib.contextmanager
+    def pulling(self) -> Iterator[None]:
+        """One process of this machine at a time."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        with (self._root / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def keep_newest(self, parent: Path, marker: str, keep: int) -> None:
         """Remove the numbered directories in `parent` that are older than the newest `keep` complete ones."""
         kept = list(self.complete(parent, marker))[-keep:]
         there = {name.split("/")[0] for name in self.sizes(parent)}
         for name in sorted(there):
             if (match := _NUMBERED.fullmatch(name)) and kept and int(match[1]) < kept[0]:
-                with self._told("remove from"):
-                    with contextlib.suppress(FileNotFoundError):  # one that was never complete
-                        self._files.rm_file(self._remote(parent / name / marker))
-                    self._files.rm(self._remote(parent / name), recursive=True)
+                self.remove(parent / name, marker)
+
+    def remove(self, directory: Path, marker: str) -> None:
+        """Remove a directory there, its marker first."""
+        with self._told("remove from"):
+            with contextlib.suppress(FileNotFoundError):  # one that was never complete
+                self._files.rm_file(self._remote(directory / marker))
+            self._files.rm(self._remote(directory), recursive=True)
 
     def _remote(self, path: Path) -> str:
         return posixpath.normpath(posixpath.join(self._there, path.relative_to(self._root).as_posix()))

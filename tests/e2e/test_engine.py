@@ -67,12 +67,7 @@ class World:
             ref = PolicyRef(policy="ple", version=number)
             now = policy.probe(self.probe)
             publication = Publication(
-                ref=ref,
-                files={},
-                probe_logps=now,
-                previous_probe_logps=previous,
-                base_probe_logps=base,
-                digests=policy.digests(dict(policy.model.named_parameters()), adapter=True),
+                ref=ref, files={}, probe_logps=now, previous_probe_logps=previous, base_probe_logps=base
             )
             policy.save(version_directory(self.root, ref), publication, adapter=True)
             found[number] = read_publication(self.root, ref)
@@ -386,12 +381,7 @@ class WholeWorld:
                     parameter.add_(torch.randn_like(parameter), alpha=0.01)
             now = policy.probe(self.probe)
             publication = Publication(
-                ref=ple(number),
-                files={},
-                probe_logps=now,
-                previous_probe_logps=previous,
-                base_probe_logps=base,
-                digests=policy.digests(dict(policy.model.named_parameters()), adapter=False),
+                ref=ple(number), files={}, probe_logps=now, previous_probe_logps=previous, base_probe_logps=base
             )
             policy.save(version_directory(self.root, ple(number)), publication, adapter=False)
             found[number] = read_publication(self.root, ple(number))

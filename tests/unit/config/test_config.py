@@ -380,3 +380,12 @@ def test_a_file_that_is_none(tmp_path: Path, name: str, part: str) -> None:
     with pytest.raises(ConfigError, match=r"^" + str(tmp_path)) as caught:
         load_config(tmp_path / name)
     assert part in str(caught.value)
+
+
+def test_how_many_versions_stay_on_disk() -> None:
+    def kept(**keys: object) -> int | None:
+        return Ple.model_validate({"type": "ple", **keys}).keep_versions
+
+    assert kept() is None, "adapters are small"
+    assert kept(policy={"type": "full"}) == 3
+    assert kept(policy={"type": "full"}, learner={"keep_versions": 7}) == kept(learner={"keep_versions": 7}) == 7

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from plumbline.errors import ModelError
-from plumbline.models.loading import load_whole
+from plumbline.models.loading import load_whole, write_shards
 
 Weights = dict[str, Tensor]
 DOWN, EMBEDDINGS = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
@@ -94,3 +94,19 @@ def test_a_whole_model_is_as_its_files_have_it(tiny_model: Path, dtype: str) -> 
     assert model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
     for name, weight in model.named_parameters():
         assert torch.equal(weight, kept[name].to(weight.dtype))
+
+
+@pytest.mark.parametrize(("most", "files"), [(10**9, 1), (200_000, None), (1, 21)])
+def test_weights_in_several_files_are_read_as_one_model(
+    tiny_model: Path, tmp_path: Path, most: int, files: int | None
+) -> None:
+    """None is held for longer than its file is written; one that is larger than a file may be has one of its own."""
+    kept = load_file(tiny_model / "model.safetensors")
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    write_shards(tmp_path / "model", iter(kept.items()), most)
+    written = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(written) == files if files else 1 < len(written) < len(kept)
+    largest = max(weight.nbytes for weight in kept.values())
+    assert all(sum(w.nbytes for w in load_file(file).values()) <= max(most, largest) for file in written)
+    model = load_whole(AutoModelForCausalLM, str(tmp_path / "model"), "float32")
+    assert all(torch.equal(weight, kept[name]) for name, weight in model.named_parameters())

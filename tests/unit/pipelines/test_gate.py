@@ -138,3 +138,23 @@ def test_a_look_that_fails_promotes_nothing_and_harms_nobody(monkeypatch: pytest
     events, _ = look(monkeypatch, run_dir, {0: 0.0, 1: RunError("the engine was lost")}, [1])
     assert promoted(run_dir, "ple") == []
     assert events.said == ["not promoted ple@1: it could not be looked at (the engine was lost)"]
+
+
+def test_what_it_has_yet_to_decide_on_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(serve=SimpleNamespace(gate=Gate(every=1)))
+    gate = Gatekeeper(SimpleNamespace(run_dir=tmp_path, config=config))  # type: ignore[arg-type]
+    seen: list[set[int]] = []
+
+    async def looks(settings: Gate, one: PolicyRef) -> None:
+        seen.append(gate.looks_at("ple"))
+
+    async def offers() -> None:
+        for version in (1, 2, 3):
+            gate.offer(ref(version), last=False)
+        seen.append(gate.looks_at("ple"))
+        await gate.finish()
+
+    monkeypatch.setattr(gate, "_look", looks)
+    asyncio.run(offers())
+    assert seen == [{1, 2, 3}, {3}], "the newest alone is looked at"
+    assert gate.looks_at("ple") == gate.looks_at("other") == set()

@@ -1,16 +1,34 @@
 """Checkpoints: what is written comes back, the newest is found, and a crash leaves the old one whole."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from plumbline.runs import checkpoint
-from plumbline.runs.checkpoint import latest_step, load_checkpoint, save_checkpoint, write_directory
+from plumbline.errors import RunError
+from plumbline.runs.checkpoint import (
+    MARKER,
+    Checkpoint,
+    Piece,
+    latest_step,
+    remove_old,
+    whole,
+    write_directory,
+    write_manifest,
+    write_pieces,
+)
 
 
 def save(root: Path, step: int, keep: int = 2) -> None:
-    save_checkpoint(root, step, {"weight": torch.full((2, 3), float(step))}, {"step": step}, keep=keep)
+    write(root, step, {"weight": whole(torch.full((2, 3), float(step)))}, meta={"step": step})
+    remove_old(root, step, keep)
+
+
+def write(root: Path, step: int, *workers: dict[str, Piece], meta: dict[str, Any] | None = None) -> None:
+    """A checkpoint of so many workers' pieces."""
+    write_manifest(root, step, [write_pieces(root, step, pieces).name for pieces in workers], meta or {})
 
 
 def there(root: Path) -> list[str]:
@@ -27,13 +45,35 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path) -> None:
         "rng.torch": torch.get_rng_state(),
     }
     meta = {"updates": 12, "previous_probe": [-1.25, -0.1], "metrics": {"loss": 0.5}}
-    save_checkpoint(tmp_path / "ple", 3, tensors, meta)
-    read, read_meta = load_checkpoint(tmp_path / "ple", 3)
-    assert read_meta == meta
-    assert set(read) == set(tensors)
-    for name, tensor in tensors.items():
-        assert read[name].dtype == tensor.dtype
-        assert torch.equal(read[name], tensor)
+    write(tmp_path / "ple", 3, {name: whole(tensor) for name, tensor in tensors.items()}, meta=meta)
+    with Checkpoint.opened(tmp_path / "ple", 3) as saved:
+        assert saved.meta == meta
+        assert saved.shapes() == {name: list(tensor.shape) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            assert saved.whole(name).dtype == tensor.dtype
+            assert torch.equal(saved.whole(name), tensor)
+
+
+def test_any_part_of_a_tensor_is_read_from_the_pieces_of_all_workers(tmp_path: Path) -> None:
+    """Two pieces of unlike size, and a third worker that has nothing of it; read in every way that two others could."""
+    numbers = torch.arange(10, dtype=torch.bfloat16)
+    pieces = [Piece(values=numbers[start:end], start=start, shape=(2, 5)) for start, end in ((7, 10), (0, 7))]
+    write(tmp_path, 1, {"a": pieces[0]}, {"b": whole(torch.zeros(()))}, {"a": pieces[1]})
+    with Checkpoint.opened(tmp_path, 1) as saved:
+        for start in range(10):
+            for count in range(1, 11 - start):
+                assert torch.equal(saved.read("a", start, count), numbers[start : start + count])
+        assert torch.equal(saved.whole("a"), numbers.view(2, 5))
+        with pytest.raises(KeyError):
+            saved.whole("c")
+
+
+def test_a_piece_that_no_worker_wrote_is_missed(tmp_path: Path) -> None:
+    write(tmp_path, 1, *({"a": Piece(values=torch.ones(3), start=start, shape=(9,))} for start in (0, 6)))
+    with Checkpoint.opened(tmp_path, 1) as saved:
+        assert saved.read("a", 1, 2).tolist() == [1.0, 1.0]
+        with pytest.raises(RunError, match="step-000001: it lacks a piece of a"):
+            saved.read("a", 2, 2)
 
 
 def test_the_newest_is_found_by_number_not_by_name_or_date(tmp_path: Path) -> None:
@@ -41,7 +81,7 @@ def test_the_newest_is_found_by_number_not_by_name_or_date(tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     assert latest_step(tmp_path / "empty") == 0
     for step in (1_000_000, 999_999, 7):
-        (tmp_path / f"step-{step:06d}").mkdir()
+        save(tmp_path, step, keep=9)
     for name in (".step-2000000.123", "step-3000000.old", "step-12"):
         (tmp_path / name).mkdir()
     assert latest_step(tmp_path) == 1_000_000
@@ -55,30 +95,43 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert there(tmp_path) == ["step-000005"]
 
 
-def test_a_crash_while_writing_leaves_the_old_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_an_older_run_goes_on_from_is_not_taken_for_old(tmp_path: Path) -> None:
+    for step in (3, 8, 9, 4):
+        save(tmp_path, step, keep=2 if step == 4 else 9)
+    assert there(tmp_path) == ["step-000003", "step-000004", "step-000008", "step-000009"]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_crash_before_the_manifest_leaves_the_old_one_whole(tmp_path: Path, step: int) -> None:
     save(tmp_path, 1)
-
-    def dies(*_: object, **__: object) -> str:
-        raise KeyboardInterrupt  # after the tensors are written, before their meta
-
-    with monkeypatch.context() as crash:
-        crash.setattr(checkpoint.json, "dumps", dies)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 2)
+    write_pieces(tmp_path, step, {"weight": whole(torch.zeros(2, 3))})
     assert latest_step(tmp_path) == 1
-    tensors, meta = load_checkpoint(tmp_path, 1)
-    assert torch.equal(tensors["weight"], torch.ones(2, 3))
-    assert meta == {"step": 1}
+    with Checkpoint.opened(tmp_path, 1) as saved:
+        assert torch.equal(saved.whole("weight"), torch.ones(2, 3))
+        assert saved.meta == {"step": 1}
     save(tmp_path, 2)
     assert latest_step(tmp_path) == 2
-    assert there(tmp_path) == ["step-000001", "step-000002"], "what the crash left is gone"
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".step-000002.1").mkdir()
-    (tmp_path / ".step-000002.1" / "state.safetensors").write_text("half")
+def test_a_crash_in_the_manifest_leaves_the_old_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def dies(path: Path, target: Path) -> None:
+        if target.name == MARKER:
+            raise KeyboardInterrupt
+        os.replace(path, target)
+
+    with monkeypatch.context() as crash, pytest.raises(KeyboardInterrupt):
+        crash.setattr(Path, "replace", dies)
+        save(tmp_path, 2)
+    assert latest_step(tmp_path) == 1
+
+
+def test_one_whose_files_are_not_all_here_does_not_count(tmp_path: Path) -> None:
+    save(tmp_path, 1)
     save(tmp_path, 2)
-    assert there(tmp_path) == ["step-000002"]
+    next((tmp_path / "step-000002").glob("*.safetensors")).unlink()
+    assert latest_step(tmp_path) == 1
 
 
 def test_nothing_bears_the_name_before_it_is_complete(tmp_path: Path) -> None:

@@ -23,20 +23,24 @@ from plumbline.config.tree import Config
 from plumbline.data.prompting import load_tokenizer
 from plumbline.errors import ConfigError, RunError
 from plumbline.records import Message, PolicyRef, Prompt, Publication
-from plumbline.runs.checkpoint import KEPT, MARKER, save_checkpoint
+from plumbline.runs.checkpoint import KEPT, MARKER, Checkpoint, Piece, latest_step, whole, write_manifest, write_pieces
 from plumbline.runs.directory import check_run_dir, open_run_dir
 from plumbline.runs.mirror import (
     check_storage,
     open_storage,
+    prune_versions,
+    pull_checkpoint,
     pull_parts,
     push_checkpoint,
     push_logs,
     pushed_at_end,
     run_storage,
     saved_step,
+    seal_checkpoint,
 )
 from plumbline.runs.parts import Parts, Rejected
 from plumbline.runs.policies import PROOF, versions
+from plumbline.runs.promotions import Promotion, promote
 from plumbline.runs.rollouts import BEST_SCHEMA
 from plumbline.runs.storage import Storage, redacted
 
@@ -63,6 +67,10 @@ def directory(root: Path, name: str, *files: str) -> Path:
     for file in files:
         write(root / name / file, file)
     return root / name
+
+
+def save_checkpoint(root: Path, step: int) -> None:
+    write_manifest(root, step, [write_pieces(root, step, {"weight": whole(torch.ones(2))}).name], {})
 
 
 class Uploads:
@@ -384,7 +392,7 @@ def test_an_empty_directory_gets_all_that_resume_needs(tmp_path: Path) -> None:
         storage.push_directory(directory(lost / "policies/ple", f"v{version:06d}", *files), PROOF)
         storage.push_directory(directory(lost / "policies/sft", f"v{version:06d}", "config.json", PROOF), PROOF)
     storage.push(write(lost / "policies/ple/v000003/adapter_config.json", "{}"))  # no proof: it was cut short
-    save_checkpoint(lost / "checkpoints/ple", 2, {"weight": torch.ones(2)}, {})
+    save_checkpoint(lost / "checkpoints/ple", 2)
     push_checkpoint(storage, lost / "checkpoints/ple", 2)
     shutil.rmtree(lost)
 
@@ -428,7 +436,7 @@ def test_what_is_newer_here_is_not_replaced_and_goes_there(tmp_path: Path) -> No
     rejected_of(run_dir).add(2, [row(2, "r2")])
     parts_of(run_dir).write(2, content(2))
     directory(run_dir / "policies/ple", "v000002", "adapter_config.json", PROOF)
-    save_checkpoint(run_dir / "checkpoints/ple", 2, {"weight": torch.ones(2)}, {})
+    save_checkpoint(run_dir / "checkpoints/ple", 2)
 
     storage = begin(chosen, run_dir)
     assert (log.read_text(), result.read_text()) == ("1\n2\n", "new")
@@ -446,11 +454,60 @@ def test_an_older_checkpoint_here_is_not_what_counts(tmp_path: Path) -> None:
     for run_dir, steps in ((here, (1,)), (there, (2, 3, 4))):
         storage = begin(chosen, run_dir)
         for step in steps:
-            save_checkpoint(run_dir / "checkpoints/ple", step, {"weight": torch.ones(2)}, {})
+            save_checkpoint(run_dir / "checkpoints/ple", step)
             push_checkpoint(storage, run_dir / "checkpoints/ple", step)
     storage = begin(chosen, here)
     assert saved_step(storage, here / "checkpoints/ple") == 4
     assert list(storage.complete(here / "checkpoints/ple", MARKER)) == [3, 4], f"{KEPT} are kept"
+
+
+def test_a_checkpoint_that_several_machines_wrote_is_put_together_on_each(tmp_path: Path) -> None:
+    """Each worker pushes what it wrote, the first the manifest; what another attempt left there is no part of it."""
+    url, checkpoints = str(tmp_path / "store"), Path("checkpoints/ple")
+    first, second = (Storage(tmp_path / name, url) for name in ("first", "second"))
+    files = []
+    for storage, name, value in ((second, "second", -1.0), (first, "first", 0.0), (second, "second", 2.0)):
+        piece = Piece(values=torch.full((2,), value), start=0 if name == "first" else 2, shape=(4,))
+        files.append(write_pieces(tmp_path / name / checkpoints, 3, {"weight": piece}))
+        storage.push(files[-1])
+    assert saved_step(first, tmp_path / "first" / checkpoints) == 0
+    write_manifest(tmp_path / "first" / checkpoints, 3, [file.name for file in files[1:]], {})
+    seal_checkpoint(first, tmp_path / "first" / checkpoints, 3)
+    assert latest_step(tmp_path / "first" / checkpoints) == 0, "here, half of it is missing"
+    for name in ("first", "second", "third"):
+        storage, root = Storage(tmp_path / name, url), tmp_path / name / checkpoints
+        assert saved_step(storage, root) == 3
+        pull_checkpoint(storage, root, 3)
+        with Checkpoint.opened(root, 3) as saved:
+            assert saved.whole("weight").tolist() == [0.0, 0.0, 2.0, 2.0]
+        assert latest_step(root) == 3
+
+
+# Old versions
+
+
+def test_old_versions_leave_both_places_but_those_that_somebody_needs(tmp_path: Path, url: str) -> None:
+    """1 was promoted by a gate, 3 and 4 last by proofs alone, which 2 was too; 5 is being looked at; 10 is ahead."""
+    run_dir = tmp_path / "run"
+    storage = Storage(run_dir, url)
+    for number in (*range(1, 8), 8, 9, 10):
+        version = directory(run_dir / "policies/ple", f"v{number:06d}", "weights", PROOF)
+        storage.push_directory(version, PROOF)
+        if number == 7:  # here it was never, as where the learner is elsewhere
+            shutil.rmtree(version)
+    for number, by in ((1, "gate"), (2, "proof"), (3, "proof"), (4, "proof")):
+        promote(run_dir, Promotion(ref=PolicyRef(policy="ple", version=number), by=by))  # type: ignore[arg-type]
+    prune_versions(storage, run_dir, "ple", step=9, keep=2, used={5})
+    assert versions(run_dir, "ple") == list(storage.complete(run_dir / "policies/ple", PROOF)) == [1, 3, 4, 5, 8, 9, 10]
+    prune_versions(storage, run_dir, "ple", step=10, keep=9)
+    assert versions(run_dir, "ple") == [1, 3, 4, 5, 8, 9, 10]
+
+
+def test_without_a_storage_old_versions_leave_the_directory(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        directory(tmp_path / "policies/ple", f"v{number:06d}", "weights", PROOF)
+    prune_versions(Storage(tmp_path, None), tmp_path, "ple", step=3, keep=1)
+    assert versions(tmp_path, "ple") == [3]
 
 
 @pytest.mark.parametrize("other", [{2: "of the same step, but longer"}, {3: "a"}])
@@ -471,7 +528,7 @@ def test_two_that_have_gone_apart_are_refused(tmp_path: Path, other: dict[int, s
 
 def test_a_directory_where_only_a_learner_worked_is_a_new_one(tmp_path: Path) -> None:
     chosen, run_dir = config(tmp_path), tmp_path / "run"
-    directory(run_dir / "checkpoints/ple", "step-000001", MARKER)
+    save_checkpoint(run_dir / "checkpoints/ple", 1)
     begin(chosen, run_dir)
     write(tmp_path / "mine" / "notes.txt", "x")
     with pytest.raises(ConfigError, match="is no run directory"):

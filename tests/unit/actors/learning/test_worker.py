@@ -302,6 +302,22 @@ def test_a_part_is_not_acknowledged_before_its_checkpoint_is_in_the_storage(
     assert again.acked == [2, 3, 4]
 
 
+def test_where_only_a_learner_works_old_versions_leave_the_disk_and_stay_in_the_storage(
+    tmp_path: Path, run_dir: Path, tiny_model: Path
+) -> None:
+    learner = {"lr": 1e-3, "batch_size": 4, "keep_versions": 2}
+    section = Ple.model_validate({"type": "ple", "learner": learner})
+    for directory, left in ((run_dir, [3, 4]), (new_run(tmp_path / "driver"), [1, 2, 3, 4])):
+        if len(left) == 4:
+            (directory / "config.yaml").touch()  # the run's own process is here, and says which ones go
+        url = str(tmp_path / f"store-{len(left)}")
+        stored = replace(spec(directory, tiny_model, section), probe=PROBE, publishes="adapter", storage=url)
+        Storage(directory, url).push(*sorted((directory / "rollouts" / "ple").iterdir()))
+        train(stored, MemoryFeed(parts_of(directory)), rank=0, world=1)
+        assert versions(directory, "ple") == left
+        assert list(Storage(directory, url).complete(directory / "policies" / "ple", "proof.json")) == [1, 2, 3, 4]
+
+
 # Failures
 
 

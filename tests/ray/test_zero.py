@@ -1,0 +1,226 @@
+"""ZeRO on processes of this machine: models that are never whole on a worker, and sums of gradients in float32."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from actors.learning.make_strategy import make_cut, make_strategy
+from actors.learning.objectives import SftObjective
+from actors.learning.policy import LearnedPolicy, load_model
+from actors.learning.strategy import MicroBatch, TorchStrategy
+from plumbline.config.data import Model
+from plumbline.config.learner import Learner
+from plumbline.config.pipelines import RewardModel, Sft
+from plumbline.errors import ModelError
+from plumbline.models.loading import Cut
+from plumbline.records import Sample, TokenGroup
+from tests.tiny import make_tiny_model
+from tests.workers import together
+
+ZERO_3 = Learner.model_validate({"strategy": "deepspeed", "zero": 3})
+DOWN, EMBEDDINGS, HEAD = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def zero(stage: int, policy: str = "full", **learner: Any) -> Sft:
+    settings = {"strategy": "deepspeed", "zero": stage, **learner}
+    return Sft.model_validate({"policy": {"type": policy}, "learner": settings})
+
+
+# Models that come cut
+
+
+def changed(model: Path, copy: Path, weights: dict[str, Tensor | None], **config: Any) -> str:
+    """A copy of a model with other weights, or without some, and other settings."""
+    from transformers import AutoConfig
+
+    shutil.copytree(model, copy)
+    kept = {**load_file(model / "model.safetensors"), **weights}
+    save_file({name: weight for name, weight in kept.items() if weight is not None}, copy / "model.safetensors")
+    AutoConfig.from_pretrained(model, **config).save_pretrained(copy)
+    return str(copy)
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights, and buffers, by all names."""
+    import deepspeed
+
+    found = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        assert weight.numel() == 0 and hasattr(weight, "ds_id"), f"{name} is whole"
+        with deepspeed.zero.GatheredParameters([weight]):
+            found[name] = weight.detach().clone()
+    return found
+
+
+def refused(path: str, classifier: bool, cut: Cut | None) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(Model(path=path), "float32", classifier=classifier, cut=cut)
+    return str(caught.value)
+
+
+def assert_cut_as_whole(paths: dict[str, str], damaged: list[str]) -> None:
+    """On each worker: a model that is cut is, put together, the one that is read whole; or is refused as that is."""
+    cut = make_cut(ZERO_3, "cpu")
+    for name, path in paths.items():
+        for classifier in (False, True):
+            torch.manual_seed(0)
+            whole = load_model(Model(path=path), "bfloat16", classifier=classifier)
+            torch.manual_seed(0)
+            found = gathered(load_model(Model(path=path), "bfloat16", classifier=classifier, cut=cut))
+            expected = dict(whole.named_parameters(remove_duplicate=False)) | dict(whole.named_buffers())
+            assert set(found) == set(expected)
+            for key, value in expected.items():
+                assert found[key].dtype == value.dtype and torch.equal(found[key], value), (name, classifier, key)
+            if not classifier:
+                torch.manual_seed(0)
+                tied = load_model(Model(path=path), "float32", cut=cut)
+                assert (tied.lm_head.weight is tied.model.embed_tokens.weight) == (
+                    whole.lm_head.weight is whole.model.embed_tokens.weight
+                ), name
+    for path in damaged:
+        for classifier in (False, True):
+            assert refused(path, classifier, cut) == refused(path, classifier, None)
+
+
+def test_a_model_that_comes_cut_is_the_one_that_its_files_have(model: Path, tmp_path: Path) -> None:
+    """Also where the head is tied, where files have a tied head of its own, and where a new head is drawn."""
+    kept = load_file(model / "model.safetensors")
+    nan = kept[EMBEDDINGS].clone()
+    nan[3, 5] = torch.nan
+    tied = {"tie_word_embeddings": True}
+    paths = {
+        "untied": str(model),
+        "tied": changed(model, tmp_path / "tied", {HEAD: None}, **tied),
+        "both, equal": changed(model, tmp_path / "equal", {HEAD: kept[EMBEDDINGS].clone()}, **tied),
+        "both, unlike": changed(model, tmp_path / "unlike", {}, **tied),
+    }
+    damaged = [
+        changed(model, tmp_path / "lacks", {DOWN: None}),
+        changed(model, tmp_path / "unknown", {"model.foo": torch.zeros(2)}),
+        changed(model, tmp_path / "shape", {EMBEDDINGS: kept[EMBEDDINGS][:-3].clone()}),
+        changed(model, tmp_path / "nan", {EMBEDDINGS: nan}),
+    ]
+    together(2, assert_cut_as_whole, paths, damaged)
+
+
+def assert_strategies_agree(path: str, sections: list[Any]) -> None:
+    """What is trained, under ZeRO 3, is what a plain worker would train, weight by weight; so are random models."""
+    for section in sections:
+        for origin in (Model(path=path), Model(init={"model_type": "llama", **SMALL}, tokenizer=path)):
+            plain = LearnedPolicy(section, origin, "bfloat16", "cpu", 3)
+            policy = LearnedPolicy(section, origin, "bfloat16", "cpu", 3, make_cut(section.learner, "cpu"))
+            strategy = make_strategy(policy, section.learner, "bfloat16", "cpu", 2)
+            found, expected = dict(strategy.weights(trainable=False)), dict(plain.model.named_parameters())
+            assert list(found) == list(expected)
+            assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+            trained = [name for name, _ in strategy.weights(trainable=True)]
+            assert trained == [name for name, _ in plain.named_trainable()]
+            for (name, one), other in zip(plain.model.named_buffers(), policy.model.buffers(), strict=True):
+                assert one.dtype == other.dtype == torch.float32 and torch.equal(one, other), name
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_what_is_trained_is_what_a_plain_worker_trains(model: Path) -> None:
+    learner = {"strategy": "deepspeed", "zero": 3}
+    classifier = RewardModel.model_validate({"type": "reward", "learner": learner})
+    together(2, assert_strategies_agree, str(model), [zero(3), zero(3, "lora"), classifier])
+
+
+# Sums of gradients
+
+
+class OneLayer:
+    """What a strategy needs of a policy, around a layer whose gradient is 1 for each of four weights."""
+
+    generates = False
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.model = nn.Linear(4, 1, bias=False, dtype=dtype)
+
+    def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+
+def norm_of_sums(stage: int, dtype: Literal["float32", "bfloat16"], shares: list[list[float]]) -> float:
+    """The norm of the sum of gradients of these sizes, each worker's."""
+    policy: Any = OneLayer(getattr(torch, dtype))
+    strategy = make_strategy(policy, zero(stage).learner, dtype, "cpu", dist.get_world_size())
+    micros = [MicroBatch(samples=[], share=share) for share in shares[dist.get_rank()]]
+    ones = torch.ones(1, 4, dtype=getattr(torch, dtype))
+    return strategy.update(lambda model, _: (model(ones).sum(), {}), micros, 1e-3).grad_norm
+
+
+def norms_of_sums(shares: list[list[list[float]]]) -> dict[tuple[int, str, int], float]:
+    kinds: list[Literal["float32", "bfloat16"]] = ["float32", "bfloat16"]
+    return {
+        (stage, dtype, i): norm_of_sums(stage, dtype, one)
+        for stage in (1, 2, 3)
+        for dtype in kinds
+        for i, one in enumerate(shares)
+    }
+
+
+def test_gradients_are_summed_in_float32() -> None:
+    """Of many small ones after a large one, and of a small one of another worker, bfloat16 would keep nothing."""
+    small = 2.0**-9
+    many = [[1.0, *[small] * 64], [1.0, *[small] * 64]]
+    across = [[1.0], [small]]
+    for norms in together(2, norms_of_sums, [many, across]):
+        for (stage, dtype, i), norm in norms.items():
+            expected = 2 * ((2.25, 1 + small)[i])
+            assert norm == pytest.approx(expected, rel=1e-4), (stage, dtype, i)
+
+
+# In bfloat16
+
+
+RNG = Random(0)
+GROUPS = [TokenGroup(RNG.choices(range(5, 60), k=6), [RNG.choices(range(5, 60), k=8)]) for _ in range(8)]
+HALVES = [[Sample(group=group) for group in half] for half in (GROUPS[:4], GROUPS[4:])]
+
+
+def losses_after(path: str, updates: int) -> dict[int, float]:
+    """This worker's half of the mean loss of the last update, by stage; each has one of the two micro-batches."""
+    found = {}
+    rank = dist.get_rank()
+    for stage in (1, 2, 3):
+        section = zero(stage, weight_decay=0.1)
+        policy = LearnedPolicy(section, Model(path=path), "bfloat16", "cpu", 0, make_cut(section.learner, "cpu"))
+        strategy = make_strategy(policy, section.learner, "bfloat16", "cpu", 2)
+        micros = [MicroBatch(samples=HALVES[rank], share=0.5)]
+        losses = [strategy.update(SftObjective().loss, micros, 5e-5).results[0][0] for _ in range(updates)]
+        found[stage] = 0.5 * losses[-1].item()
+    return found
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_as_float32_does(model: Path) -> None:
+    """A hundred updates at a learning rate whose steps round to nothing in bfloat16."""
+    section = Sft.model_validate({"learner": {"weight_decay": 0.1}})
+    plain = TorchStrategy(
+        LearnedPolicy(section, Model(path=str(model)), "float32", "cpu", 0), section.learner, "cpu", 1
+    )
+    micros = [MicroBatch(samples=half, share=0.5) for half in HALVES]
+    means = [
+        sum(0.5 * loss.item() for loss, _ in plain.update(SftObjective().loss, micros, 5e-5).results)
+        for _ in range(100)
+    ]
+    assert means[-1] < 0.9 * means[0]
+    one, other = together(2, losses_after, str(model), 100)
+    for stage in (1, 2, 3):
+        assert one[stage] + other[stage] == pytest.approx(means[-1], rel=0.02), stage
