@@ -94,6 +94,8 @@ class Reference:
             DataError: a prompt is empty.
             RunError: the cache is damaged or cannot be written.
         """
+        from plumbline.models.group_logps import pieces
+
         known = self._cache.get(groups)
         missing = [
             TokenGroup(
@@ -102,7 +104,7 @@ class Reference:
             )
             for group, row in zip(groups, known, strict=True)
         ]
-        rest = [group for group in missing if group.response_ids]
+        rest = [p for group in missing if group.response_ids for p in pieces(group, self._spec.batch_tokens)]
         with REFERENCE_SECONDS.timing():
             values = [value for row in self._compute(rest) for value in row]
         REFERENCE_ITEMS.inc(len(values))

@@ -7,14 +7,15 @@ torch's own, on float32 copies of what is trained: updates are those of `TorchSt
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from actors.learning.objectives import Objective
 from actors.learning.policy import LearnedPolicy
-from actors.learning.strategy import Loss, MicroBatch, Update, make_optimizer, optimizer_state
+from actors.learning.strategy import Portion, Result, Update, backward_passes, make_optimizer, optimizer_state
 from plumbline.config.learner import Learner
 from plumbline.errors import ModelError
 from plumbline.models.group_logps import supports_shared_prefix
@@ -68,16 +69,15 @@ class DeepspeedStrategy:
         )
         self._model = policy.model
 
-    def update(self, loss: Loss, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+    def update(self, objective: Objective, portion: Portion, lr: float) -> Update:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        results = []
-        for i, micro in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
-            value, metrics = self._engine(lambda model, micro=micro: loss(model, micro.samples))
+        results: list[Result] = []
+        works = backward_passes(objective, portion, self.forward, results)
+        for i, work in enumerate(works):
+            self._engine.set_gradient_accumulation_boundary(i + 1 == len(works))
             # DeepSpeed averages gradients over workers.
-            self._engine.backward(value * (micro.share * self._world))
-            results.append((value.detach(), metrics))
+            self._engine.backward(self._engine(work) * self._world)
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return Update(grad_norm=norm if norm >= 0 else float("nan"), results=results)

@@ -21,7 +21,7 @@ from actors.channel import Box, Lease
 from actors.learning.make_strategy import make_strategy
 from actors.learning.objectives import build_objective
 from actors.learning.policy import LearnedPolicy, probe_logps
-from actors.learning.strategy import micro_batches
+from actors.learning.strategy import portion_of
 from actors.metrics import LEARNER_LOSS, LEARNER_SAMPLES, LEARNER_SECONDS, LEARNER_UPDATES
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
@@ -198,14 +198,14 @@ class Worker:
 
     def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float:
         """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm."""
-        micros = micro_batches(batch, self._world, self._rank, self._settings.micro_tokens)
+        portion = portion_of(batch, self._world, self._rank, self._settings.micro_tokens)
         self._updates += 1
-        update = self._strategy.update(self._objective.loss, micros, self._lr(step))
-        for micro, (loss, metrics) in zip(micros, update.results, strict=True):
-            if not math.isfinite(loss.item()):
-                raise LossError(self._failure(step, f"the loss became {loss.item()}"))
-            for key, value in {"loss": loss, **metrics}.items():
-                sums[key] = sums.get(key, 0.0) + float(value) * micro.share * len(batch)
+        update = self._strategy.update(self._objective, portion, self._lr(step))
+        for result in update.results:
+            if not math.isfinite(result.loss.item()):
+                raise LossError(self._failure(step, f"the loss became {result.loss.item()}"))
+            for key, value in {"loss": result.loss, **result.metrics}.items():
+                sums[key] = sums.get(key, 0.0) + float(value) * result.share * len(batch)
         if not math.isfinite(update.grad_norm):  # on all workers, where one of them had such a loss
             raise LossError(self._failure(step, f"the gradient became {update.grad_norm}"))
         return update.grad_norm
