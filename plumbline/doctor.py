@@ -67,6 +67,7 @@ def check(config: Config, run_dir: Path) -> Checked:
     check_tracking(config.tracking)
     rows = _read(config)
     _, tokenizer = _model(config)
+    _policies(config)
     _rewards(config)
     device = run_device(config)
     _devices(config, device)
@@ -80,6 +81,7 @@ def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
         ("model", lambda: _model(config)[0]),
+        ("policies", lambda: _policies(config)),
         ("reward", lambda: _rewards(config)),
         ("data", lambda: _data(config)),
         ("devices", lambda: _devices(config, run_device(config))),
@@ -153,6 +155,12 @@ def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
     path = config.model.path
     note = "random weights" if path is None else model_directory(path, "model.path")
     return note, run_tokenizer(config)
+
+
+def _policies(config: Config) -> str:
+    from plumbline.models.adapters import check_policies
+
+    return check_policies(config)
 
 
 def _needs_prompts(config: Config) -> bool:

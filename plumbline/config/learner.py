@@ -1,10 +1,19 @@
 """The sections of a config that say how a pipeline learns: what of a policy is trained, and by which Ray Train run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from plumbline.config.section import Count, Elastic, Resources, Section, bounds
+
+
+def _names(value: Any) -> Any:
+    """One line for what is neither: a union's own errors name its kinds, which no config has."""
+    listed = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    if value != "all-linear" and not listed:
+        given = f", got {value}" if isinstance(value, list) else ""
+        raise ValueError(f"should be all-linear, or a list of layers' last names, such as [q_proj, v_proj]{given}")
+    return value
 
 
 class LoraPolicy(Section):
@@ -13,6 +22,15 @@ class LoraPolicy(Section):
     type: Literal["lora"] = "lora"
     r: int = Field(default=8, ge=1, le=512, description="rank")
     alpha: float = Field(default=16, gt=0, description="the scaling is alpha / r")
+    rslora: bool = Field(default=False, description="the scaling is alpha / √r instead, for high ranks")
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_names)] = Field(
+        default="all-linear", description="which layers get one: all but the LM head, or such of these last names"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's inputs, in updates alone")
+    modules_to_save: list[str] = Field(
+        default=[],
+        description="trained whole beside it, by last name, such as [lm_head]; top-level `sft` alone, which merges",
+    )
 
 
 class FullPolicy(Section):

@@ -4,7 +4,7 @@ from pydantic import Field, model_validator
 
 from plumbline.config.data import Data, Model, Reward
 from plumbline.config.fleet import Embedder, Fleet
-from plumbline.config.learner import FullPolicy
+from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Sft
 from plumbline.config.section import Count, Name, Section, bounds
 from plumbline.config.serving import Serve
@@ -55,6 +55,12 @@ class Config(Section):
             raise ValueError("a pipeline is named 'base', which is π0's name; give it another `name`")
         if self.serve.gate and (self.evaluation is None or self.data.heldout is None):
             raise ValueError("`serve.gate` looks at held-out prompts; give `data.heldout` and `evaluation`")
+        for one in self.served:
+            if isinstance(one.policy, LoraPolicy) and one.policy.modules_to_save:
+                raise ValueError(
+                    f"`modules_to_save` of {one.name!r}: generators take adapters without whole layers; leave it "
+                    "out, or write `policy: {type: full}`"
+                )
         for one in self.methods:
             if isinstance(one.policy, FullPolicy) and len(self.methods) > 1:
                 raise ValueError(
