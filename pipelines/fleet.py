@@ -109,6 +109,7 @@ def add_reference(context: Context) -> None:
             threads=settings.cpus,
             batch_tokens=settings.batch_tokens,
             cache=str(cache),
+            quantize=context.config.reference_quantize,
         ),
     )
 

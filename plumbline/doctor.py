@@ -67,7 +67,6 @@ def check(config: Config, run_dir: Path) -> Checked:
     check_tracking(config.tracking)
     rows = _read(config)
     _, tokenizer = _model(config)
-    _policies(config)
     _rewards(config)
     device = run_device(config)
     _devices(config, device)
@@ -81,7 +80,6 @@ def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
         ("model", lambda: _model(config)[0]),
-        ("policies", lambda: _policies(config)),
         ("reward", lambda: _rewards(config)),
         ("data", lambda: _data(config)),
         ("devices", lambda: _devices(config, run_device(config))),
@@ -152,15 +150,12 @@ def model_directory(path: str, key: str) -> str:
 
 
 def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
-    path = config.model.path
-    note = "random weights" if path is None else model_directory(path, "model.path")
-    return note, run_tokenizer(config)
-
-
-def _policies(config: Config) -> str:
     from plumbline.models.adapters import check_policies
 
-    return check_policies(config)
+    path = config.model.path
+    note = "random weights" if path is None else model_directory(path, "model.path")
+    check_policies(config)
+    return note, run_tokenizer(config)
 
 
 def _needs_prompts(config: Config) -> bool:
@@ -314,7 +309,7 @@ def _check_pairs(config: Config, section: Preference) -> None:
     if isinstance(section, Dlma) and any(row["margin"] is None for row in rows):
         raise DataError(f"{source.path}: pairs without a margin, which dlma needs; name a `pairs/dlma` of another run")
     if config.sft is None and config.model.path is not None:
-        check_model(source, rows, model_fingerprint(config.model.path))
+        check_model(source, rows, model_fingerprint(config.model.path, config.reference_quantize))
 
 
 def _devices(config: Config, device: Literal["cpu", "cuda"]) -> str:

@@ -13,7 +13,7 @@ from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import Pipeline, RewardModel
 from plumbline.data.prompting import load_tokenizer, read_tokenizer
 from plumbline.models.group_logps import disable_dropout, group_logps, pack, pieces
-from plumbline.models.loading import load_whole
+from plumbline.models.loading import load_whole, nf4_settings
 from plumbline.records import Publication, TokenGroup
 from plumbline.runs.checkpoint import write_directory
 from plumbline.runs.policies import write_proof
@@ -38,7 +38,8 @@ class LearnedPolicy:
         self._dtype: Literal["float32", "bfloat16"] = dtype
         self._reads_chats = not isinstance(section, RewardModel) or section.reads == "conversation"
         self.generates = not isinstance(section, RewardModel)
-        model = load_model(origin, dtype, classifier=not self.generates)
+        quantize_on = device if section.learner.quantize else None
+        model = load_model(origin, dtype, classifier=not self.generates, quantize_on=quantize_on)
         model.config.use_cache = False
         disable_dropout(model)
         if section.learner.gradient_checkpointing:
@@ -91,7 +92,9 @@ class LearnedPolicy:
 
     def _merged(self, weights: Mapping[str, Tensor]) -> Any:
         """A second model with the adapter merged into it: this one is trained on, and may not be whole."""
-        other = LearnedPolicy(self._section, self._origin, self._dtype, "cpu", self._seed)
+        learner = self._section.learner.model_copy(update={"quantize": None})  # merged in 4 bits it would round away
+        section = self._section.model_copy(update={"learner": learner})
+        other = LearnedPolicy(section, self._origin, self._dtype, "cpu", self._seed)
         with torch.no_grad():
             for name, parameter in other.named_trainable():
                 parameter.copy_(weights[name])
@@ -145,17 +148,22 @@ def lora_config(policy: LoraPolicy) -> "LoraConfig":
     )
 
 
-def load_model(origin: Model, dtype: str, *, classifier: bool = False) -> Any:
+def load_model(origin: Model, dtype: str, *, classifier: bool = False, quantize_on: str | None = None) -> Any:
     """A causal language model, or a one-logit classifier, from a directory or from a config with random weights.
 
-    Raises ModelError: see `load_whole`.
+    Args:
+        quantize_on: the device that it is put on in 4 bits (`nf4_settings`); None leaves it whole, on the CPU.
+
+    Raises:
+        ModelError: see `load_whole`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     extra = {"num_labels": 1} if classifier else {}
     if origin.path is not None:
-        model = load_whole(factory, origin.path, dtype, new_head=classifier, **extra)
+        quantized = nf4_settings(dtype, quantize_on) if quantize_on else {}
+        model = load_whole(factory, origin.path, dtype, new_head=classifier, **extra, **quantized)
     else:
         assert origin.init is not None
         tokenizer = read_tokenizer(origin.tokenizer_path)

@@ -5,6 +5,7 @@ asks it for whole tensors when it saves. Both strategies give the same updates a
 learner resumes with another number of workers, or with the other strategy.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,8 +154,11 @@ class TorchStrategy:
     def state(self) -> dict[str, Tensor]:
         masters = zip(self._named, self._masters.parameters, strict=True)
         tensors = {f"model.{name}": p.detach() for name, p in masters}
-        for i, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        for i, parameter in enumerate(self._masters.parameters):
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                # The 8-bit optimiser counts steps in an int, and has one table of levels for all weights.
+                shared = key.startswith("qmap")
+                tensors[f"optimizer.{i}.{key}"] = value.clone() if shared else torch.as_tensor(value)
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -252,17 +256,24 @@ def make_optimizer(settings: Learner, parameters: Sequence[nn.Parameter]) -> tor
     """The optimiser that the config names."""
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adamw_8bit":
+        bitsandbytes = importlib.import_module("bitsandbytes")  # by name: it may not be installed
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The ``optimizer.INDEX.KEY`` of a checkpoint, by index and key; an index is a trainable parameter's position."""
-    state: dict[int, dict[str, Tensor]] = {}
+def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """The ``optimizer.INDEX.KEY`` of a checkpoint, by index and key; an index is a trainable parameter's position.
+
+    Tensors, and plain integers where the optimiser had such.
+    """
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+            count = tensor.dtype == torch.int64 and not tensor.dim()
+            state.setdefault(int(index), {})[key] = int(tensor) if count else tensor
     return state
 
 

@@ -26,7 +26,7 @@ from actors.metrics import LEARNER_LOSS, LEARNER_SAMPLES, LEARNER_SECONDS, LEARN
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
-from plumbline.errors import LossError, PlumblineError, RunError
+from plumbline.errors import ConfigError, LossError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
 from plumbline.runs.checkpoint import MARKER, checkpoint_directory, latest_step, load_checkpoint, save_checkpoint
@@ -124,8 +124,9 @@ class Worker:
         self._storage = Storage(spec.run_dir, spec.storage)
         parts = spec.run_dir / "rollouts" / spec.section.name
         self._objective = build_objective(spec.section, parts, spec.seed)
-        # The strategy moves it to the device: ZeRO 3 holds no whole model there.
-        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, "cpu", spec.seed)
+        # The strategy moves it to the device: ZeRO 3 holds no whole model there. In 4 bits it is made there.
+        device = spec.device if self._settings.quantize else "cpu"
+        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, device, spec.seed)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
         self._updates = 0
         self._done = spec.saved_step()
@@ -240,13 +241,23 @@ class Worker:
         tensors["rng.torch"] = torch.get_rng_state()
         if self._spec.device == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        meta = {"updates": self._updates, "previous_probe": self._previous_probe, "metrics": self._metrics}
+        meta = {
+            "optimizer": self._settings.optimizer,
+            "updates": self._updates,
+            "previous_probe": self._previous_probe,
+            "metrics": self._metrics,
+        }
         save_checkpoint(self._spec.checkpoints, self._done, tensors, meta)
         push_checkpoint(self._storage, self._spec.checkpoints, self._done)
 
     def _restore(self) -> None:
         self._storage.pull_directory(checkpoint_directory(self._spec.checkpoints, self._done), MARKER)
         tensors, meta = load_checkpoint(self._spec.checkpoints, self._done)
+        if meta["optimizer"] != self._settings.optimizer:
+            raise ConfigError(
+                f"{self._spec.checkpoints}: step {self._done} was saved with `optimizer: {meta['optimizer']}`, the "
+                f"config says {self._settings.optimizer}; write the former, or start another run"
+            )
         self._strategy.load(tensors)
         torch.set_rng_state(tensors["rng.torch"])
         if self._spec.device == "cuda":

@@ -55,9 +55,15 @@ class Learner(Section):
     cpus: Count = Field(default=1, description="threads a worker")
     gpus: float = Field(default=0, ge=0, description="a worker")
     resources: Resources = Field(default={})
-    optimizer: Literal["adamw", "rmsprop"] = Field(default="adamw", description="DLMA's code has rmsprop")
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: the base in 4 bits under an adapter (QLoRA), and the reference with it",
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "rmsprop"] = Field(
+        default="adamw", description="adamw_8bit: its state in 8 bits; DLMA's code has rmsprop"
+    )
     lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate, at its highest")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled with adamw, an L2 term with rmsprop")
+    weight_decay: float = Field(default=0.0, ge=0, description="an L2 term with rmsprop, else decoupled")
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="cosine: falls towards 0 by parts")
     warmup: int = Field(default=0, ge=0, description="optimiser steps of linear warm-up")
     clip_norm: float = Field(default=1.0, gt=0, description="most that a gradient's norm may be")
@@ -71,6 +77,9 @@ class Learner(Section):
     def _stage(self) -> "Learner":
         if self.zero is not None and self.strategy != "deepspeed":
             raise ValueError("`zero` needs `strategy: deepspeed` beside it")
+        if self.strategy == "deepspeed" and (self.quantize or self.optimizer == "adamw_8bit"):
+            key = "quantize" if self.quantize else "optimizer: adamw_8bit"
+            raise ValueError(f"`{key}` cannot be cut over workers by deepspeed; write `strategy: torch`")
         if bounds(self.workers)[0] < 1:
             raise ValueError(f"`workers` is {list(bounds(self.workers))}; a learner has at least one worker")
         return self

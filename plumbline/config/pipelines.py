@@ -24,6 +24,12 @@ class PipelineBase(Section):
     name: Name
     learner: Learner = Learner()
 
+    @model_validator(mode="after")
+    def _quantized(self) -> "PipelineBase":
+        if self.learner.quantize and not isinstance(getattr(self, "policy", None), LoraPolicy):
+            raise ValueError("`learner.quantize` is for a base under an adapter; write `policy: {type: lora}`")
+        return self
+
 
 class MethodBase(PipelineBase):
     """What every method has that generates: parts of prompts drawn from the pool of generators."""

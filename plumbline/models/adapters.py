@@ -1,8 +1,9 @@
-"""What policies name of a model, looked at without its weights: the doctor refuses a layer that is not there, and vLLM
-is told which layers adapters touch.
+"""What policies need, looked at without a model's weights: the doctor refuses a layer that is not there and a library
+that is not installed, and vLLM is told which layers adapters touch.
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,14 +16,19 @@ from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 
 
-def check_policies(config: Config) -> str:
-    """Whether the layers that adapters name are there. Raises ConfigError."""
+def check_policies(config: Config) -> None:
+    """Whether the layers that adapters name are there, and what learners compute in. Raises ConfigError."""
+    for one in [*config.pipelines, *([config.sft] if config.sft else [])]:
+        key = "quantize: nf4" if one.learner.quantize else "optimizer: adamw_8bit"
+        if (one.learner.quantize or one.learner.optimizer == "adamw_8bit") and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"`{key}` of {one.name!r} needs bitsandbytes, which is not installed here; pip install bitsandbytes"
+            )
     sections = [*config.served, *([config.sft] if config.sft else [])]
     for section in sections:
         policy = section.policy
         if isinstance(policy, LoraPolicy) and (policy.target_modules != "all-linear" or policy.modules_to_save):
             _check_layers(hollow_model(config.model.path, config.model.init), section.name, policy)
-    return ", ".join(f"{section.name}: {section.policy.type}" for section in sections) or "none"
 
 
 def _check_layers(model: PreTrainedModel, name: str, policy: LoraPolicy) -> None:

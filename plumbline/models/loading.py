@@ -61,3 +61,19 @@ def load_whole(factory: Any, path: str, dtype: str, *, new_head: bool = False, *
 def first_not_finite(model: nn.Module) -> str | None:
     """The name of a weight with NaN or infinite values."""
     return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+
+
+def nf4_settings(dtype: str, device: str) -> dict[str, Any]:
+    """Settings for `load_whole` of a model whose linear layers, but the LM head, are in 4 bits; it is on `device` then.
+
+    NormalFloat4 with doubly quantised scales, as vLLM's `quantization: bitsandbytes` has it.
+    """
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}

@@ -37,8 +37,7 @@ def test_all_linear_layers_but_the_head(tiny_model: Path) -> None:
 
 def test_layers_that_are_there(tiny_model: Path) -> None:
     sft = {"type": "lora", "modules_to_save": ["lm_head", "norm", "embed_tokens"]}
-    checked = check_policies(config(tiny_model, {"type": "lora", "target_modules": ["q_proj", "v_proj"]}, sft=sft))
-    assert checked == "p0: lora, sft: lora"
+    check_policies(config(tiny_model, {"type": "lora", "target_modules": ["q_proj", "v_proj"]}, sft=sft))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +79,58 @@ def test_what_generators_serve_has_no_whole_layers(tiny_model: Path) -> None:
 def test_targets_that_are_no_list_of_names(tiny_model: Path, targets: object) -> None:
     with pytest.raises(ValueError, match="should be all-linear, or a list of layers' last names"):
         config(tiny_model, {"type": "lora", "target_modules": targets})
+
+
+# Four and eight bits
+
+
+def learning(model: Path, *learners: dict[str, Any], policy: str = "lora") -> Config:
+    """DPO pipelines with these learners."""
+    pipelines = [
+        {"type": "self_contrast", "filter": False, "name": f"p{i}", "policy": {"type": policy}, "learner": learner}
+        for i, learner in enumerate(learners)
+    ]
+    return Config.model_validate(
+        {"name": "a", "model": {"path": str(model)}, "data": {"train": {"path": "d"}}, "pipelines": pipelines}
+    )
+
+
+def test_a_reference_is_what_its_learners_start_from(tiny_model: Path) -> None:
+    assert learning(tiny_model, {"quantize": "nf4"}, {"quantize": "nf4"}).reference_quantize == "nf4"
+    assert learning(tiny_model, {}).reference_quantize is None
+    with pytest.raises(ValueError, match=r"pipelines of unlike `learner.quantize` share one reference"):
+        learning(tiny_model, {"quantize": "nf4"}, {})
+
+
+@pytest.mark.parametrize(
+    ("learner", "policy", "message"),
+    [
+        (
+            {"quantize": "nf4"},
+            "full",
+            "`learner.quantize` is for a base under an adapter; write ",
+        ),
+        ({"quantize": "nf4", "strategy": "deepspeed"}, "lora", "`quantize` cannot be cut over workers by deepspeed"),
+        (
+            {"optimizer": "adamw_8bit", "strategy": "deepspeed", "zero": 3},
+            "lora",
+            "`optimizer: adamw_8bit` cannot be cut over workers by deepspeed; write `strategy: torch`",
+        ),
+    ],
+)
+def test_what_does_not_go_together(tiny_model: Path, learner: dict[str, Any], policy: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        learning(tiny_model, learner, policy=policy)
+
+
+@pytest.mark.parametrize("learner", [{"quantize": "nf4"}, {"optimizer": "adamw_8bit"}])
+def test_a_library_that_is_not_installed(
+    tiny_model: Path, learner: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [(key, value)] = learner.items()
+    monkeypatch.setattr("plumbline.models.adapters.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"`{key}: {value}` of 'p0' needs bitsandbytes, which is not installed"):
+        check_policies(learning(tiny_model, learner))
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,8 @@ def learned(model: Path, policy: dict[str, Any], seed: int = 0) -> LearnedPolicy
 
 
 def test_target_modules_alone_get_an_adapter(tiny_model: Path) -> None:
-    names = {
-        name.split(".")[-4]
-        for name, _ in learned(tiny_model, {"target_modules": ["q_proj", "up_proj"]}).named_trainable()
-    }
-    assert names == {"self_attn", "mlp"} or names == {"q_proj", "up_proj"}
+    one = learned(tiny_model, {"target_modules": ["q_proj", "up_proj"]})
+    assert {name.split(".")[-4] for name, _ in one.named_trainable()} == {"q_proj", "up_proj"}
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
@@ -112,10 +109,8 @@ def test_layers_that_are_trained_whole_are_merged(tiny_model: Path, tmp_path: Pa
 
     one = learned(tiny_model, {"modules_to_save": ["lm_head", "norm"]})
     expected = one.probe(PROBE)
-    names = {
-        name.split(".modules_to_save")[0].rpartition(".")[2] for name, _ in one.named_trainable() if "_to_save" in name
-    }
-    assert names >= {"lm_head", "norm"}
+    whole = {name.split(".")[-4] for name, _ in one.named_trainable() if "modules_to_save" in name}
+    assert whole >= {"lm_head", "norm"}
     publication = Publication(
         ref=PolicyRef(policy="sft", version=1),
         files={},
