@@ -77,6 +77,8 @@ class FrozenLogps:
         Raises:
             DataError: a prompt is empty.
         """
+        from plumbline.models.group_logps import pieces
+
         known = self._cache.get(groups)
         missing = [
             TokenGroup(
@@ -85,7 +87,7 @@ class FrozenLogps:
             )
             for group, row in zip(groups, known, strict=True)
         ]
-        rest = [group for group in missing if group.response_ids]
+        rest = [p for group in missing if group.response_ids for p in pieces(group, self._batch_tokens)]
         with REFERENCE_SECONDS.timing():
             values = [value for row in self._compute(rest) for value in row]
         REFERENCE_ITEMS.inc(len(values))

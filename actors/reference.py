@@ -15,7 +15,10 @@ from plumbline.records import Generation, TokenGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceSpec:
-    """All that a reference needs to start; picklable. `cache` is a directory; without one it remembers by itself."""
+    """All that a reference needs to start; picklable. `cache` is a directory; without one it remembers by itself.
+
+    `quantize`: as the learner's base is, so that a policy which was not updated yet has the reference's log-probs.
+    """
 
     model_path: str
     dtype: Literal["float32", "bfloat16"]
@@ -23,6 +26,7 @@ class ReferenceSpec:
     threads: int
     batch_tokens: int
     cache: str | None
+    quantize: Literal["nf4"] | None = None
 
 
 class Reference:
@@ -37,9 +41,11 @@ class Reference:
         from plumbline.models.group_logps import disable_dropout
 
         set_up_torch(spec.threads)
-        self._fingerprint = model_fingerprint(spec.model_path)
+        self._fingerprint = model_fingerprint(spec.model_path, spec.quantize)
         eos = read_tokenizer(spec.model_path).eos_token_id
-        self._model: Any = load_model(Model(path=spec.model_path), spec.dtype)
+        self._model: Any = load_model(
+            Model(path=spec.model_path), spec.dtype, quantize_on=spec.device if spec.quantize else None
+        )
         self._model.to(spec.device).eval().requires_grad_(False)
         disable_dropout(self._model)
         self._frozen = FrozenLogps(

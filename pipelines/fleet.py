@@ -111,10 +111,11 @@ async def add_reference(context: Context) -> None:
             threads=settings.cpus,
             batch_tokens=settings.batch_tokens,
             cache=cache,
+            quantize=context.config.reference_quantize,
         )
         context.fleet.add_reference(settings, spec, count)
     else:
-        context.fingerprint = await asyncio.to_thread(model_fingerprint, path)
+        context.fingerprint = await asyncio.to_thread(model_fingerprint, path, context.config.reference_quantize)
         context.frozen = FrozenSpec(model_path=path, fingerprint=context.fingerprint, dtype=context.dtype, cache=cache)
 
 

@@ -150,8 +150,11 @@ def model_directory(path: str, key: str) -> str:
 
 
 def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
+    from plumbline.models.adapters import check_policies
+
     path = config.model.path
     note = "random weights" if path is None else model_directory(path, "model.path")
+    check_policies(config)
     return note, run_tokenizer(config)
 
 
@@ -306,7 +309,7 @@ def _check_pairs(config: Config, section: Preference) -> None:
     if isinstance(section, Dlma) and any(row["margin"] is None for row in rows):
         raise DataError(f"{source.path}: pairs without a margin, which dlma needs; name a `pairs/dlma` of another run")
     if config.sft is None and config.model.path is not None:
-        check_model(source, rows, model_fingerprint(config.model.path))
+        check_model(source, rows, model_fingerprint(config.model.path, config.reference_quantize))
 
 
 def _devices(config: Config, device: Literal["cpu", "cuda"]) -> str:

@@ -30,6 +30,7 @@ class EngineSpec:
 
     `max_adapters` is 0 for an engine that takes whole weights (`Engine.load_weights`), and no adapters. With `seats` it
     answers users too, up to so many beside the `max_num_seqs` of rollouts and before them, with `chat_template`.
+    `lora_targets`: last names of the layers that adapters touch; none are named where it is all linear ones.
     """
 
     model_path: str
@@ -45,6 +46,7 @@ class EngineSpec:
     seed: int
     seats: int = 0
     chat_template: str | None = None
+    lora_targets: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -77,7 +79,9 @@ def engine_spec(
         chat_template: the tokenizer's; a set of several by name is left to the engine.
     """
     settings = config.fleet.generator
-    ranks = [p.policy.r for p in config.served if isinstance(p.policy, LoraPolicy)]
+    adapters = [p.policy for p in config.served if isinstance(p.policy, LoraPolicy)]
+    listed = [policy.target_modules for policy in adapters if isinstance(policy.target_modules, list)]
+    targets = sorted({name for names in listed for name in names}) if len(listed) == len(adapters) else []
     whole = any(isinstance(p.policy, FullPolicy) for p in config.methods)
     return EngineSpec(
         model_path=model_path,
@@ -85,7 +89,7 @@ def engine_spec(
         device=device,
         max_model_len=config.model.max_len,
         max_num_seqs=settings.max_num_seqs,
-        max_lora_rank=max(ranks, default=8),
+        max_lora_rank=max((policy.r for policy in adapters), default=8),
         max_adapters=0 if whole else versions,
         threads=settings.cpus,
         kv_cache_gib=settings.kv_cache_gib,
@@ -93,6 +97,7 @@ def engine_spec(
         seed=config.seed,
         seats=seats,
         chat_template=chat_template if isinstance(chat_template, str) else None,
+        lora_targets=tuple(targets),
     )
 
 

@@ -10,6 +10,7 @@ from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from actors.engines.vllm_openai import OpenAIAnswers
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import RunError
+from plumbline.models.adapters import linear_names
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -172,22 +173,5 @@ def adapter_settings(spec: EngineSpec) -> dict[str, Any]:
         "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
         # Without this vLLM prepares the LM head for adapters too, which PEFT's "all-linear" leaves out; on CPUs
         # its prompt log-probs then crash.
-        "lora_target_modules": linear_names(spec.model_path),
+        "lora_target_modules": list(spec.lora_targets or linear_names(spec.model_path)),
     }
-
-
-def linear_names(model_path: str) -> list[str]:
-    """Last names of the linear layers that an adapter on all of them touches: every one but the output embedding."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=False))
-    head = model.get_output_embeddings()
-    names = {
-        n.rpartition(".")[2]
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear | Conv1D) and m is not head
-    }
-    return sorted(names)

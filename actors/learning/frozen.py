@@ -4,7 +4,7 @@ In the thread that trains, between two forward passes: taking the adapter away c
 back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,9 @@ import torch
 
 from actors.desk import Question
 from actors.frozen_logps import FrozenLogps
+from actors.learning.objectives import Loss, Scores
 from plumbline.data.prompting import read_tokenizer
+from plumbline.records import TokenGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,18 @@ class FrozenBase:
         with without_adapter(self._model):
             answer = getattr(self._logps, question.method)(*question.arguments, **question.options)
         return answer, {key: value - before[key] for key, value in self._logps.counts().items()}
+
+
+class Between:
+    """An objective that calls `pause` before each of its forward passes."""
+
+    def __init__(self, objective: Loss, pause: Callable[[], None]) -> None:
+        self._objective, self._pause = objective, pause
+        self.loss = objective.loss
+
+    def forward(self, model: Any, groups: Sequence[TokenGroup]) -> Scores:
+        self._pause()
+        return self._objective.forward(model, groups)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What a learner minimises: which samples make an optimiser step, and the loss of a micro-batch of them.
 
 An objective turns a part into update batches and a micro-batch into ``(loss, metrics)``, both means over samples, so
-that neither the number of workers nor the micro-batch changes the result.
+that neither the number of workers nor the micro-batch changes the result. Its loss is a function of one number a
+response (`Scores`), so that a group which is too large for one forward pass is computed in pieces.
 """
 
 import random
@@ -10,21 +11,35 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from plumbline.config.pipelines import Dlma, Pipeline, Ple, Preference, RewardModel
 from plumbline.methods.losses import dpo_loss, ple_loss, reward_model_loss, sft_loss
 from plumbline.models.classifier import classifier_logits
 from plumbline.models.group_logps import group_logps
-from plumbline.records import Sample
+from plumbline.records import Sample, TokenGroup
 from plumbline.runs.parts import Parts
 from plumbline.runs.rollouts import ple_sample
 
+Scores = tuple[Float[Tensor, "G K"], Int[Tensor, "G K"]]
+"""What a model gives each response of a group, and the response's tokens; 0 and 0 where there is none."""
 Result = tuple[Float[Tensor, ""], dict[str, Tensor]]
 
 
-class Objective(Protocol):
+class Loss(Protocol):
+    """What an update is computed of."""
+
+    def forward(self, model: Any, groups: Sequence[TokenGroup]) -> Scores:
+        """What the loss is computed from; a response's score does not depend on the other responses."""
+        ...
+
+    def loss(self, scores: Scores, samples: Sequence[Sample]) -> Result:
+        """Mean loss of a micro-batch and metrics that are means over its samples."""
+        ...
+
+
+class Objective(Loss, Protocol):
     """A method, seen from the learner."""
 
     def restore(self, done: int) -> None:
@@ -35,16 +50,19 @@ class Objective(Protocol):
         """The samples of each optimiser step that part `step` asks for."""
         ...
 
-    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
-        """Mean loss of a micro-batch and metrics that are means over its samples."""
-        ...
-
     def figures(self) -> dict[str, float]:
         """Further figures of the present step."""
         ...
 
 
-class PleObjective:
+class OfLogps:
+    """What the objectives share that need each response's log-prob."""
+
+    def forward(self, model: Any, groups: Sequence[TokenGroup]) -> Scores:
+        return group_logps(model, groups)
+
+
+class PleObjective(OfLogps):
     """METHODS.md §3: the data set D of all steps so far (or a window of it), classified anew by the present τ."""
 
     def __init__(self, section: Ple, parts: Path, seed: int) -> None:
@@ -71,8 +89,8 @@ class PleObjective:
         random.Random(f"{self._seed}-{step}").shuffle(pool)
         yield from even_chunks(pool, self._section.learner.batch_size)
 
-    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
-        logps_GK, tokens_GK = group_logps(model, [s.group for s in samples])
+    def loss(self, scores: Scores, samples: Sequence[Sample]) -> Result:
+        logps_GK, tokens_GK = scores
         rewards_GK = torch.tensor([s.rewards for s in samples], dtype=torch.float64, device=logps_GK.device)
         return ple_loss(
             *logps_GK.unbind(1),
@@ -89,7 +107,7 @@ class PleObjective:
         return {"tau": self._tau, "replayed": sum(map(len, self._replay.values()))}
 
 
-class SftObjective:
+class SftObjective(OfLogps):
     """Cross-entropy of the targets: `sft`, and of the best answers: `raft`."""
 
     def restore(self, done: int) -> None:
@@ -99,15 +117,15 @@ class SftObjective:
         if samples:  # every prompt of a part may have been rejected
             yield list(samples)
 
-    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
-        logps_GK, tokens_GK = group_logps(model, [s.group for s in samples])
+    def loss(self, scores: Scores, samples: Sequence[Sample]) -> Result:
+        logps_GK, tokens_GK = scores
         return sft_loss(logps_GK[:, 0], tokens_GK[:, 0])
 
     def figures(self) -> dict[str, float]:
         return {}
 
 
-class DpoObjective:
+class DpoObjective(OfLogps):
     """METHODS.md §1, §2: DPO with all of a prompt's negatives in one group, with DLMA's margins where there are any."""
 
     def __init__(self, section: Preference) -> None:
@@ -119,8 +137,8 @@ class DpoObjective:
     def updates(self, step: int, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         yield from even_chunks(samples, self._section.learner.batch_size)
 
-    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
-        logps_GK, tokens_GK = group_logps(model, [s.group for s in samples])
+    def loss(self, scores: Scores, samples: Sequence[Sample]) -> Result:
+        logps_GK, tokens_GK = scores
         K = logps_GK.shape[1]
         reference_GK = _table([s.ref_logps for s in samples], K, logps_GK.device)
         margins: dict[str, Any] = {}
@@ -148,15 +166,20 @@ class RewardObjective(SftObjective):
     def __init__(self, section: RewardModel) -> None:
         self._section = section
 
-    def loss(self, model: Any, samples: Sequence[Sample]) -> Result:
-        texts = [ids for s in samples for ids in s.group.response_ids]
-        scores = classifier_logits(model, texts)[:, 0]
+    def forward(self, model: Any, groups: Sequence[TokenGroup]) -> Scores:
+        """The one logit of each text; all groups have equally many."""
+        texts = [ids for group in groups for ids in group.response_ids]
+        logits = classifier_logits(model, texts)[:, 0]
+        return logits.view(len(groups), -1), torch.tensor([len(ids) for ids in texts]).view(len(groups), -1)
+
+    def loss(self, scores: Scores, samples: Sequence[Sample]) -> Result:
+        scores_GK, _ = scores
         if self._section.source == "pairs":
-            chosen, rejected = scores.view(-1, 2).unbind(1)
-            return reward_model_loss(chosen, rejected)
-        labels = torch.tensor([s.rewards[0] for s in samples], device=scores.device)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels)
-        return loss, {"accuracy": ((scores > 0) == (labels > 0.5)).float().mean()}
+            return reward_model_loss(*scores_GK.unbind(1))
+        scores_G = scores_GK[:, 0]
+        labels_G = torch.tensor([s.rewards[0] for s in samples], device=scores_G.device)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores_G, labels_G)
+        return loss, {"accuracy": ((scores_G > 0) == (labels_G > 0.5)).float().mean()}
 
 
 def build_objective(section: Pipeline, parts: Path, seed: int) -> Objective:

@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,15 +15,18 @@ from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import Pipeline, RewardModel
 from plumbline.data.prompting import load_tokenizer, read_tokenizer
 from plumbline.models.digest import FORMS, adapter_digests, lora_scalings, weight_digests
-from plumbline.models.group_logps import disable_dropout, group_logps, pack
-from plumbline.models.loading import Cut, load_whole, write_shards
+from plumbline.models.group_logps import disable_dropout, group_logps, pack, pieces
+from plumbline.models.loading import Cut, load_whole, nf4_settings, write_shards
 from plumbline.records import Publication, TokenGroup
 from plumbline.runs.checkpoint import write_directory
 from plumbline.runs.policies import write_proof
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 
 class LearnedPolicy:
-    """A model in training mode, without dropout; only what the pipeline's policy names is trainable."""
+    """A model in training mode, with no dropout but an adapter's; only what the pipeline's policy names is trained."""
 
     def __init__(
         self,
@@ -38,26 +42,20 @@ class LearnedPolicy:
         self._dtype: Literal["float32", "bfloat16"] = dtype
         self._reads_chats = not isinstance(section, RewardModel) or section.reads == "conversation"
         self.generates = not isinstance(section, RewardModel)
-        model = load_model(origin, dtype, classifier=not self.generates, cut=cut)
+        quantize_on = device if section.learner.quantize else None
+        model = load_model(origin, dtype, classifier=not self.generates, cut=cut, quantize_on=quantize_on)
         model.config.use_cache = False
+        disable_dropout(model)
         if section.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy = getattr(section, "policy", None)
         if isinstance(policy, LoraPolicy):
-            from peft import LoraConfig, get_peft_model
+            from peft import get_peft_model
 
-            lora = LoraConfig(
-                r=policy.r,
-                lora_alpha=policy.alpha,  # type: ignore[arg-type]  # PEFT divides by r: any number does
-                lora_dropout=0.0,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
             # In the model's own dtype: PEFT would cast every input of every layer to the adapter's float32. What the
             # optimiser changes is in float32 all the same (`actors.learning.strategy.Masters`).
-            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+            model = get_peft_model(model, lora_config(policy), autocast_adapter_dtype=False)
         self.model: Any = model.to(device)
-        disable_dropout(self.model)
         self.model.train()
         self.trainable = [p for _, p in self.named_trainable()]
 
@@ -136,7 +134,9 @@ class LearnedPolicy:
 
     def _merged(self, weights: Mapping[str, Tensor]) -> Any:
         """A second model with the adapter merged into it: this one is trained on, and may not be whole."""
-        other = LearnedPolicy(self._section, self._origin, self._dtype, "cpu", self._seed)
+        learner = self._section.learner.model_copy(update={"quantize": None})  # merged in 4 bits it would round away
+        section = self._section.model_copy(update={"learner": learner})
+        other = LearnedPolicy(section, self._origin, self._dtype, "cpu", self._seed)
         with torch.no_grad():
             for name, parameter in other.named_trainable():
                 parameter.copy_(weights[name])
@@ -149,10 +149,14 @@ class LearnedPolicy:
 
 
 def probe_logps(model: Any, groups: Sequence[TokenGroup], micro_tokens: int) -> list[float]:
-    """Mean log-prob a token of every response, in order; at most `micro_tokens` of a forward, as in training."""
+    """Mean log-prob a token of every response, in order; at most `micro_tokens` of a forward, as in training.
+
+    An adapter's dropout is off, as it is in an engine.
+    """
+    groups = [piece for group in groups for piece in pieces(group, micro_tokens)]
     means: dict[int, list[float]] = {}
     for indices in pack(groups, micro_tokens):
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             logps_GK, tokens_GK = group_logps(model, [groups[i] for i in indices])
         for i, logps, tokens in zip(indices, logps_GK, tokens_GK, strict=True):
             there = tokens > 0
@@ -160,20 +164,51 @@ def probe_logps(model: Any, groups: Sequence[TokenGroup], micro_tokens: int) -> 
     return [mean for i in range(len(groups)) for mean in means[i]]
 
 
-def load_model(origin: Model, dtype: str, *, classifier: bool = False, cut: Cut | None = None) -> Any:
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """A model in evaluation mode, and afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def lora_config(policy: LoraPolicy) -> "LoraConfig":
+    """What PEFT makes of a policy, and writes into its adapters' adapter_config.json."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=policy.r,
+        lora_alpha=policy.alpha,  # type: ignore[arg-type]  # PEFT divides by r or its root: any number does
+        use_rslora=policy.rslora,
+        lora_dropout=policy.dropout,
+        target_modules=policy.target_modules,
+        modules_to_save=policy.modules_to_save or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_model(
+    origin: Model, dtype: str, *, classifier: bool = False, cut: Cut | None = None, quantize_on: str | None = None
+) -> Any:
     """A causal language model, or a one-logit classifier, from a directory or from a config with random weights.
 
     Args:
         cut: see `load_whole`; random weights are drawn whole, or they would be others than those of an uncut model.
+        quantize_on: the device that it is put on in 4 bits (`nf4_settings`); None leaves it whole, on the CPU.
 
-    Raises ModelError: see `load_whole`.
+    Raises:
+        ModelError: see `load_whole`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     extra = {"num_labels": 1} if classifier else {}
     if origin.path is not None:
-        model = load_whole(factory, origin.path, dtype, new_head=classifier, cut=cut, **extra)
+        quantized = nf4_settings(dtype, quantize_on) if quantize_on else {}
+        model = load_whole(factory, origin.path, dtype, new_head=classifier, cut=cut, **extra, **quantized)
     else:
         assert origin.init is not None
         tokenizer = read_tokenizer(origin.tokenizer_path)

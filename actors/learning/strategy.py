@@ -1,10 +1,11 @@
 """How a learner's worker turns micro-batches into an update: the seam between plain torch and DeepSpeed.
 
-A worker cuts every update into the same number of micro-batches on all workers, hands them to a `Strategy`, and asks
-it for its pieces when it saves. Both strategies give the same updates, and checkpoints of the same tensors, so that a
-learner resumes with another number of workers, or with the other strategy.
+A worker takes its `Portion` of every update, with as many forward passes as every other, hands it to a `Strategy`, and
+asks it for its pieces when it saves. Both strategies give the same updates, and checkpoints of the same tensors, so
+that a learner resumes with another number of workers, or with the other strategy.
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,24 +15,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from actors.learning.objectives import Loss, Scores
 from actors.learning.policy import LearnedPolicy
 from plumbline.config.learner import Learner
-from plumbline.models.group_logps import pack, split_by_rank
-from plumbline.records import Sample
+from plumbline.models.group_logps import pack, pieces, split_by_rank
+from plumbline.records import Sample, TokenGroup
 from plumbline.runs.checkpoint import Checkpoint, Piece, whole
 
 T = TypeVar("T")
-Loss = Callable[[Any, Sequence[Sample]], tuple[Tensor, dict[str, Tensor]]]
-"""``(model, samples) -> (mean loss, metrics)``, as `actors.learning.objectives.Objective.loss`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Samples of one forward and backward, and the share of the update's mean that their mean loss has. A share of 0
-    fills up a worker that has fewer micro-batches than another."""
+    """Samples of one loss, and the share of the update's mean that their mean loss has.
+
+    `passes`: what is computed at a time: all their groups, or the pieces of a single one that is too large.
+    """
 
     samples: list[Sample]
     share: float
+    passes: list[list[TokenGroup]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """A worker's part of an update.
+
+    On every worker there are `drafts` forward passes without gradients and then `passes` with, whatever its own
+    micro-batches need: ZeRO 3 has all workers compute together. Who has less to do computes `filler`, for nothing.
+    """
+
+    micro_batches: list[MicroBatch]
+    filler: TokenGroup
+    drafts: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The loss of a micro-batch, its metrics, and the micro-batch's share of the update."""
+
+    share: float
+    loss: Tensor
+    metrics: dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +65,13 @@ class Update:
     """What an update did: the gradient's norm before it was clipped, and the result of every micro-batch."""
 
     grad_norm: float
-    results: list[tuple[Tensor, dict[str, Tensor]]]
+    results: list[Result]
 
 
 class Strategy(Protocol):
     """All calls are collective: every worker makes them, in the same order."""
 
-    def update(self, loss: Loss, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+    def update(self, objective: Loss, portion: Portion, lr: float) -> Update:
         """One optimiser step on the sum of ``share * loss`` over all workers. No step where the norm is not finite."""
         ...
 
@@ -110,13 +136,11 @@ class TorchStrategy:
         self._optimizer = make_optimizer(settings, self._masters.parameters)
         self._clip_norm, self._world = settings.clip_norm, world
 
-    def update(self, loss: Loss, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+    def update(self, objective: Loss, portion: Portion, lr: float) -> Update:
         self._optimizer.zero_grad(set_to_none=False)
-        results = []
-        for micro in micro_batches:
-            value, metrics = loss(self._model, micro.samples)
-            (value * micro.share).backward()
-            results.append((value.detach(), metrics))
+        results: list[Result] = []
+        for work in backward_passes(objective, portion, self.forward, results):
+            work(self._model).backward()
         if self._world > 1:
             sum_gradients(self._masters.parameters)
         norm = torch.as_tensor(nn.utils.clip_grad_norm_(self._masters.parameters, self._clip_norm))
@@ -141,10 +165,13 @@ class TorchStrategy:
         if self._world > 1 and dist.get_rank() > 0:
             return {}
         masters = zip(self._named, self._masters.parameters, strict=True)
-        pieces = {f"model.{name}": whole(p) for name, p in masters}
-        for i, state in self._optimizer.state_dict()["state"].items():
-            pieces |= {f"optimizer.{i}.{key}": whole(value) for key, value in state.items()}
-        return pieces
+        held = {f"model.{name}": whole(p) for name, p in masters}
+        for i, parameter in enumerate(self._masters.parameters):
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                # The 8-bit optimiser counts steps in an int, and has one table of levels for all weights.
+                shared = key.startswith("qmap")
+                held[f"optimizer.{i}.{key}"] = whole(value.clone() if shared else torch.as_tensor(value))
+        return held
 
     def load(self, saved: Checkpoint) -> None:
         with torch.no_grad():
@@ -153,31 +180,101 @@ class TorchStrategy:
         self._masters.write_back()
         groups = self._optimizer.state_dict()["param_groups"]
         state = {
-            i: {key: saved.whole(f"optimizer.{i}.{key}") for key in keys}
+            i: {key: _plain(saved.whole(f"optimizer.{i}.{key}")) for key in keys}
             for i, keys in optimizer_keys(saved.shapes()).items()
         }
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def micro_batches(batch: Sequence[Sample], world: int, rank: int, token_budget: int) -> list[MicroBatch]:
-    """This worker's part of an update, in micro-batches of at most `token_budget` tokens; as many on every worker.
+def portion_of(batch: Sequence[Sample], world: int, rank: int, token_budget: int) -> Portion:
+    """This worker's part of an update, in forward passes of at most `token_budget` tokens.
 
-    Found without talking to the others. Filled up with the update's smallest sample at share 0.
+    Found without talking to the others.
     """
     groups = [sample.group for sample in batch]
-    shards = [
-        [[shard[i] for i in micro] for micro in pack([groups[i] for i in shard], token_budget)]
-        for shard in split_by_rank(groups, world)
-    ]
-    mine = [MicroBatch(samples=[batch[i] for i in micro], share=len(micro) / len(batch)) for micro in shards[rank]]
-    smallest = min(batch, key=lambda sample: sample.group.tokens)
-    return mine + [MicroBatch(samples=[smallest], share=0.0)] * (max(map(len, shards)) - len(mine))
+    plans = []
+    for shard in split_by_rank(groups, world):
+        packed = [[shard[i] for i in micro] for micro in pack([groups[i] for i in shard], token_budget)]
+        plans.append([_micro_batch([batch[i] for i in micro], len(batch), token_budget) for micro in packed])
+    smallest = min(groups, key=lambda group: group.tokens)
+    return Portion(
+        micro_batches=plans[rank],
+        filler=TokenGroup(smallest.prompt_ids, [min(filter(None, smallest.response_ids), key=len, default=[])]),
+        drafts=max(sum(len(micro.passes) for micro in plan if len(micro.passes) > 1) for plan in plans),
+        passes=max(sum(len(micro.passes) for micro in plan) for plan in plans),
+    )
+
+
+def _micro_batch(samples: list[Sample], of: int, token_budget: int) -> MicroBatch:
+    groups = [sample.group for sample in samples]
+    passes = [groups] if len(groups) > 1 else [[piece] for piece in pieces(groups[0], token_budget)]
+    return MicroBatch(samples=samples, share=len(samples) / of, passes=passes)
+
+
+def backward_passes(
+    objective: Loss,
+    portion: Portion,
+    forward: Callable[[Callable[[Any], Any]], Any],
+    results: list[Result],
+) -> list[Callable[[Any], Tensor]]:
+    """The forward passes of an update, ``work(model) -> scalar``, each of which is to be followed by a backward pass.
+
+    A group in pieces is computed twice: its loss needs the scores of all of them, and memory is for the activations of
+    one. So scores come first, without gradients; the loss gives each its gradient; and a piece's scalar is its
+    scores times these. Gradients, summed over the pieces, are the whole group's.
+
+    Args:
+        forward: see `Strategy.forward`; called at once, `portion.drafts` times.
+        results: gets every micro-batch's, at the latest in the last of the passes.
+    """
+
+    def note(micro: MicroBatch, scores: Scores) -> Tensor:
+        loss, metrics = objective.loss(scores, micro.samples)
+        results.append(Result(share=micro.share, loss=loss.detach(), metrics=metrics))
+        return loss * micro.share
+
+    def at_once(micro: MicroBatch, model: Any) -> Tensor:
+        return note(micro, objective.forward(model, micro.passes[0]))
+
+    def piece(groups: list[TokenGroup], seed: int, gradient: Tensor, model: Any) -> Tensor:
+        return (_scores(objective, groups, seed, model)[0] * gradient).sum()
+
+    works: list[Callable[[Any], Tensor]] = []
+    drafts = 0
+    for micro in portion.micro_batches:
+        if len(micro.passes) == 1:
+            works.append(partial(at_once, micro))
+            continue
+        seeds = torch.randint(2**31, (len(micro.passes),)).tolist()
+        drawn = [
+            forward(partial(_scores, objective, groups, seed)) for groups, seed in zip(micro.passes, seeds, strict=True)
+        ]
+        drafts += len(drawn)
+        values = torch.cat([one for one, _ in drawn], dim=1).requires_grad_()
+        loss = note(micro, (values, torch.cat([tokens for _, tokens in drawn], dim=1)))
+        (gradient,) = torch.autograd.grad(loss, values)
+        parts = gradient.split([one.shape[1] for one, _ in drawn], dim=1)
+        works += [partial(piece, *args) for args in zip(micro.passes, seeds, parts, strict=True)]
+    filler = [portion.filler]
+    for _ in range(portion.drafts - drafts):
+        forward(partial(_scores, objective, filler, 0))
+    return works + [partial(piece, filler, 0, torch.zeros(()))] * (portion.passes - len(works))
+
+
+def _scores(objective: Loss, groups: list[TokenGroup], seed: int, model: Any) -> Scores:
+    """The same in a draft and in the pass that it is for, also where an adapter has dropout."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        return objective.forward(model, groups)
 
 
 def make_optimizer(settings: Learner, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that the config names."""
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adamw_8bit":
+        bitsandbytes = importlib.import_module("bitsandbytes")  # by name: it may not be installed
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
@@ -190,6 +287,11 @@ def optimizer_keys(names: Iterable[str]) -> dict[int, list[str]]:
             index, _, key = rest.partition(".")
             keys.setdefault(int(index), []).append(key)
     return keys
+
+
+def _plain(value: Tensor) -> Tensor | int:
+    """What an optimiser's state held: the 8-bit one counts steps in an int."""
+    return int(value) if value.dtype == torch.int64 and not value.dim() else value
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

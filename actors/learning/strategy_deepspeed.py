@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from actors.learning.objectives import Loss
 from actors.learning.policy import LearnedPolicy
-from actors.learning.strategy import Loss, MicroBatch, Update, make_optimizer, optimizer_keys
+from actors.learning.strategy import Portion, Result, Update, backward_passes, make_optimizer, optimizer_keys
 from plumbline.config.learner import Learner
 from plumbline.errors import ModelError
 from plumbline.models.group_logps import supports_shared_prefix
@@ -94,16 +95,15 @@ class DeepspeedStrategy:
                 name = type(policy.model).__name__
                 raise ModelError(f"{name} has no shared-prefix forward, which `zero: 3` needs; write `zero: 2`")
 
-    def update(self, loss: Loss, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+    def update(self, objective: Loss, portion: Portion, lr: float) -> Update:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        results = []
-        for i, micro in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
-            value, metrics = self._engine(lambda model, micro=micro: loss(model, micro.samples))
+        results: list[Result] = []
+        works = backward_passes(objective, portion, self.forward, results)
+        for i, work in enumerate(works):
+            self._engine.set_gradient_accumulation_boundary(i + 1 == len(works))
             # DeepSpeed averages gradients over workers.
-            self._engine.backward(value * (micro.share * self._world))
-            results.append((value.detach(), metrics))
+            self._engine.backward(self._engine(work) * self._world)
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return Update(grad_norm=norm if norm >= 0 else float("nan"), results=results)

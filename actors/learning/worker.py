@@ -21,16 +21,16 @@ import torch.distributed as dist
 
 from actors.channel import Box, Lease
 from actors.desk import Question
-from actors.learning.frozen import FrozenBase, FrozenSpec
+from actors.learning.frozen import Between, FrozenBase, FrozenSpec
 from actors.learning.make_strategy import make_cut, make_strategy
 from actors.learning.objectives import build_objective
 from actors.learning.policy import LearnedPolicy, probe_logps
-from actors.learning.strategy import micro_batches
+from actors.learning.strategy import portion_of
 from actors.metrics import LEARNER_LOSS, LEARNER_SAMPLES, LEARNER_SECONDS, LEARNER_UPDATES
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
-from plumbline.errors import LossError, PlumblineError, RunError
+from plumbline.errors import ConfigError, LossError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.models.loading import first_not_finite
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
@@ -154,9 +154,10 @@ class Worker:
         self._storage = Storage(spec.run_dir, spec.storage)
         parts = spec.run_dir / "rollouts" / spec.section.name
         self._objective = build_objective(spec.section, parts, spec.seed)
-        # The strategy moves it to the device; with ZeRO 3 it is never whole, there or here.
+        # The strategy moves it to the device; with ZeRO 3 it is never whole, there or here. In 4 bits it is made there.
         cut = make_cut(self._settings, spec.device)
-        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, "cpu", spec.seed, cut)
+        device = spec.device if self._settings.quantize else "cpu"
+        self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, device, spec.seed, cut)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
         asked = spec.frozen if rank == 0 else None
         self._frozen = FrozenBase(asked, self._policy.model, self._settings.micro_tokens) if asked else None
@@ -229,11 +230,10 @@ class Worker:
         answer, counts = self._frozen.answer(question)
         self._feed.answer(question.number, self._holder, answer, counts)
 
-    def _loss(self, model: Any, samples: Sequence[Sample]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The objective's; before each micro-batch, one question is answered."""
+    def _answer_one(self) -> None:
+        """Answer what is asked now, if anything is."""
         if self._frozen and (question := self._feed.question(self._holder)):
             self._answer(question)
-        return self._objective.loss(model, samples)
 
     def _train_on(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """All updates of one part; metrics are means over its updates, weighted by samples."""
@@ -256,14 +256,14 @@ class Worker:
 
     def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float:
         """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm."""
-        micros = micro_batches(batch, self._world, self._rank, self._settings.micro_tokens)
+        portion = portion_of(batch, self._world, self._rank, self._settings.micro_tokens)
         self._updates += 1
-        update = self._strategy.update(self._loss, micros, self._lr(step))
-        for micro, (loss, metrics) in zip(micros, update.results, strict=True):
-            if not math.isfinite(loss.item()):
-                raise LossError(self._failure(step, f"the loss became {loss.item()}"))
-            for key, value in {"loss": loss, **metrics}.items():
-                sums[key] = sums.get(key, 0.0) + float(value) * micro.share * len(batch)
+        update = self._strategy.update(Between(self._objective, self._answer_one), portion, self._lr(step))
+        for result in update.results:
+            if not math.isfinite(result.loss.item()):
+                raise LossError(self._failure(step, f"the loss became {result.loss.item()}"))
+            for key, value in {"loss": result.loss, **result.metrics}.items():
+                sums[key] = sums.get(key, 0.0) + float(value) * result.share * len(batch)
         if not math.isfinite(update.grad_norm):  # on all workers, where one of them had such a loss
             raise LossError(self._failure(step, f"the gradient became {update.grad_norm}"))
         return update.grad_norm
@@ -324,7 +324,12 @@ class Worker:
                     f"{directory}: what the learner's workers on other machines wrote is not there; they need a run "
                     "directory that all machines see, or `storage_path`"
                 )
-            meta = {"updates": self._updates, "previous_probe": self._previous_probe, "metrics": self._metrics}
+            meta = {
+                "optimizer": self._settings.optimizer,
+                "updates": self._updates,
+                "previous_probe": self._previous_probe,
+                "metrics": self._metrics,
+            }
             write_manifest(root, self._done, files, meta)
             seal_checkpoint(self._storage, root, self._done)
         if self._world > 1:
@@ -334,6 +339,11 @@ class Worker:
     def _restore(self) -> None:
         pull_checkpoint(self._storage, self._spec.checkpoints, self._done)
         with Checkpoint.opened(self._spec.checkpoints, self._done) as saved:
+            if (optimizer := saved.meta["optimizer"]) != self._settings.optimizer:
+                raise ConfigError(
+                    f"{self._spec.checkpoints}: step {self._done} was saved with `optimizer: {optimizer}`, the config "
+                    f"says {self._settings.optimizer}; write the former, or start another run"
+                )
             self._strategy.load(saved)
             torch.set_rng_state(saved.whole("rng.torch"))
             if self._spec.device == "cuda":

@@ -1,10 +1,19 @@
 """The sections of a config that say how a pipeline learns: what of a policy is trained, and by which Ray Train run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from plumbline.config.section import Count, Elastic, Resources, Section, bounds
+
+
+def _names(value: Any) -> Any:
+    """One line for what is neither: a union's own errors name its kinds, which no config has."""
+    listed = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    if value != "all-linear" and not listed:
+        given = f", got {value}" if isinstance(value, list) else ""
+        raise ValueError(f"should be all-linear, or a list of layers' last names, such as [q_proj, v_proj]{given}")
+    return value
 
 
 class LoraPolicy(Section):
@@ -13,6 +22,15 @@ class LoraPolicy(Section):
     type: Literal["lora"] = "lora"
     r: int = Field(default=8, ge=1, le=512, description="rank")
     alpha: float = Field(default=16, gt=0, description="the scaling is alpha / r")
+    rslora: bool = Field(default=False, description="the scaling is alpha / √r instead, for high ranks")
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_names)] = Field(
+        default="all-linear", description="which layers get one: all but the LM head, or such of these last names"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's inputs, in updates alone")
+    modules_to_save: list[str] = Field(
+        default=[],
+        description="trained whole beside it, by last name, such as [lm_head]; top-level `sft` alone, which merges",
+    )
 
 
 class FullPolicy(Section):
@@ -37,9 +55,15 @@ class Learner(Section):
     cpus: Count = Field(default=1, description="threads a worker")
     gpus: float = Field(default=0, ge=0, description="a worker")
     resources: Resources = Field(default={})
-    optimizer: Literal["adamw", "rmsprop"] = Field(default="adamw", description="DLMA's code has rmsprop")
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: the base in 4 bits under an adapter (QLoRA), and the reference with it",
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "rmsprop"] = Field(
+        default="adamw", description="adamw_8bit: its state in 8 bits; DLMA's code has rmsprop"
+    )
     lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate, at its highest")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled with adamw, an L2 term with rmsprop")
+    weight_decay: float = Field(default=0.0, ge=0, description="an L2 term with rmsprop, else decoupled")
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="cosine: falls towards 0 by parts")
     warmup: int = Field(default=0, ge=0, description="optimiser steps of linear warm-up")
     clip_norm: float = Field(default=1.0, gt=0, description="most that a gradient's norm may be")
@@ -56,6 +80,9 @@ class Learner(Section):
     def _stage(self) -> "Learner":
         if self.zero is not None and self.strategy != "deepspeed":
             raise ValueError("`zero` needs `strategy: deepspeed` beside it")
+        if self.strategy == "deepspeed" and (self.quantize or self.optimizer == "adamw_8bit"):
+            key = "quantize" if self.quantize else "optimizer: adamw_8bit"
+            raise ValueError(f"`{key}` cannot be cut over workers by deepspeed; write `strategy: torch`")
         if bounds(self.workers)[0] < 1:
             raise ValueError(f"`workers` is {list(bounds(self.workers))}; a learner has at least one worker")
         return self

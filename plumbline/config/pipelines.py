@@ -29,6 +29,12 @@ class PipelineBase(Section):
         """How many versions of its policy stay on disk, the newest; None: all."""
         return self.learner.keep_versions or (3 if isinstance(getattr(self, "policy", None), FullPolicy) else None)
 
+    @model_validator(mode="after")
+    def _quantized(self) -> "PipelineBase":
+        if self.learner.quantize and not isinstance(getattr(self, "policy", None), LoraPolicy):
+            raise ValueError("`learner.quantize` is for a base under an adapter; write `policy: {type: lora}`")
+        return self
+
 
 class MethodBase(PipelineBase):
     """What every method has that generates: parts of prompts drawn from the pool of generators."""

@@ -1,10 +1,12 @@
 """The whole configuration of a run, as one tree of bounded fields. `plumbline.config.file` reads it for all others."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from plumbline.config.data import Data, Model, Reward
 from plumbline.config.fleet import Embedder, Fleet
-from plumbline.config.learner import FullPolicy
+from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Preference, Sft
 from plumbline.config.section import Count, Name, Section, bounds
 from plumbline.config.serving import Serve
@@ -55,6 +57,19 @@ class Config(Section):
             raise ValueError("a pipeline is named 'base', which is π0's name; give it another `name`")
         if self.serve.gate and (self.evaluation is None or self.data.heldout is None):
             raise ValueError("`serve.gate` looks at held-out prompts; give `data.heldout` and `evaluation`")
+        if self.sft and self.sft.learner.quantize and self.model.init:
+            raise ValueError("`sft.learner.quantize` leaves the base as it is, which is random here; give `model.path`")
+        if len({one.learner.quantize for one in self.methods if isinstance(one, Preference)}) > 1:
+            raise ValueError(
+                "pipelines of unlike `learner.quantize` share one reference, which would be another model than what "
+                "some of them start from; give them runs of their own"
+            )
+        for one in self.served:
+            if isinstance(one.policy, LoraPolicy) and one.policy.modules_to_save:
+                raise ValueError(
+                    f"`modules_to_save` of {one.name!r}: generators take adapters without whole layers; leave it "
+                    "out, or write `policy: {type: full}`"
+                )
         for one in self.methods:
             if isinstance(one.policy, FullPolicy) and len(self.methods) > 1:
                 raise ValueError(
@@ -87,6 +102,12 @@ class Config(Section):
     def served(self) -> list["MethodSection | Sft"]:
         """The pipelines whose versions generators load: all that generate, and `sft` with an adapter."""
         return [*self.methods, *(p for p in self.pipelines if isinstance(p, Sft) and p.serves_adapter)]
+
+    @property
+    def reference_quantize(self) -> Literal["nf4"] | None:
+        """What the reference is quantised to: as the learners that are held to it."""
+        quantized = any(p.learner.quantize for p in self.methods if isinstance(p, Preference))
+        return "nf4" if quantized else None
 
     @property
     def kept_versions(self) -> int:

@@ -1,8 +1,8 @@
 """A group (one prompt, K responses) to log-probs: the one forward pass of every learner and reference model.
 
 `group_logps` packs groups into one row without padding and computes each prompt once; `sequence_logps` is the plain
-forward, one sequence at a time, for models that cannot do that, and the oracle of the tests. `pack` and `split_by_rank`
-cut a batch into micro-batches and shards by tokens. METHODS.md §0 and §7.
+forward, one sequence at a time, for models that cannot do that, and the oracle of the tests. `split_by_rank` and `pack`
+cut a batch into shards and micro-batches by tokens, `pieces` a group that is too large. METHODS.md §0 and §7.
 
 A wrapper that must see the forward (DDP, DeepSpeed) wraps a module whose own forward calls `group_logps`.
 """
@@ -102,8 +102,9 @@ def disable_dropout(model: nn.Module) -> None:
 def pack(groups: Sequence[TokenGroup], token_budget: int) -> list[list[int]]:
     """Cut a batch into micro-batches: indices of groups, at most `token_budget` computed tokens each, evenly filled.
 
-    A group larger than the budget is alone in its micro-batch. Every index appears once; deterministic. There are as
-    few micro-batches as filling them one after another gets by with, and they are even where that costs no more.
+    A group larger than the budget is alone in its micro-batch; `pieces` cuts it. Every index appears once;
+    deterministic. There are as few micro-batches as filling them one after another gets by with, and they are even
+    where that costs no more.
 
     Raises:
         ValueError: the budget is below 1.
@@ -119,6 +120,22 @@ def pack(groups: Sequence[TokenGroup], token_budget: int) -> list[list[int]]:
         if all(sum(rest[index] for index in indices) <= token_budget for indices in even):
             return sorted(alone + even)
     return sorted(alone + tight)
+
+
+def pieces(group: TokenGroup, token_budget: int) -> list[TokenGroup]:
+    """Cut a group into such of at most `token_budget` computed tokens, each with the prompt and the next responses.
+
+    Their log-probs, one after another, are the group's. A response that is too long with its prompt alone is a piece by
+    itself; a group within the budget is its own one piece.
+    """
+    cut: list[list[list[int]]] = [[]]
+    room = token_budget - len(group.prompt_ids)
+    for response in group.response_ids:
+        held = sum(map(len, cut[-1]))
+        if response and held and held + len(response) > room:
+            cut.append([])
+        cut[-1].append(response)
+    return [TokenGroup(group.prompt_ids, responses) for responses in cut]
 
 
 def split_by_rank(groups: Sequence[TokenGroup], world_size: int) -> list[list[int]]:

@@ -190,3 +190,19 @@ def write_shards(directory: Path, weights: Iterable[tuple[str, Tensor]], most: i
         weight_map = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def nf4_settings(dtype: str, device: str) -> dict[str, Any]:
+    """Settings for `load_whole` of a model whose linear layers, but the LM head, are in 4 bits; it is on `device` then.
+
+    NormalFloat4 with doubly quantised scales, as vLLM's `quantization: bitsandbytes` has it.
+    """
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}

@@ -135,11 +135,11 @@ class LogpCache:
             ) from error
 
 
-def model_fingerprint(directory: str) -> str:
+def model_fingerprint(directory: str, quantize: str | None = None) -> str:
     """SHA-256 (hex) of a model's weights, its config.json and its tokenizer's files, names and contents.
 
     Everything that log-probs of token ids, and the ids of a text, depend on; of chat templates only what
-    tokenizer_config.json holds. Files are read in pieces.
+    tokenizer_config.json holds. Files are read in pieces. One that is quantised when it is loaded is another model.
 
     Raises:
         ModelError: no such directory, or no config.json or *.safetensors in it.
@@ -156,4 +156,5 @@ def model_fingerprint(directory: str) -> str:
         with file.open("rb") as content:
             # Every file by its own digest: bytes that move from one to the next do not cancel out.
             whole.update(file.name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+    whole.update((quantize or "").encode())
     return whole.hexdigest()

@@ -122,6 +122,44 @@ def test_log_probs_match_transformers_for_base_and_adapter(world: World) -> None
     assert moved > 0.01, "the adapter changes nothing: parity with it shows nothing"
 
 
+def test_an_adapter_on_some_layers_scaled_by_the_root_of_its_rank(world: World) -> None:
+    """In an engine that was told of these layers alone; q and v lie in one weight with k there."""
+    policy = {"type": "lora", "r": 16, "rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    learned = LearnedPolicy(
+        Ple.model_validate({"type": "ple", "policy": policy}), Model(path=world.spec.model_path), "float32", "cpu", 0
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in learned.trainable:
+            parameter.add_(torch.randn_like(parameter), alpha=0.03)
+    probe = world.probe[:4]
+    expected = learned.probe(probe)
+    ref = PolicyRef(policy="ple", version=99)
+    publication = Publication(
+        ref=ref, files={}, probe_logps=expected, previous_probe_logps=expected, base_probe_logps=expected
+    )
+    learned.save(version_directory(world.root, ref), publication, adapter=True)
+
+    async def measure() -> list[list[float]]:
+        targets = ("q_proj", "up_proj", "v_proj")
+        spec = replace(world.spec, lora_targets=targets, max_lora_rank=16, max_adapters=1, kv_cache_gib=0.1)
+        engine = start_engine("vllm", spec)
+        try:
+            adapter = world.adapter(99, id=1)
+            await engine.add_adapter(adapter)
+            scored = [
+                [await engine.logprobs(g.prompt_ids, g.response_ids[0], adapter=which) for g in probe]
+                for which in (adapter, None)
+            ]
+            return [[sum(one) / len(one) for one in each] for each in scored]
+        finally:
+            await engine.close()
+
+    measured, base = world.run(measure())
+    assert measured == pytest.approx(expected, abs=FLOAT32_PARITY)
+    assert max(abs(a - b) for a, b in zip(measured, base, strict=True)) > 0.05, "the adapter changes nothing"
+
+
 def test_the_base_is_left_alone_beside_as_many_adapters_as_there_are_slots(world: World) -> None:
     """On vLLM's CPU backend a base request takes the last slot's adapter, if nothing keeps it from that."""
     adapters = [world.adapter(1 + i % 3, id=950 + i) for i in range(world.spec.max_adapters)]

@@ -13,7 +13,7 @@ from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.models import shared_prefix
 from plumbline.models.group_logps import group_logps, sequence_logps
-from plumbline.records import TokenGroup
+from plumbline.records import Sample, TokenGroup
 from tests.tiny import engine_spec, make_prompts, make_tiny_model
 
 pytestmark = [
@@ -113,3 +113,30 @@ def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
 
     measured = asyncio.run(measure())
     assert max(abs(a - b) for a, b in zip(measured, expected, strict=True)) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_base_in_four_bits_learns_on_a_gpu(tmp_path: Path, optimizer: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    from actors.learning.objectives import SftObjective
+    from actors.learning.policy import LearnedPolicy
+    from actors.learning.strategy import TorchStrategy, portion_of
+    from plumbline.config.pipelines import Sft
+
+    model = make_tiny_model(tmp_path / "model")
+    learner = {"quantize": "nf4", "optimizer": optimizer}
+    section = Sft.model_validate({"policy": {"type": "lora"}, "learner": learner})
+    policy = LearnedPolicy(section, Model(path=str(model)), "bfloat16", "cuda", 0)
+    strategy = TorchStrategy(policy, section.learner, "cuda", world=1)
+    portion = portion_of([Sample(group=group) for group in groups_of(tmp_path)], 1, 0, 40)
+    losses = [
+        sum(result.loss.item() * result.share for result in strategy.update(SftObjective(), portion, 1e-2).results)
+        for _ in range(20)
+    ]
+    assert losses[-1] < losses[0] - 1
+    other = TorchStrategy(
+        LearnedPolicy(section, Model(path=str(model)), "bfloat16", "cuda", 0), section.learner, "cuda", 1
+    )
+    other.load({name: tensor.cpu() for name, tensor in strategy.state().items()})
+    found = [one.update(SftObjective(), portion, 1e-2).results[0].loss.item() for one in (strategy, other)]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)

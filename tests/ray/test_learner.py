@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from actors.channel import Box, Channel
 from actors.learning.learner import fit
+from actors.learning.strategy import portion_of
 from actors.learning.worker import LearnerSpec, train
 from actors.weights import PolicyStore
 from plumbline.config.data import Model
@@ -91,8 +92,9 @@ def plain(run_dir: Path, model: Path, case: Case) -> list[Publication]:
 
 
 def cut(run_dir: Path, model: Path, case: Case, zero: int) -> list[Publication]:
-    """The same with two workers of Ray Train and DeepSpeed."""
-    spec = spec_of(run_dir, model, case, workers=2, strategy="deepspeed", zero=zero)
+    """The same with two workers of Ray Train and DeepSpeed, which compute larger groups in pieces."""
+    spec = spec_of(run_dir, model, case, workers=2, strategy="deepspeed", zero=zero, micro_tokens=18)
+    assert len({portion_of(part(1), 2, rank, 18).drafts for rank in (0, 1)} - {0}) == 1, "groups are cut into pieces"
     steps = range(latest_step(spec.checkpoints) + 1, STEPS + 1)
     channel: Any = ray.remote(Channel).options(num_cpus=0, max_concurrency=100).remote(STEPS)
     store: Any = ray.remote(PolicyStore).options(num_cpus=0, max_concurrency=100).remote(2 * STEPS)

@@ -138,6 +138,14 @@ def test_a_bad_key_or_value(world: World, refused: Refused, key: str, value: obj
     assert line == f"{world.config}: {message}"
 
 
+def test_a_layer_that_the_model_has_not(world: World, refused: Refused) -> None:
+    world.tree["pipelines"][0]["policy"] = {"type": "lora", "target_modules": ["q_proj", "query"]}
+    assert run(world, refused) == (
+        "target_modules of 'ple': the model has no layer 'query'; it has down_proj, gate_proj, k_proj, o_proj, q_proj, "
+        "up_proj, v_proj"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -36,6 +36,7 @@ from plumbline.models.group_logps import (
     disable_dropout,
     group_logps,
     pack,
+    pieces,
     sequence_logps,
     split_by_rank,
     supports_shared_prefix,
@@ -454,6 +455,20 @@ def test_pack_edges() -> None:
     assert pack([group(20, 1)], 10) == [[0]]
     with pytest.raises(ValueError, match="token_budget is 0"):
         pack([], 0)
+
+
+def test_pieces_by_hand() -> None:
+    """A prompt of 2 in a budget of 8 leaves 6 for responses, in their order; blank ones may stand anywhere."""
+    ids = [[1] * n for n in (0, 4, 2, 0, 3, 9, 0, 1)]
+    cut = pieces(TokenGroup([7, 8], ids), 8)
+    assert [[len(r) for r in piece.response_ids] for piece in cut] == [[0, 4, 2, 0], [3], [9, 0], [1]]
+    assert all(piece.prompt_ids == [7, 8] for piece in cut)
+
+
+def test_a_group_within_the_budget_is_one_piece() -> None:
+    group = TokenGroup([7, 8], [[1, 2], [3], []])
+    assert pieces(group, 5) == [group]
+    assert [len(piece.response_ids) for piece in pieces(group, 1)] == [1, 2]
 
 
 def test_split_by_rank_balances_tokens() -> None:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from actors.learning.objectives import PleObjective, RewardObjective, SftObjective, build_objective, even_chunks
+from actors.learning.objectives import (
+    Objective,
+    PleObjective,
+    Result,
+    RewardObjective,
+    SftObjective,
+    build_objective,
+    even_chunks,
+)
 from actors.learning.policy import load_model
 from plumbline.config.data import Model
 from plumbline.config.pipelines import Ple, RewardModel, Sft
@@ -43,6 +51,10 @@ def part(step: int, rows: int = 3) -> list[Sample]:
 
 def steps_of(updates: Sequence[Sequence[Sample]]) -> list[int]:
     return sorted(sample.step for sample in itertools.chain.from_iterable(updates))
+
+
+def loss_of(objective: Objective, model: torch.nn.Module, samples: Sequence[Sample]) -> Result:
+    return objective.loss(objective.forward(model, [s.group for s in samples]), samples)
 
 
 def objective(tmp_path: Path, **changes: Any) -> PleObjective:
@@ -150,7 +162,7 @@ def test_stored_scores_are_classified_anew_by_the_present_threshold(tmp_path: Pa
     shares, losses = [], []
     for step in (1, 2):
         [[first, *_]] = ple.updates(step, [sample] if step == 1 else [])
-        loss, metrics = ple.loss(model, [first])
+        loss, metrics = loss_of(ple, model, [first])
         shares.append(metrics["rank_share"].item())
         losses.append(loss.item())
     assert shares == [0.0, 1.0]
@@ -167,8 +179,8 @@ def test_the_loss_is_a_mean_so_that_cutting_a_batch_changes_nothing(tmp_path: Pa
     rewards = [(0.0, 1.0), (0.5, 0.4), (0.1, 0.2), (-1.0, 2.0)]
     samples = [ple_sample(row(1, number, one)) for number, one in enumerate(rewards)]
     list(ple.updates(1, samples))
-    whole, _ = ple.loss(model, samples)
-    singles = [ple.loss(model, [sample])[0].item() for sample in samples]
+    whole, _ = loss_of(ple, model, samples)
+    singles = [loss_of(ple, model, [sample])[0].item() for sample in samples]
     assert whole.item() == pytest.approx(sum(singles) / 4, rel=1e-4)
 
 
@@ -179,7 +191,7 @@ def test_the_sections_flags_reach_the_loss(tmp_path: Path, tiny_model: Path) -> 
     def parts_of(**changes: Any) -> tuple[float, dict[str, float]]:
         ple = objective(tmp_path, **changes)
         list(ple.updates(1, samples))
-        loss, metrics = ple.loss(model, samples)
+        loss, metrics = loss_of(ple, model, samples)
         return loss.item(), {key: value.item() for key, value in metrics.items()}
 
     loss, metrics = parts_of()
@@ -224,12 +236,12 @@ def test_sft_is_the_mean_over_prompts_of_their_own_token_means(tiny_model: Path)
     samples = [Sample(group=TokenGroup([5, 6], [[7]])), Sample(group=TokenGroup([5], [[8, 9, 10]]))]
     [update] = SftObjective().updates(1, samples)
     assert update == samples
-    loss, _ = SftObjective().loss(model, samples)
+    loss, _ = loss_of(SftObjective(), model, samples)
     logps, _ = group_logps(model, [s.group for s in samples])
     assert loss.item() == pytest.approx(-(logps[0, 0].item() + logps[1, 0].item() / 3) / 2, rel=1e-5)
 
 
-class Scores(torch.nn.Module):
+class FirstToken(torch.nn.Module):
     """A classifier whose logit is its text's first token, divided by ten, less one."""
 
     class config:
@@ -248,7 +260,7 @@ def labelled(token: int, label: float) -> Sample:
 
 def test_a_reward_model_learns_labels_by_cross_entropy() -> None:
     reward = RewardObjective(RewardModel.model_validate({"type": "reward"}))
-    loss, metrics = reward.loss(Scores(), [labelled(30, 1.0), labelled(20, 0.0)])
+    loss, metrics = loss_of(reward, FirstToken(), [labelled(30, 1.0), labelled(20, 0.0)])
     # Logits 2 and 1: -log σ(2) = 0.126928, -log(1 - σ(1)) = 1.313262.
     assert loss.item() == pytest.approx((0.126928 + 1.313262) / 2, abs=1e-5)
     assert metrics["accuracy"].item() == 0.5
@@ -257,7 +269,7 @@ def test_a_reward_model_learns_labels_by_cross_entropy() -> None:
 def test_a_reward_model_learns_pairs_by_bradley_terry() -> None:
     reward = RewardObjective(RewardModel.model_validate({"type": "reward", "source": "pairs"}))
     pairs = [Sample(group=TokenGroup([], [[30], [20, 4]])), Sample(group=TokenGroup([], [[10, 5, 6], [30]]))]
-    loss, metrics = reward.loss(Scores(), pairs)
+    loss, metrics = loss_of(reward, FirstToken(), pairs)
     # Margins 1 and -2: -log σ(1) = 0.313262, -log σ(-2) = 2.126928.
     assert loss.item() == pytest.approx((0.313262 + 2.126928) / 2, abs=1e-5)
     assert metrics["accuracy"].item() == 0.5

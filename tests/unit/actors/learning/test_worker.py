@@ -339,6 +339,21 @@ def test_a_nan_loss_stops_it_and_says_what_is_saved(run_dir: Path, tiny_model: P
     assert latest_step(run_dir / "checkpoints" / "ple") == 2
 
 
+def test_another_optimizer_does_not_go_on(run_dir: Path, tiny_model: Path) -> None:
+    parts = parts_of(run_dir)
+    train(spec(run_dir, tiny_model), MemoryFeed({1: parts[1]}), rank=0, world=1)
+    one = spec(run_dir, tiny_model)
+    other = one.section.learner.model_copy(update={"optimizer": "rmsprop"})
+    feed = MemoryFeed(parts)
+    train(replace(one, section=one.section.model_copy(update={"learner": other})), feed, rank=0, world=1)
+    [(_, error)] = feed.failures
+    assert str(error) == (
+        f"{one.checkpoints}: step 1 was saved with `optimizer: adamw`, the config says rmsprop; write the former, or "
+        "start another run"
+    )
+    assert feed.published == []
+
+
 def test_a_nan_in_the_first_step(run_dir: Path, tiny_model: Path) -> None:
     broken = parts_of(run_dir)[1][0]
     feed = MemoryFeed({1: [Sample(group=broken.group, rewards=(math.nan, 0.5), step=1)]})
