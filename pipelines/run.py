@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from actors.engines.check import check_engine
 from actors.spawn import is_job, missing, start_ray, stop_ray
 from pipelines.context import Context, Event, EventLog
 from pipelines.dlma import DlmaMethod
@@ -88,7 +89,7 @@ def compare(
     for name, ref in named.items():
         if ref is None:
             model_directory(name, "--of")
-    checked, storage = check(config, run_dir), run_storage(config, run_dir)
+    checked, storage = check(config, run_dir, check_engine), run_storage(config, run_dir)
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
     config = config.model_copy(update={"evaluation": settings})

@@ -83,7 +83,7 @@ def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch
     config = load_config(path, ["fleet.generator.resources={generator: 1}"])
 
     def devices() -> str:
-        return next(f.note for f in examine(config, tmp_path / "run") if f.what == "devices")
+        return next(f.note for f in examine(config, tmp_path / "run", lambda *_: "") if f.what == "devices")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert devices().endswith("a Ray started here offers generator")
