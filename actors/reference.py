@@ -4,9 +4,11 @@ Pipelines pass a generator's answers on unread; the reference reads them where t
 in its cache.
 """
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,30 +55,53 @@ class ContrastLogps:
 
 
 class Reference:
-    """One frozen causal language model. Raises ModelError where the directory holds none."""
+    """One frozen causal language model, loaded when it is first asked: it may be started before its model is made.
+
+    Methods raise ModelError where the directory holds none.
+    """
 
     def __init__(self, spec: ReferenceSpec) -> None:
-
-        from actors.learning.policy import load_model
-        from plumbline.config.data import Model
-        from plumbline.data.prompting import read_tokenizer
         from plumbline.models.backend import set_up_torch
-        from plumbline.models.group_logps import disable_dropout
 
         set_up_torch(spec.threads)
         self._spec = spec
-        self._fingerprint = model_fingerprint(spec.model_path)
-        self._eos = read_tokenizer(spec.model_path).eos_token_id
-        self._model: Any = load_model(Model(path=spec.model_path), spec.dtype)
-        self._model.to(spec.device).eval().requires_grad_(False)
-        disable_dropout(self._model)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return model_fingerprint(self._spec.model_path)
+
+    @cached_property
+    def _eos(self) -> Any:
+        from plumbline.data.prompting import read_tokenizer
+
+        return read_tokenizer(self._spec.model_path).eos_token_id
+
+    @cached_property
+    def _cache(self) -> LogpCache:
         # Values of bfloat16 are not those of float32; a cache may outlive a change of the setting.
-        self._cache = LogpCache(
-            Path(spec.cache) / CACHE_FILE if spec.cache is not None else None, f"{self._fingerprint} {spec.dtype}"
-        )
+        place = Path(self._spec.cache) / CACHE_FILE if self._spec.cache is not None else None
+        return LogpCache(place, f"{self._fingerprint} {self._spec.dtype}")
+
+    @cached_property
+    def _model(self) -> Any:
+        from actors.learning.policy import load_model
+        from plumbline.config.data import Model
+        from plumbline.models.group_logps import disable_dropout
+
+        assert self._fingerprint  # of the files that are loaded now
+        model: Any = load_model(Model(path=self._spec.model_path), self._spec.dtype)
+        model.to(self._spec.device).eval().requires_grad_(False)
+        disable_dropout(model)
+        return model
+
+    def warm(self) -> None:
+        """Import what loading needs."""
+        importlib.import_module("actors.learning.policy")
+        importlib.import_module("transformers.models.auto.modeling_auto")
 
     def ready(self) -> int:
         """The process id, once the model is loaded."""
+        assert self._model is not None and self._cache is not None
         return os.getpid()
 
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from actors.spawn import is_job, missing, start_ray, stop_ray
 from pipelines.context import Context, Event, EventLog
 from pipelines.dlma import DlmaMethod
 from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
-from pipelines.fleet import fill_fleet, make_context
+from pipelines.fleet import fill_fleet, make_context, place_early
 from pipelines.gate import Gatekeeper
 from pipelines.loop import first_failure, run_method
 from pipelines.monitor import monitor_pool, push_events
@@ -139,7 +139,8 @@ async def run_pipelines(
     try:
         if config.sft:
             context.events.say("training π0 (sft)")
-            context.model_path = await run_sft(context, config.sft, serves=False)
+            early = partial(place_early, context) if config.methods else lambda _: None
+            context.model_path = await run_sft(context, config.sft, serves=False, begun=early)
         if config.methods:
             if endpoint:
                 context.events.say("starting the endpoint")

@@ -1,6 +1,7 @@
 """vLLM's `AsyncLLM` behind the engine seam: continuous batching, prefix cache, base and adapters in one batch."""
 
 import asyncio
+import importlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -31,19 +32,25 @@ CHOOSES_GRAPHS = {
 """Arguments by which a config has said itself which graphs it wants."""
 
 
+def import_vllm(spec: EngineSpec) -> None:
+    """The slow part of a start that needs no model yet. What vLLM reads of the environment is set before."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if spec.device == "cpu":
+        # One worker inside the engine's own process: two processes instead of three.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+    importlib.import_module("vllm.v1.engine.async_llm")
+
+
 class VllmEngine:
     """One vLLM engine on this process's devices."""
 
     kind: EngineKind = "vllm"
 
     def __init__(self, spec: EngineSpec) -> None:
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if spec.device == "cpu":
-            # One worker inside the engine's own process: two processes instead of three.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-            os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+        import_vllm(spec)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
