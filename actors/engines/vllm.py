@@ -196,9 +196,10 @@ def graph_sizes(decoded: int) -> list[int]:
     """Batches, in tokens, that CUDA graphs are captured for: two an octave, up to all that is decoded at once and as
     many tokens of prompts beside it.
 
-    vLLM's own choice is every multiple of 8 and captures each up to four times, mixed and decode-only, with adapters
-    and without: 51 sizes where 256 are decoded at once, of which these are 19. A batch in between is filled up with
-    rows of nothing, at most half as many again: decoding is bound by reading the weights, which costs the same.
+    vLLM's own choice is every multiple of 8, then of 16: 51 sizes where 256 are decoded at once, and these are 18. It
+    captures each up to four times: for mixed batches and for decoding alone, with adapters and without. Both pairs
+    stay: pools mix prompts into most batches, and its runner does the second whatever `cudagraph_specialize_lora` says.
+    A batch in between is filled up with rows of nothing, at most half as many again.
     """
     most = min(2 * decoded, GRAPH_LIMIT)
     steps = {step for power in range(most.bit_length()) for step in (2**power, 3 * 2**power)}
