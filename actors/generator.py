@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from actors.engines.seam import Adapter, Engine, EngineKind, EngineSpec
-from actors.engines.start import start_engine
+from actors.engines.start import start_engine, warm_engine
 from actors.metrics import GENERATOR_ACTIVE, GENERATOR_REQUESTS, GENERATOR_TOKENS
 from actors.proof import Proof
 from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersions, score
@@ -59,6 +59,10 @@ class Generator:
         self._active = 0
         self._busy_since = 0.0
         self._busy_s = 0.0
+
+    async def warm(self) -> None:
+        """Do what of `start` needs no model yet; requests are heard meanwhile."""
+        await asyncio.to_thread(warm_engine, self._choice, self._spec)
 
     async def start(self) -> int:
         """Load the engine, measure the base on the probe. Returns the process id. Calling again returns at once."""

@@ -3,9 +3,11 @@
 Pipelines pass a generator's answers on unread; the reference reads them where they are.
 """
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from actors.frozen_logps import ContrastLogps, ContrastPrompts, FrozenLogps
@@ -30,35 +32,50 @@ class ReferenceSpec:
 
 
 class Reference:
-    """One frozen causal language model. Raises ModelError where the directory holds none."""
+    """One frozen causal language model, loaded when it is first asked: it may be started before its model is made.
+
+    Methods raise ModelError where the directory holds none.
+    """
 
     def __init__(self, spec: ReferenceSpec) -> None:
+        from plumbline.models.backend import set_up_torch
 
+        set_up_torch(spec.threads)
+        self._spec = spec
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return model_fingerprint(self._spec.model_path, self._spec.quantize)
+
+    @cached_property
+    def _frozen(self) -> FrozenLogps:
         from actors.learning.policy import load_model
         from plumbline.config.data import Model
         from plumbline.data.prompting import read_tokenizer
-        from plumbline.models.backend import set_up_torch
         from plumbline.models.group_logps import disable_dropout
 
-        set_up_torch(spec.threads)
-        self._fingerprint = model_fingerprint(spec.model_path, spec.quantize)
-        eos = read_tokenizer(spec.model_path).eos_token_id
-        self._model: Any = load_model(
-            Model(path=spec.model_path), spec.dtype, quantize_on=spec.device if spec.quantize else None
-        )
-        self._model.to(spec.device).eval().requires_grad_(False)
-        disable_dropout(self._model)
-        self._frozen = FrozenLogps(
-            self._model,
-            eos=eos,
+        spec, fingerprint = self._spec, self._fingerprint  # of the files that are loaded now
+        on = spec.device if spec.quantize else None
+        model: Any = load_model(Model(path=spec.model_path), spec.dtype, quantize_on=on)
+        model.to(spec.device).eval().requires_grad_(False)
+        disable_dropout(model)
+        return FrozenLogps(
+            model,
+            eos=read_tokenizer(spec.model_path).eos_token_id,
             batch_tokens=spec.batch_tokens,
-            fingerprint=self._fingerprint,
+            fingerprint=fingerprint,
             dtype=spec.dtype,
             cache=spec.cache,
         )
 
+    def warm(self) -> None:
+        """Import what loading needs."""
+        importlib.import_module("actors.learning.policy")
+        importlib.import_module("transformers.models.auto.modeling_auto")
+
     def ready(self) -> int:
         """The process id, once the model is loaded."""
+        assert self._frozen is not None
         return os.getpid()
 
     def fingerprint(self) -> str:

@@ -105,6 +105,11 @@ def missing(asked: Mapping[str, float]) -> list[tuple[str, float, float]]:
     return [(name, amount, there) for name, amount, there in each if amount > there]
 
 
+def free() -> Mapping[str, float]:
+    """Resources of all nodes that no actor holds now."""
+    return ray.available_resources()
+
+
 def beside_driver() -> dict[str, Any]:
     """Options of a light actor that holds what a run cannot lose: it is where the driver is, never on a spot node."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -233,6 +238,16 @@ class Fleet:
             self._trainer = ray.remote(Trainer).options(name=self._name("trainer"), **beside_driver()).remote()
             self.others.append(self._trainer)
         return self._trainer
+
+    @property
+    def placed(self) -> bool:
+        """Whether its actors have been started."""
+        return self._make_generator is not None
+
+    def warm(self) -> None:
+        """Have what loads π0 later do all the rest of its start now."""
+        for one in [*self.generators, *self.reference]:
+            one.warm.remote()
 
     async def ready(self) -> None:
         """Wait until every engine, reward, reference and embedder is loaded. Raises what kept one from loading."""

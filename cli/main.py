@@ -139,9 +139,10 @@ def resume_command(options: argparse.Namespace) -> int:
 
 
 def _run(config: Any, run_dir: Path) -> int:
+    from actors.engines.check import check_engine
     from plumbline.doctor import check
 
-    checked = check(config, run_dir)  # before Ray and vLLM are even imported: wrong input is told at once
+    checked = check(config, run_dir, check_engine)  # before Ray and vLLM are even imported: wrong input is told at once
 
     from cli.display import Display, duration, result_text
     from pipelines.run import run
@@ -186,12 +187,13 @@ def report_command(options: argparse.Namespace) -> int:
 
 def doctor_command(options: argparse.Namespace) -> int:
     """`plumbline doctor`: everything is looked at; the exit code is 2 where a run would fail."""
+    from actors.engines.check import check_engine
     from plumbline.config.file import load_config
     from plumbline.doctor import examine
 
     config = load_config(options.config, options.overrides)
     errors = 0
-    for finding in examine(config, options.run_dir or Path("runs") / config.name):
+    for finding in examine(config, options.run_dir or Path("runs") / config.name, check_engine):
         errors += finding.error is not None
         stream = sys.stderr if finding.error else sys.stdout
         print(f"{'FAIL' if finding.error else 'ok  '} {finding.what}: {finding.note}", file=stream)

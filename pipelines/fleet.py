@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from actors.embedder import EmbedderSpec
-from actors.engines.seam import engine_spec
+from actors.engines.seam import EngineSpec, engine_spec
 from actors.engines.start import resolve_engine
 from actors.learning.frozen import FrozenSpec
 from actors.reference import ReferenceSpec
 from actors.scorer import ScorerSpec
-from actors.spawn import Fleet, ask, start_fleet
+from actors.spawn import Fleet, ask, free, start_fleet
 from pipelines.autoscaler import autoscale
 from pipelines.context import Context, EventLog
 from pipelines.pool import Pool
 from plumbline.config.data import ClassifierReward, Reward
-from plumbline.config.demand import reference_replicas
+from plumbline.config.demand import beside_sft, reference_replicas
 from plumbline.config.pipelines import Preference
 from plumbline.config.tree import Config
 from plumbline.data.prompting import encode_response, render
@@ -55,27 +55,52 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
         beside: called while they load.
     """
     config, fleet = context.config, context.fleet
+    if not fleet.placed:
+        place_fleet(context, context.model_path, train=train)
+    beside()
+    await fleet.ready()
+    if fleet.reference:
+        context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
+    elif train and any(isinstance(p, Preference) for p in config.pipelines):
+        context.frozen = await frozen_base(context)
+        context.fingerprint = context.frozen.fingerprint
+    longest = max(p.generation.max_tokens for p in config.methods)
+    spec = generator_spec(context, context.model_path, train=train)
+    context.pool = Pool(fleet.generators, capacity=spec.in_flight * longest, batch=spec.batch)
+    context.beside.append(asyncio.create_task(autoscale(context)))
+
+
+def place_early(context: Context, model_path: str) -> None:
+    """While `sft` trains: start the fleet's processes where there is room for them too, and all that needs no π0.
+
+    What they need of π0 they read when `fill_fleet` has them do so, or whenever Ray starts them anew after that.
+    """
+    short = [name for name, amount in beside_sft(context.config).items() if amount > free().get(name, 0)]
+    if short:
+        context.events.say(f"the fleet starts when sft has ended: there is no {short[0]} for both at once")
+        return
+    place_fleet(context, model_path, train=True)
+    context.fleet.warm()
+
+
+def place_fleet(context: Context, model_path: str, *, train: bool) -> None:
+    """Start the processes of generators, rewards and what the methods need to `train`. Returns at once.
+
+    Args:
+        model_path: π0's directory, which need not be there yet.
+    """
+    config, fleet = context.config, context.fleet
     choice = resolve_engine(config.fleet.engine)
-    settings = config.fleet.generator
-    users = config.serve.enabled and train and config.serve.placement == "pool"
-    spec = engine_spec(
-        config,
-        context.model_path,
-        context.dtype,
-        context.device,
-        versions=config.kept_versions * max(1, len(config.served)) + (config.serve.pinned if users else 0),
-        seats=config.serve.seats if users else 0,
-        chat_template=context.tokenizer.chat_template,
-    )
+    spec = generator_spec(context, model_path, train=train)
     context.events.say(f"engine: {choice} (fleet.engine: {config.fleet.engine}), {context.dtype} on {context.device}")
     fleet.add_generators(
-        settings,
+        config.fleet.generator,
         choice,
         spec,
         context.probe,
         context.tolerance,
         keep=config.kept_versions,
-        pinned=config.serve.pinned if users else 0,
+        pinned=config.serve.pinned if spec.seats else 0,
         run_dir=context.run_dir,
     )
     if config.reward:
@@ -83,40 +108,57 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
     if config.evaluation and config.evaluation.judge:
         fleet.judge = add_reward(fleet, context, config.evaluation.judge, role="judge")
     if train and any(isinstance(p, Preference) for p in config.pipelines):
-        await add_reference(context)
+        add_reference(context, model_path)
     if train and config.embedder and any(p.embeds for p in config.methods):
         one = config.embedder
         device = "cuda" if one.gpus else "cpu"
         fleet.add_embedders(one, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size))
     if train:
         fleet.trainer()  # loads meanwhile
-    beside()
-    await fleet.ready()
-    if fleet.reference:
-        context.fingerprint = await ask(fleet.reference[0].fingerprint.remote())
-    longest = max(p.generation.max_tokens for p in config.methods)
-    context.pool = Pool(fleet.generators, capacity=spec.in_flight * longest, batch=spec.batch)
-    context.beside.append(asyncio.create_task(autoscale(context)))
 
 
-async def add_reference(context: Context) -> None:
-    """What answers for the frozen π0: copies of it, or the learners, once they are there. With its cache."""
-    settings, path = context.config.fleet.reference, context.model_path
-    cache = str(Path(settings.cache) if settings.cache else user_cache())
+def generator_spec(context: Context, model_path: str, *, train: bool) -> EngineSpec:
+    """What the run's generators are started with."""
+    config = context.config
+    users = config.serve.enabled and train and config.serve.placement == "pool"
+    return engine_spec(
+        config,
+        model_path,
+        context.dtype,
+        context.device,
+        versions=config.kept_versions * max(1, len(config.served)) + (config.serve.pinned if users else 0),
+        seats=config.serve.seats if users else 0,
+        chat_template=context.tokenizer.chat_template,
+    )
+
+
+def add_reference(context: Context, model_path: str) -> None:
+    """Copies of the frozen π0, where the learners do not answer for it."""
+    settings = context.config.fleet.reference
     if count := reference_replicas(context.config):
         spec = ReferenceSpec(
-            model_path=path,
+            model_path=model_path,
             dtype=context.dtype,
             device="cuda" if settings.gpus else "cpu",
             threads=settings.cpus,
             batch_tokens=settings.batch_tokens,
-            cache=cache,
+            cache=logp_cache(context),
             quantize=context.config.reference_quantize,
         )
         context.fleet.add_reference(settings, spec, count)
-    else:
-        context.fingerprint = await asyncio.to_thread(model_fingerprint, path, context.config.reference_quantize)
-        context.frozen = FrozenSpec(model_path=path, fingerprint=context.fingerprint, dtype=context.dtype, cache=cache)
+
+
+async def frozen_base(context: Context) -> FrozenSpec:
+    """What learners need to answer for the frozen π0, which is there by now."""
+    fingerprint = await asyncio.to_thread(model_fingerprint, context.model_path, context.config.reference_quantize)
+    return FrozenSpec(
+        model_path=context.model_path, fingerprint=fingerprint, dtype=context.dtype, cache=logp_cache(context)
+    )
+
+
+def logp_cache(context: Context) -> str:
+    """The directory of the cache of π0's log-probs."""
+    return str(context.config.fleet.reference.cache or user_cache())
 
 
 def user_cache() -> Path:

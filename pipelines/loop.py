@@ -13,7 +13,7 @@ bound how far generation runs ahead of the learner, and its later epochs read th
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,8 +278,17 @@ async def prove_everywhere(context: Context, ref: PolicyRef) -> list[Any]:
     return [proof for proof in proofs if proof is not None]
 
 
-async def train_on(context: Context, spec: LearnerSpec, batches: Sequence[Sequence[Sample]]) -> None:
-    """Train on data that is already there, a batch a step: `sft`, `reward`. Resumes where its checkpoint stands."""
+async def train_on(
+    context: Context,
+    spec: LearnerSpec,
+    batches: Sequence[Sequence[Sample]],
+    begun: Callable[[], None] = lambda: None,
+) -> None:
+    """Train on data that is already there, a batch a step: `sft`, `reward`. Resumes where its checkpoint stands.
+
+    Args:
+        begun: called after the first step, when all workers have their places.
+    """
     done, name = await asyncio.to_thread(spec.saved_step), spec.section.name
     context.events.keep(name, done)
     if done >= len(batches):
@@ -299,6 +308,8 @@ async def train_on(context: Context, spec: LearnerSpec, batches: Sequence[Sequen
             publication = await ask(context.fleet.store.wait.remote(PolicyRef(policy=name, version=step)))
             await ask(channel.release.remote())
             await prune(context, name, spec.section.keep_versions, step)
+            if step == done + 1:
+                begun()
             per_step = (time.monotonic() - started) / (step - done)
             context.events.write(
                 {

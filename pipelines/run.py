@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from actors.engines.check import check_engine
 from actors.spawn import is_job, missing, start_ray, stop_ray
 from pipelines.context import Context, Event, EventLog
 from pipelines.dlma import DlmaMethod
 from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
-from pipelines.fleet import fill_fleet, make_context
+from pipelines.fleet import fill_fleet, make_context, place_early
 from pipelines.gate import Gatekeeper
 from pipelines.loop import first_failure, run_method
 from pipelines.monitor import monitor_pool, push_events
@@ -88,7 +89,7 @@ def compare(
     for name, ref in named.items():
         if ref is None:
             model_directory(name, "--of")
-    checked, storage = check(config, run_dir), run_storage(config, run_dir)
+    checked, storage = check(config, run_dir, check_engine), run_storage(config, run_dir)
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
     config = config.model_copy(update={"evaluation": settings})
@@ -138,7 +139,8 @@ async def run_pipelines(
     try:
         if config.sft:
             context.events.say("training π0 (sft)")
-            context.model_path = await run_sft(context, config.sft, serves=False)
+            early = partial(place_early, context) if config.methods else lambda _: None
+            context.model_path = await run_sft(context, config.sft, serves=False, begun=early)
         if config.methods:
             if endpoint:
                 context.events.say("starting the endpoint")

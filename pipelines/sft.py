@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Callable
 
 from pipelines.context import Context
 from pipelines.loop import train_on
@@ -11,18 +12,21 @@ from plumbline.records import PolicyRef, Sample
 from plumbline.runs.policies import PROOF, version_directory
 
 
-async def run_sft(context: Context, section: Sft, *, serves: bool) -> str:
+async def run_sft(
+    context: Context, section: Sft, *, serves: bool, begun: Callable[[str], None] = lambda _: None
+) -> str:
     """Train to the last batch; returns the directory of the final version.
 
     Args:
         serves: an adapter's versions are published for generators; else there is one whole model at the end.
+        begun: called once it trains, with the directory where the final version will be.
     """
     samples = sft_samples(context)
     batches = shuffled_batches(samples, section.learner.batch_size, section.epochs, context.config.seed)
     spec = context.learner_spec(section, len(batches), serves=serves)
-    await train_on(context, spec, batches)
     final = PolicyRef(policy=section.name, version=len(batches))
     directory = version_directory(context.run_dir, final)
+    await train_on(context, spec, batches, lambda: begun(str(directory)))
     await asyncio.to_thread(context.storage.pull_directory, directory, PROOF)  # the learner may be elsewhere
     assert directory.is_dir(), directory
     return str(directory)

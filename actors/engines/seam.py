@@ -4,9 +4,9 @@ An engine serves one base model and any number of LoRA adapters beside it, or on
 generator above it knows about policies, versions and proofs; an engine knows only about weights.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.tree import Config
@@ -29,7 +29,8 @@ class EngineSpec:
     """All that an engine needs to start; picklable. `kv_cache_gib` counts on CPUs, `memory_share` on GPUs.
 
     `max_adapters` is 0 for an engine that takes whole weights (`Engine.load_weights`), and no adapters. With `seats` it
-    answers users too, up to so many beside the `max_num_seqs` of rollouts and before them, with `chat_template`.
+    answers users too, up to so many beside the `max_num_seqs` of rollouts and before them, with `chat_template`. The
+    model is cut over `tensor_parallel` workers, a GPU each. `vllm` are arguments of vLLM's that a config adds.
     `lora_targets`: last names of the layers that adapters touch; none are named where it is all linear ones.
     """
 
@@ -47,6 +48,8 @@ class EngineSpec:
     seats: int = 0
     chat_template: str | None = None
     lora_targets: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+    vllm: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -61,6 +64,11 @@ class EngineSpec:
         nothing may wait, for what waits would take them; so it decodes all of these, and there are fewer.
         """
         return self.max_num_seqs + (1 if self.seats else 3) * self.batch
+
+    @property
+    def decoded(self) -> int:
+        """Answers that it decodes together at most."""
+        return self.in_flight + self.seats if self.seats else self.max_num_seqs
 
 
 def engine_spec(
@@ -98,6 +106,8 @@ def engine_spec(
         seats=seats,
         chat_template=chat_template if isinstance(chat_template, str) else None,
         lora_targets=tuple(targets),
+        tensor_parallel=max(1, int(settings.gpus)) if device == "cuda" else 1,
+        vllm=settings.vllm,
     )
 
 

@@ -1,6 +1,7 @@
 """vLLM's `AsyncLLM` behind the engine seam: continuous batching, prefix cache, base and adapters in one batch."""
 
 import asyncio
+import importlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from actors.engines.vllm_openai import OpenAIAnswers
 from plumbline.data.prompting import decode, read_tokenizer
-from plumbline.errors import RunError
+from plumbline.errors import ConfigError, RunError
 from plumbline.models.adapters import linear_names
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
@@ -18,6 +19,30 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CACHE_TRIES = 50
 READS_BACK = "actors.engines.vllm_worker.ReadsBack"
 LEAVES_BASE = "actors.engines.vllm_lora.LeavesBase"
+ON_GPU = "actors.engines.vllm_gpu.OnGpu"
+GRAPH_LIMIT = 512
+"""Tokens of the largest CUDA graph, as vLLM has it: beyond, launching kernels no longer counts."""
+CHOOSES_GRAPHS = {
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "compilation_config",
+    "enforce_eager",
+    "optimization_level",
+    "performance_mode",
+}
+"""Arguments by which a config has said itself which graphs it wants."""
+
+
+def import_vllm(spec: EngineSpec) -> None:
+    """The slow part of a start that needs no model yet. What vLLM reads of the environment is set before."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if spec.device == "cpu":
+        # One worker inside the engine's own process: two processes instead of three.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+    importlib.import_module("vllm.v1.engine.async_llm")
 
 
 class VllmEngine:
@@ -26,43 +51,11 @@ class VllmEngine:
     kind: EngineKind = "vllm"
 
     def __init__(self, spec: EngineSpec) -> None:
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if spec.device == "cpu":
-            # One worker inside the engine's own process: two processes instead of three.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-            os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+        import_vllm(spec)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        on_cpu = spec.device == "cpu"
-        settings: dict[str, Any] = {
-            "model": spec.model_path,
-            "dtype": spec.dtype,
-            "seed": spec.seed,
-            "max_model_len": spec.max_model_len,
-            "max_num_seqs": spec.max_num_seqs,
-            "disable_log_stats": True,
-            "enforce_eager": on_cpu,
-            "trust_remote_code": False,
-        }
-        if on_cpu:
-            # A per-request seed crashes the CPU backend as soon as a prefill is chunked (STACK.md 9).
-            settings |= {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(spec.max_model_len, 8192),
-                "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
-            }
-        else:
-            settings["gpu_memory_utilization"] = spec.memory_share
-        if spec.seats:
-            settings |= {"scheduling_policy": "priority", "max_num_seqs": spec.in_flight + spec.seats}
-        settings |= {"worker_extension_cls": LEAVES_BASE if on_cpu and spec.max_adapters else READS_BACK}
-        if spec.max_adapters:
-            settings |= adapter_settings(spec)
-        args = AsyncEngineArgs(**settings)
-        self._llm = AsyncLLM.from_engine_args(args)
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
         self._tokenizer = read_tokenizer(spec.model_path)
         self._ids = itertools.count()
         self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
@@ -162,6 +155,62 @@ class VllmEngine:
 
     async def close(self) -> None:
         self._llm.shutdown()
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """The keywords of vLLM's `AsyncEngineArgs`; those that a config adds (`spec.vllm`) replace ours where they may.
+
+    Raises:
+        ConfigError: one of them is not the config's to choose on this device.
+    """
+    ours: dict[str, Any] = {"load_format": "safetensors", "enforce_eager": spec.device == "cpu"}
+    fixed: dict[str, Any] = {
+        "model": spec.model_path,
+        "dtype": spec.dtype,
+        "seed": spec.seed,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.decoded,
+        "disable_log_stats": True,
+        "trust_remote_code": False,
+    }
+    if spec.device == "cpu":
+        # A per-request seed crashes the CPU backend as soon as a prefill is chunked (STACK.md 9).
+        fixed |= {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(spec.max_model_len, 8192),
+            "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+        }
+    else:
+        fixed["gpu_memory_utilization"] = spec.memory_share
+        ours["cudagraph_capture_sizes"] = graph_sizes(spec.decoded)
+    if spec.tensor_parallel > 1:
+        # Ray gave this actor all of the engine's GPUs: its workers are processes of ours, not actors to be placed anew.
+        fixed |= {"tensor_parallel_size": spec.tensor_parallel, "distributed_executor_backend": "mp"}
+    if spec.seats:
+        fixed["scheduling_policy"] = "priority"
+    on_cpu = LEAVES_BASE if spec.max_adapters else READS_BACK
+    fixed["worker_extension_cls"] = on_cpu if spec.device == "cpu" else ON_GPU
+    if spec.max_adapters:
+        fixed |= adapter_settings(spec)
+    if taken := sorted(fixed.keys() & spec.vllm.keys()):
+        raise ConfigError(f"`{taken[0]}` is Plumbline's to choose on a {spec.device}; leave it out")
+    if spec.vllm.keys() & CHOOSES_GRAPHS:
+        ours.pop("cudagraph_capture_sizes", None)
+    return {**ours, **spec.vllm, **fixed}
+
+
+def graph_sizes(decoded: int) -> list[int]:
+    """Batches, in tokens, that CUDA graphs are captured for: two an octave, up to all that is decoded at once and as
+    many tokens of prompts beside it.
+
+    vLLM's own choice is every multiple of 8, then of 16: 51 sizes where 256 are decoded at once, and these are 18. It
+    captures each up to four times: for mixed batches and for decoding alone, with adapters and without. Both pairs
+    stay: pools mix prompts into most batches, and its runner does the second whatever `cudagraph_specialize_lora` says.
+    A batch in between is filled up with rows of nothing, at most half as many again.
+    """
+    most = min(2 * decoded, GRAPH_LIMIT)
+    steps = {step for power in range(most.bit_length()) for step in (2**power, 3 * 2**power)}
+    return sorted(step for step in {*steps, min(decoded, most), most} if step <= most)
 
 
 def adapter_settings(spec: EngineSpec) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
+from plumbline.config.learner import Learner
 from plumbline.config.pipelines import Preference
 from plumbline.config.section import bounds
 from plumbline.config.tree import Config
@@ -15,24 +16,41 @@ def demand(config: Config, *, most: bool = False) -> Counter[str]:
     Args:
         most: with as many of a role as there may ever be; else with as few as the run can work with.
     """
-    at, fleet = int(most), config.fleet
+    at = int(most)
+    total = _fleet(config, at)
+    if config.serve.enabled and config.serve.placement == "replicas":
+        generator = config.fleet.generator
+        total += _held(bounds(config.serve.replicas)[at], generator.cpus, generator.gpus, config.serve.resources)
+    for one in config.pipelines:
+        total += _workers(one.learner, at)
+    if config.sft:  # the fleet starts beside it only where that costs no more room (`beside_sft`)
+        total |= _workers(config.sft.learner, at)
+    return total
+
+
+def beside_sft(config: Config) -> Counter[str]:
+    """What must be free while the `sft` section trains, for the run's fleet to start beside it: its actors, and what
+    its learner may yet grow by.
+    """
+    grown = Counter[str]()
+    if config.sft:
+        grown = _workers(config.sft.learner, 1) - _workers(config.sft.learner, 0)
+    return _fleet(config, 0) + grown
+
+
+def _fleet(config: Config, at: int) -> Counter[str]:
+    """Generators, rewards, reference and embedder; `at` the least of their number, 0, or the most, 1."""
+    fleet = config.fleet
     generator = fleet.generator
     total: Counter[str] = Counter()
     if config.methods:
         engines = max(1, bounds(generator.replicas)[at])
         total += _held(engines, generator.cpus, generator.gpus, generator.resources)
-    if config.serve.enabled and config.serve.placement == "replicas":
-        total += _held(bounds(config.serve.replicas)[at], generator.cpus, generator.gpus, config.serve.resources)
     rewards = bool(config.reward) + bool(config.evaluation and config.evaluation.judge)
     total += _held(rewards * fleet.scorer.replicas, fleet.scorer.cpus, fleet.scorer.gpus, fleet.scorer.resources)
     total += _held(reference_replicas(config), 0, fleet.reference.gpus, fleet.reference.resources)
     if config.embedder and any(p.embeds for p in config.methods):
         total += _held(config.embedder.replicas, 0, config.embedder.gpus, config.embedder.resources)
-    for one in (p.learner for p in config.pipelines):
-        total += _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
-    if config.sft:  # it ends before the fleet starts
-        one = config.sft.learner
-        total |= _held(bounds(one.workers)[at], one.cpus, one.gpus, one.resources)
     return total
 
 
@@ -52,6 +70,10 @@ def reference_replicas(config: Config) -> int:
 def named(config: Config) -> list[str]:
     """Names of the nodes' own resources that a run asks for."""
     return sorted(demand(config, most=True).keys() - {"CPU", "GPU"})
+
+
+def _workers(learner: Learner, at: int) -> Counter[str]:
+    return _held(bounds(learner.workers)[at], learner.cpus, learner.gpus, learner.resources)
 
 
 def _held(count: int, cpus: float, gpus: float, resources: Mapping[str, float]) -> Counter[str]:

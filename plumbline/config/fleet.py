@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from plumbline.config.section import Count, Elastic, Resources, Section, Share
+from plumbline.config.vllm_arguments import VllmArguments
 
 
 class GeneratorFleet(Section):
@@ -20,11 +21,21 @@ class GeneratorFleet(Section):
         default=60, gt=0, description="seconds in which one engine less would have done, before one leaves"
     )
     cpus: Count = Field(default=1, description="of an engine")
-    gpus: float = Field(default=0, ge=0, description="of an engine")
+    gpus: float = Field(
+        default=0, ge=0, description="of an engine: a share of one, or a whole number that its model is cut over"
+    )
     resources: Resources = Field(default={})
     max_num_seqs: Count = Field(default=256, description="sequences that an engine decodes together")
     kv_cache_gib: float = Field(default=0.5, gt=0, description="on CPUs")
     memory_share: Share = Field(default=0.85, description="of a GPU's memory")
+    vllm: VllmArguments = Field(default={})
+
+    @field_validator("gpus")
+    @classmethod
+    def _share_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("above 1 it should be a whole number, which the model is cut over, such as 2")
+        return gpus
 
 
 class ScorerFleet(Section):
@@ -85,3 +96,13 @@ class Fleet(Section):
     sync_tolerance: float | None = Field(
         default=None, gt=0, description="nats a probe token may differ; default: by dtype"
     )
+
+    @model_validator(mode="after")
+    def _of_vllm(self) -> "Fleet":
+        if self.engine == "transformers" and self.generator.vllm:
+            raise ValueError(
+                "`generator.vllm` are arguments of vLLM, and `engine` is transformers; leave one of them out"
+            )
+        if self.engine == "transformers" and self.generator.gpus > 1:
+            raise ValueError("`engine: transformers` computes on one GPU, and `generator.gpus` asks for more; give 1")
+        return self

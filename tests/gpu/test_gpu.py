@@ -87,8 +87,11 @@ def test_bfloat16_on_a_gpu_takes_the_kernel() -> None:
     assert shared_prefix._has_kernel(query.bfloat16()) and not shared_prefix._has_kernel(query)
 
 
-def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path, gpus: int) -> None:
     pytest.importorskip("vllm")
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"{gpus} GPUs are not here")
     from actors.engines.start import start_engine
     from actors.learning.policy import LearnedPolicy
     from actors.proof import TOLERANCE
@@ -97,7 +100,7 @@ def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path) -> None:
     groups = groups_of(tmp_path)
     policy = LearnedPolicy(Ple(type="ple"), Model.model_validate({"path": str(model)}), "bfloat16", "cuda", 0)
     expected = policy.probe(groups)
-    spec = engine_spec(model, dtype="bfloat16", device="cuda", memory_share=0.3)
+    spec = engine_spec(model, dtype="bfloat16", device="cuda", memory_share=0.3, tensor_parallel=gpus)
 
     async def measure() -> list[float]:
         engine = start_engine("vllm", spec)

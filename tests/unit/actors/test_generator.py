@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -509,3 +510,15 @@ def test_whole_weights_are_not_replaced_twice_at_once_where_a_waiter_gives_up(pl
         assert bench.fetched == [ple(1)]
 
     play(scenario, whole=True)
+
+
+def test_a_generator_may_be_started_before_its_model_is_made(tiny_model: Path, tmp_path: Path) -> None:
+    async def later() -> int:
+        spec = engine_spec(tmp_path / "later", max_adapters=0)
+        generator = Generator("generator-0", "transformers", spec, PROBE, 1e-3, PolicyStore(keep=2).fetch, keep=1)
+        await generator.warm()
+        await generator.close()  # as an interrupted run does
+        shutil.copytree(tiny_model, tmp_path / "later")
+        return await generator.start()
+
+    assert asyncio.run(later()) == os.getpid()

@@ -226,7 +226,7 @@ def test_another_precision_hits_nothing(tiny_model: Path, tmp_path: Path) -> Non
 def test_a_damaged_cache_is_named(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / CACHE_FILE).write_text("these are no log-probs\n" * 100)
     with pytest.raises(RunError, match=f"{CACHE_FILE}: this cache of log-probs is damaged .*remove it"):
-        Reference(spec(tiny_model, cache=tmp_path))
+        Reference(spec(tiny_model, cache=tmp_path)).ready()
 
 
 # Contrasts
@@ -358,8 +358,19 @@ def test_it_loads_safetensors_and_runs_no_foreign_code(tiny_model: Path, loaded:
 
 def test_what_is_no_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such directory"):
-        Reference(spec(tmp_path / "none"))
+        Reference(spec(tmp_path / "none")).ready()
     directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"no \*\.safetensors in it"):
-        Reference(spec(directory))
+        Reference(spec(directory)).ready()
+
+
+@pytest.mark.parametrize("first", ["ready", "logps"])
+def test_it_may_be_started_before_its_model_is_made(tiny_model: Path, tmp_path: Path, first: str) -> None:
+    """A restarted one is asked without a `ready` before."""
+    reference = Reference(spec(tmp_path / "later"))
+    reference.warm()
+    shutil.copytree(tiny_model, tmp_path / "later")
+    if first == "ready":
+        assert reference.ready() > 0
+    assert reference.logps(GROUPS) == Reference(spec(tiny_model)).logps(GROUPS)

@@ -389,3 +389,36 @@ def test_how_many_versions_stay_on_disk() -> None:
     assert kept() is None, "adapters are small"
     assert kept(policy={"type": "full"}) == 3
     assert kept(policy={"type": "full"}, learner={"keep_versions": 7}) == kept(learner={"keep_versions": 7}) == 7
+
+
+@pytest.mark.parametrize(
+    ("generator", "message"),
+    [
+        ({"gpus": 1.5}, "fleet.generator.gpus: above 1 it should be a whole number, which the model is cut over"),
+        (
+            {"vllm": {"max_model_len": 9}},
+            "fleet.generator.vllm: `max_model_len` is not for this key: give `model.max_len`",
+        ),
+        ({"vllm": {"tensor_parallel_size": 2}}, "an engine's model is cut over its GPUs: `fleet.generator.gpus`"),
+        ({"vllm": {"gpu_memory_utilization": 0.5}}, "give `fleet.generator.memory_share`"),
+        ({"vllm": {"trust_remote_code": True}}, "`trust_remote_code` would run a model's own code"),
+        ({"vllm": {"speculative_config": {"trust_remote_code": True}}}, "`trust_remote_code` would run a model's own"),
+        ({"vllm": {"load_format": "pt"}}, "`load_format: pt` does not read safetensors alone; known are safetensors"),
+        ({"vllm": {"load_format": "auto"}}, "`load_format: auto` does not read safetensors alone"),
+        ({"vllm": {"worker_cls": "a.B"}}, "Plumbline runs vLLM's own code alone"),
+        ({"vllm": ["quantization"]}, "fleet.generator.vllm: should be a mapping of keys"),
+    ],
+)
+def test_what_generators_may_not_be_told(generator: Mapping[str, Any], message: str) -> None:
+    said = refusal({**TREE, "fleet": {"generator": generator}})
+    assert message in said and "\n" not in said
+
+
+@pytest.mark.parametrize("generator", [{"vllm": {"quantization": "fp8"}}, {"gpus": 2}])
+def test_what_is_vllms_alone_is_refused_beside_transformers(generator: Mapping[str, Any]) -> None:
+    assert "transformers" in refusal({**TREE, "fleet": {"engine": "transformers", "generator": generator}})
+
+
+@pytest.mark.parametrize("gpus", [0, 0.25, 1, 2, 8])
+def test_gpus_of_an_engine_are_a_share_or_a_whole_number(gpus: float) -> None:
+    assert parse_config({**TREE, "fleet": {"generator": {"gpus": gpus}}}, "here").fleet.generator.gpus == gpus

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from plumbline.config.demand import demand, named, reference_replicas
+from plumbline.config.demand import beside_sft, demand, named, reference_replicas
 from plumbline.config.file import load_config
 from plumbline.doctor import examine, run_device
 from plumbline.errors import ConfigError
@@ -131,7 +131,7 @@ def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch
     config = load_config(path, ["fleet.generator.resources={generator: 1}"])
 
     def devices() -> str:
-        return next(f.note for f in examine(config, tmp_path / "run") if f.what == "devices")
+        return next(f.note for f in examine(config, tmp_path / "run", lambda *_: "") if f.what == "devices")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert devices().endswith("a Ray started here offers generator")
@@ -149,3 +149,14 @@ def test_a_driver_without_gpus_runs_a_cluster_that_has_some(path: Path, monkeypa
     assert run_device(cpus) == "cpu"
     assert run_device(load_config(path, ["fleet.device=cpu", "fleet.generator.gpus=1"])) == "cpu"
     assert run_device(load_config(path, ["fleet.device=cuda"])) == "cuda"
+
+
+def test_beside_sft_stand_the_fleet_and_what_its_learner_may_grow_by(path: Path) -> None:
+    changes = [
+        "sft={learner: {workers: [1, 4], gpus: 1, cpus: 2}}",
+        "fleet.generator={replicas: [2, 8], cpus: 3, gpus: 0.5}",
+        "fleet.scorer.gpus=0.25",
+        "pipelines.0.learner={gpus: 1, cpus: 5}",
+    ]
+    asked = beside_sft(load_config(path, changes))
+    assert asked == {"CPU": 2 * 3 + 3 * 2, "GPU": 2 * 0.5 + 0.25 + 3 * 1}, "the pipeline's learner starts later"
