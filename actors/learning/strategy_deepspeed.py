@@ -17,6 +17,7 @@ from actors.learning.policy import LearnedPolicy
 from actors.learning.strategy import Loss, MicroBatch, Update, make_optimizer, optimizer_state
 from plumbline.config.learner import Learner
 from plumbline.errors import ModelError
+from plumbline.models.classifier import packs_texts
 from plumbline.models.group_logps import supports_shared_prefix
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ class DeepspeedStrategy:
             raise ModelError(
                 f"{type(policy.model).__name__} has no shared-prefix forward, which `zero: 3` needs; write `zero: 2`"
             )
+        if not policy.generates:
+            packs_texts(policy.model)
         deepspeed = import_deepspeed(device)
         self._api = deepspeed
         self._world = world
