@@ -248,9 +248,9 @@ async def sampling(setup: Setup) -> None:
     rows.append(["median", "", "", f"{statistics.median(ratios):.3f}×"])
     print(table(["turn", "bare `LLM.generate`, tokens/s", "actor, pool and channel, tokens/s", "ratio"], rows))
     print(
-        f"\n{setup.size}, {len(prompts)} prompts, at most {setup.max_tokens} tokens each, {spec.max_num_seqs} at a time, "
-        f"{setup.device} {setup.dtype};"
+        f"\n{setup.size}, {setup.device} {setup.dtype}, {len(prompts)} prompts, at most {setup.max_tokens} tokens each,"
     )
+    print(f"{spec.max_num_seqs} at a time;")
     print(f"the same tokens were sampled: {'yes' if same else 'no, batches differ in their rounding'}\n")
 
 
@@ -346,9 +346,8 @@ async def versions(setup: Setup) -> None:
         first, rest = seconds[0], seconds[1:]
         rows.append([kind, f"{size:.1f}", f"{first:.3f}", f"{statistics.median(rest):.3f}", f"{max(rest):.3f}"])
     print(table(["weights", "MiB", "the first, s", "median of the others, s", "longest, s"], rows))
-    print(
-        f"\n{setup.size}, {setup.device} {setup.dtype}: {VERSIONS} versions one after the other on an engine without other work; the proof is of 16 prompts\n"
-    )
+    print(f"\n{setup.size}, {setup.device} {setup.dtype}: {VERSIONS} versions one after the other on an engine without")
+    print("other work; the proof is of 16 prompts\n")
 
 
 async def seconds_to_prove(setup: Setup, directory: Path, model: Path, kind: str) -> list[float]:
