@@ -48,6 +48,7 @@ check: setup
 bench: setup
 	@$(BIN)/python benchmarks/group_logps.py
 	@$(BIN)/python benchmarks/dpo.py
+	@$(BIN)/python benchmarks/learner.py
 	@$(BIN)/python benchmarks/dlma.py
 	@$(BIN)/python benchmarks/together.py
 	@$(BIN)/python benchmarks/pool.py

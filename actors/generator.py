@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from actors.engines.seam import Adapter, Engine, EngineKind, EngineSpec
 from actors.engines.start import start_engine, warm_engine
+from actors.gpu import GpuUse, GpuWatch
 from actors.metrics import GENERATOR_ACTIVE, GENERATOR_REQUESTS, GENERATOR_TOKENS
 from actors.proof import Proof
 from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersions, score
@@ -59,6 +60,7 @@ class Generator:
         self._active = 0
         self._busy_since = 0.0
         self._busy_s = 0.0
+        self._gpu = GpuWatch() if spec.device == "cuda" else None
 
     async def warm(self) -> None:
         """Do what of `start` needs no model yet; requests are heard meanwhile."""
@@ -121,6 +123,10 @@ class Generator:
     async def busy_seconds(self) -> float:
         """Seconds, since the start, in which at least one request was being worked on."""
         return self._busy_s + (time.monotonic() - self._busy_since if self._active else 0.0)
+
+    async def gpu_use(self) -> GpuUse:
+        """What its GPUs did since the start."""
+        return GpuUse() if self._gpu is None else self._gpu.use
 
     async def drained(self) -> None:
         """Wait until nothing is being worked on."""

@@ -193,6 +193,11 @@ CHANNEL_LEASED = Gauge("plumbline_channel_leased", "parts that the learner has a
 
 LEARNER_UPDATES = Counter("plumbline_learner_updates_total", "optimiser steps", ("pipeline",))
 LEARNER_SAMPLES = Counter("plumbline_learner_samples_total", "samples trained on, repeats counted", ("pipeline",))
+LEARNER_TOKENS = Counter("plumbline_learner_tokens_total", "tokens computed in training", ("pipeline",))
+LEARNER_WAIT = Counter("plumbline_learner_wait_seconds_total", "seconds of waiting for parts", ("pipeline",))
+LEARNER_MFU = Gauge(
+    "plumbline_learner_mfu", "share of its cards' peak that training on the newest part used, 0 to 1", ("pipeline",)
+)
 LEARNER_SECONDS = Histogram(
     "plumbline_learner_part_seconds", "seconds of training on a part", ("pipeline",), bounds=SECONDS
 )

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
 from plumbline.errors import ConfigError
-from plumbline.models.classifier import Reads, classifier_logits, reward_ids
+from plumbline.models.classifier import Reads, classifier_logits, packs_texts, reward_ids
 from plumbline.records import Generation, Message, ScoreRequest
 
 RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
@@ -114,17 +114,18 @@ class ClassifierReward:
             raise ConfigError(
                 f"{spec.path}: a classifier of {self._model.config.num_labels} labels; a reward has 1 or 2"
             )
+        self._pads = not packs_texts(self._model)
         self.truncated = 0
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[float]:
-        """One score a request, computed in batches of at most `batch_tokens` padded tokens."""
+        """One score a request, computed in batches of at most `batch_tokens` tokens, padding included."""
         import torch
 
         ids = [self._encode(request) for request in requests]
         scores = [0.0] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         with torch.inference_mode():
-            for batch in _batches(order, [len(i) for i in ids], self._spec.batch_tokens):
+            for batch in _batches(order, [len(i) for i in ids], self._spec.batch_tokens, pads=self._pads):
                 logits = classifier_logits(self._model, [ids[i] for i in batch])
                 values = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
                 for i, value in zip(batch, values.tolist(), strict=True):
@@ -139,12 +140,16 @@ class ClassifierReward:
         return ids
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive runs of `order` (ascending in length) whose padded size stays within `budget` tokens."""
+def _batches(order: Sequence[int], lengths: Sequence[int], budget: int, *, pads: bool) -> list[list[int]]:
+    """Consecutive runs of `order` (ascending in length) whose tokens, with padding if `pads`, are at most `budget`."""
     batches: list[list[int]] = []
+    filled = 0
     for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+        size = (len(batches[-1]) + 1) * lengths[i] if pads and batches else filled + lengths[i]
+        if batches and size <= budget:
             batches[-1].append(i)
+            filled += lengths[i]
         else:
             batches.append([i])
+            filled = lengths[i]
     return batches

@@ -1,6 +1,6 @@
 """The pool of generators against what it is made of: vLLM alone, engines that answer at once, versions that arrive.
 
-    python benchmarks/pool.py [--only sampling records versions] [--rounds 3] [--out runs/pool]
+    python benchmarks/pool.py [--only sampling records versions] [--size 5M|135M|1.5B] [--device cpu|cuda] [--rounds 3]
 
 1. Tokens/s: the same prompts, seeds and engine settings through bare `vllm.LLM.generate`, and through a generator actor
    asked by the pool whose parts go through a channel to a consumer in another process. Both give texts; both engines
@@ -9,7 +9,8 @@
    with a reward that costs nothing. A record is a row of a part: one prompt, two answers.
 3. Seconds from the publication of a version until the engine has proved it, for adapters and for whole weights.
 
-On a GPU where there is one. Figures are means, medians where they say so; nothing is asserted.
+Models have random weights: in float32 on a CPU, in bfloat16 on a GPU, which both engines of 1 share. Figures are means,
+medians where they say so; nothing is asserted.
 """
 
 import argparse
@@ -23,13 +24,13 @@ import statistics
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
-from small_model import make_model
+from small_model import make_model, make_shape
 from worlds import table
 
 from actors.channel import Box
@@ -53,38 +54,62 @@ from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Publication, Sampling, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
-SETTINGS = GeneratorFleet(gpus=0.4 if DEVICE == "cuda" else 0, max_num_seqs=64, memory_share=0.4)
-PROMPTS, MAX_TOKENS = 256, 64
+PROMPTS, MAX_TOKENS = {"cpu": 256, "cuda": 2048}, {"cpu": 64, "cuda": 128}
 RECORDS, PART = 6144, 128
 ENGINES = (1, 2, 4, 8, 16, 32)
 REWARD = "benchmarks.worlds:no_reward"
 VERSIONS = 8
 
 
-def engine_spec(model: Path, adapters: int = 4) -> EngineSpec:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is measured, and where; `out` is for what it writes."""
+
+    out: Path
+    size: str
+    device: Literal["cpu", "cuda"]
+    rounds: int
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+    @property
+    def settings(self) -> GeneratorFleet:
+        """Of one generator; another engine has room beside it on the same card."""
+        gpu = self.device == "cuda"
+        return GeneratorFleet(gpus=0.4 if gpu else 0, max_num_seqs=256 if gpu else 64, memory_share=0.4)
+
+    @property
+    def max_tokens(self) -> int:
+        return MAX_TOKENS[self.device]
+
+
+def engine_spec(setup: Setup, model: Path, adapters: int = 4) -> EngineSpec:
+    settings = setup.settings
     return EngineSpec(
         model_path=str(model),
-        dtype=DTYPE,
-        device=DEVICE,
+        dtype=setup.dtype,
+        device=setup.device,
         max_model_len=256,
-        max_num_seqs=SETTINGS.max_num_seqs,
+        max_num_seqs=settings.max_num_seqs,
         max_lora_rank=8,
         max_adapters=adapters,
-        threads=SETTINGS.cpus,
-        kv_cache_gib=SETTINGS.kv_cache_gib,
-        memory_share=SETTINGS.memory_share,
+        threads=settings.cpus,
+        kv_cache_gib=settings.kv_cache_gib,
+        memory_share=settings.memory_share,
         seed=0,
     )
 
 
-def make_world(out: Path) -> Path:
-    """A 5M-parameter model with random weights and the miniature world's words, and prompts of that world."""
-    directory = out / "model"
+def make_world(setup: Setup) -> Path:
+    """A model with random weights and the miniature world's words, and prompts of that world."""
+    out = setup.out
+    directory = out / f"model-{setup.size}-{setup.dtype}"
     if not directory.exists():
         torch.manual_seed(0)
-        make_model(tied=False).save_pretrained(directory)
+        model: Any = make_model(tied=False) if setup.size == "5M" else make_shape(setup.size)
+        model.to(getattr(torch, setup.dtype)).save_pretrained(directory)
         make_tokenizer().save_pretrained(directory)
     rng = random.Random(0)
     with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
@@ -156,7 +181,9 @@ def actor(kind: Any) -> Any:
     return ray.remote(kind).options(num_cpus=0).remote()
 
 
-async def through_pool(fleet: Fleet, pool: Pool, requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
+async def through_pool(
+    fleet: Fleet, pool: Pool, requests: Sequence[GenerateRequest], max_tokens: int
+) -> tuple[float, list[list[int]]]:
     """Seconds until the consumer has all, in parts of `PART` requests, and the sampled ids."""
     channel, consumer = fleet.add_channel(4, "bench"), actor(Consumer)
     consumed = consumer.run.remote(channel)
@@ -167,7 +194,7 @@ async def through_pool(fleet: Fleet, pool: Pool, requests: Sequence[GenerateRequ
     async def part(step: int, asked: Sequence[GenerateRequest]) -> None:
         await ask(channel.reserve.remote())
         batches = [asked[i : i + pool.batch] for i in range(0, len(asked), pool.batch)]
-        tokens = pool.batch * MAX_TOKENS
+        tokens = pool.batch * max_tokens
         answered = await gather(
             *(pool.ask("bench", tokens, lambda g, b=b: ask(g.generate.remote(list(b)))) for b in batches)
         )
@@ -183,24 +210,24 @@ async def through_pool(fleet: Fleet, pool: Pool, requests: Sequence[GenerateRequ
     return seconds, [ids[request.key] for request in requests]
 
 
-async def sampling(out: Path, rounds: int) -> None:
-    model = make_world(out)
-    tokenizer, spec = load_tokenizer(str(model)), engine_spec(model)
-    prompts = read_prompts(str(out / "prompts.jsonl"))[:PROMPTS]
+async def sampling(setup: Setup) -> None:
+    model = make_world(setup)
+    tokenizer, spec = load_tokenizer(str(model)), engine_spec(setup, model)
+    prompts = read_prompts(str(setup.out / "prompts.jsonl"))[: PROMPTS[setup.device]]
     asked = [
         GenerateRequest(
             key=prompt.id,
             prompt_ids=render(tokenizer, prompt.messages),
             ref=PolicyRef(),
-            sampling=Sampling(max_tokens=MAX_TOKENS),
+            sampling=Sampling(max_tokens=setup.max_tokens),
             seed=i,
         )
         for i, prompt in enumerate(prompts)
     ]
     fleet = start_fleet(keep=4)
-    fleet.add_generators(SETTINGS, "vllm", spec, [], 1.0, keep=2)
+    fleet.add_generators(setup.settings, "vllm", spec, [], 1.0, keep=2)
     await fleet.ready()
-    pool = Pool(fleet.generators, spec.in_flight * MAX_TOKENS, batch=spec.batch)
+    pool = Pool(fleet.generators, spec.in_flight * setup.max_tokens, batch=spec.batch)
     rows, ratios, same = [], [], True
     os.environ["OMP_NUM_THREADS"] = str(spec.threads)  # read once, where the other process begins
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
@@ -208,9 +235,10 @@ async def sampling(out: Path, rounds: int) -> None:
         async def bare(requests: Sequence[GenerateRequest]) -> tuple[float, list[list[int]]]:
             return await asyncio.get_running_loop().run_in_executor(apart, Bare.generate, spec, requests)
 
-        for number in range(rounds + 1):  # the first compiles and fills caches
+        for number in range(setup.rounds + 1):  # the first compiles and fills caches
             requests = [replace(request, seed=request.seed + 1000 * number) for request in asked]
-            (seconds, expected), (ours, found) = await bare(requests), await through_pool(fleet, pool, requests)
+            seconds, expected = await bare(requests)
+            ours, found = await through_pool(fleet, pool, requests, setup.max_tokens)
             tokens, sampled = sum(map(len, expected)), sum(map(len, found))
             if number:
                 same = same and expected == found
@@ -220,8 +248,9 @@ async def sampling(out: Path, rounds: int) -> None:
     rows.append(["median", "", "", f"{statistics.median(ratios):.3f}×"])
     print(table(["turn", "bare `LLM.generate`, tokens/s", "actor, pool and channel, tokens/s", "ratio"], rows))
     print(
-        f"\n{PROMPTS} prompts, at most {MAX_TOKENS} tokens each, {SETTINGS.max_num_seqs} at a time, {DEVICE} {DTYPE};"
+        f"\n{setup.size}, {setup.device} {setup.dtype}, {len(prompts)} prompts, at most {setup.max_tokens} tokens each,"
     )
+    print(f"{spec.max_num_seqs} at a time;")
     print(f"the same tokens were sampled: {'yes' if same else 'no, batches differ in their rounding'}\n")
 
 
@@ -244,25 +273,26 @@ class Instant:
         ]
 
 
-async def records(out: Path, rounds: int) -> None:
-    make_world(out)
-    turns = [[await records_per_s(out / "records", out, engines) for engines in ENGINES] for _ in range(rounds)]
+async def records(setup: Setup) -> None:
+    model = make_world(setup)
+    turns = [[await records_per_s(setup, model, engines) for engines in ENGINES] for _ in range(setup.rounds)]
     rows = []
     for engines, rates in zip(ENGINES, zip(*turns, strict=True), strict=True):
         ratio = statistics.median(rate / turn[0] for rate, turn in zip(rates, turns, strict=True))
         span = f"{min(rates):.0f} to {max(rates):.0f}"
         rows.append([str(engines), f"{statistics.median(rates):.0f}", span, f"{ratio:.2f}×"])
-    print(table(["engines", "records/s, median", f"of {rounds}", "against one engine in the same turn"], rows))
+    print(table(["engines", "records/s, median", f"of {setup.rounds}", "against one engine in the same turn"], rows))
     print(f"\n{RECORDS} records in parts of {PART}; 2 answers of 24 tokens each\n")
 
 
-async def records_per_s(directory: Path, out: Path, engines: int) -> float:
+async def records_per_s(setup: Setup, model: Path, engines: int) -> float:
+    out, directory = setup.out, setup.out / "records"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     config = parse_config(
         {
             "name": "records",
-            "model": {"path": str(out / "model"), "max_len": 256},
+            "model": {"path": str(model), "max_len": 256},
             "data": {"train": {"path": str(out / "prompts.jsonl")}},
             "reward": {"type": "program", "function": REWARD},
             "pipelines": [
@@ -279,7 +309,7 @@ async def records_per_s(directory: Path, out: Path, engines: int) -> float:
         run_dir=directory,
         device="cpu",
         dtype="float32",
-        tokenizer=load_tokenizer(str(out / "model")),
+        tokenizer=load_tokenizer(str(model)),
         prompts=read_prompts(str(out / "prompts.jsonl")),
         events=EventLog(directory / "events.jsonl", lambda event: None),
         fleet=fleet,
@@ -287,7 +317,7 @@ async def records_per_s(directory: Path, out: Path, engines: int) -> float:
     fleet.scorer = fleet.add_scorers(ScorerFleet(), ScorerSpec(function=REWARD))
     instant = [actor(Instant) for _ in range(engines)]
     await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
-    spec = replace(engine_spec(out / "model"), max_num_seqs=GeneratorFleet().max_num_seqs)
+    spec = replace(engine_spec(setup, model), max_num_seqs=GeneratorFleet().max_num_seqs)
     context.pool = Pool(instant, capacity=spec.in_flight * 24, batch=spec.batch)
     method = PleMethod(context, section)
     channel, consumer = fleet.add_channel(method.slots, "bench"), actor(Consumer)
@@ -307,19 +337,20 @@ async def records_per_s(directory: Path, out: Path, engines: int) -> float:
 # 3. Versions
 
 
-async def versions(out: Path, rounds: int) -> None:
-    model = make_world(out)
+async def versions(setup: Setup) -> None:
+    model, out = make_world(setup), setup.out
     rows = []
     for kind in ("lora", "full"):
-        seconds = await seconds_to_prove(out / f"versions-{kind}", model, kind)
+        seconds = await seconds_to_prove(setup, out / f"versions-{kind}", model, kind)
         size = sum(f.stat().st_size for f in sorted((out / f"versions-{kind}").rglob("*.safetensors"))[-1:]) / 2**20
         first, rest = seconds[0], seconds[1:]
         rows.append([kind, f"{size:.1f}", f"{first:.3f}", f"{statistics.median(rest):.3f}", f"{max(rest):.3f}"])
     print(table(["weights", "MiB", "the first, s", "median of the others, s", "longest, s"], rows))
-    print(f"\n{VERSIONS} versions one after the other on an engine without other work; the proof is of 16 prompts\n")
+    print(f"\n{setup.size}, {setup.device} {setup.dtype}: {VERSIONS} versions one after the other on an engine without")
+    print("other work; the proof is of 16 prompts\n")
 
 
-async def seconds_to_prove(directory: Path, model: Path, kind: str) -> list[float]:
+async def seconds_to_prove(setup: Setup, directory: Path, model: Path, kind: str) -> list[float]:
     """From the call of `publish`, the version being in memory, until the engine has loaded and proved it."""
     shutil.rmtree(directory, ignore_errors=True)
     tokenizer = load_tokenizer(str(model))
@@ -328,11 +359,11 @@ async def seconds_to_prove(directory: Path, model: Path, kind: str) -> list[floa
         TokenGroup(render(tokenizer, p.messages), [encode_response(tokenizer, p.target or "")[:60]]) for p in prompts
     ]
     section = Ple.model_validate({"type": "ple", "policy": {"type": kind}})
-    policy = LearnedPolicy(section, Model.model_validate({"path": str(model)}), DTYPE, DEVICE, 0)
+    policy = LearnedPolicy(section, Model.model_validate({"path": str(model)}), setup.dtype, setup.device, 0)
     base = previous = policy.probe(probe)
     fleet = start_fleet(keep=VERSIONS)
-    spec = engine_spec(model, adapters=4 if kind == "lora" else 0)
-    fleet.add_generators(SETTINGS, "vllm", spec, probe, TOLERANCE[DTYPE], keep=2)
+    spec = engine_spec(setup, model, adapters=4 if kind == "lora" else 0)
+    fleet.add_generators(setup.settings, "vllm", spec, probe, TOLERANCE[setup.dtype], keep=2)
     await fleet.ready()
     pool = Pool(fleet.generators, 1, batch=1)
     context: Any = argparse.Namespace(fleet=fleet, pool=pool)  # all that `prove_everywhere` reads
@@ -355,7 +386,7 @@ async def seconds_to_prove(directory: Path, model: Path, kind: str) -> list[floa
     return seconds
 
 
-PARTS: dict[str, Callable[[Path, int], Coroutine[Any, Any, None]]] = {
+PARTS: dict[str, Callable[[Setup], Coroutine[Any, Any, None]]] = {
     "sampling": sampling,
     "records": records,
     "versions": versions,
@@ -365,14 +396,18 @@ PARTS: dict[str, Callable[[Path, int], Coroutine[Any, Any, None]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--size", choices=("5M", "135M", "1.5B"), default="5M", help="of the model; random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/pool"))
     options = parser.parse_args()
-    out = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    setup = Setup(out=options.out.absolute(), size=options.size, device=options.device, rounds=options.rounds)
+    setup.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         start_ray(cpus=2)
-        asyncio.run(PARTS[name](out, options.rounds))
+        asyncio.run(PARTS[name](setup))
         stop_ray()
 
 

@@ -30,6 +30,8 @@ FIGURES = (
     ("generator_idle", "idle gen", "{:.0%}"),
     ("learner_idle", "learn", "{:.0%}"),
     ("tokens_per_s", "tok/s", "{:.0f}"),
+    ("learner_tokens_per_s", "learned", "{:.0f}"),
+    ("mfu", "MFU", "{:.0%}"),
 )
 SHOWN_SAMPLES = 6
 

@@ -146,6 +146,8 @@ def _run(config: Any, run_dir: Path) -> int:
 
     from cli.display import Display, duration, result_text
     from pipelines.run import run
+    from plumbline.report.balance import balance
+    from plumbline.report.files import read_events
 
     started = time.monotonic()
     endpoint = None
@@ -156,6 +158,8 @@ def _run(config: Any, run_dir: Path) -> int:
     with Display() as display:
         result = run(config, run_dir, display, checked, endpoint)
     print(result_text(result))
+    if said := balance(read_events(run_dir / "events.jsonl")[0]):
+        print(said)
     print(f"done in {duration(time.monotonic() - started)}; everything is in {run_dir}")
     return 0
 

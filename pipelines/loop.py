@@ -21,11 +21,12 @@ from typing import Any
 import ray
 
 from actors.channel import Box
+from actors.gpu import mean_use
 from actors.learning.worker import LearnerSpec
 from actors.spawn import ask, gather, start_learner
 from pipelines.context import Context
 from pipelines.method import Method, Rollout
-from pipelines.monitor import busy_seconds, busy_share, memory
+from pipelines.monitor import busy_seconds, busy_share, gpu_use, memory
 from plumbline.config.pipelines import Frozen, MethodSection
 from plumbline.errors import LostError, RunError
 from plumbline.records import PolicyRef, Sample
@@ -191,7 +192,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         # The learner publishes the newest checkpoint's version alone: of those before it, the parts are what is known.
         context.events.write(await step_event(method, step, {}, None))
     started = clock = time.monotonic()
-    busy = await busy_seconds(context)
+    busy, gpus = await busy_seconds(context), await gpu_use(context)
     first = max(progress.logged + 1, progress.resumed)
     for step in range(first, method.total + 1):
         ref = PolicyRef(policy=method.name, version=step)
@@ -202,10 +203,10 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         progress.proved = max(step, progress.proved)
         if step > progress.resumed:
             await ask(channel.release.remote())
-        now, now_busy = time.monotonic(), await busy_seconds(context)
+        now, now_busy, now_gpus = time.monotonic(), await busy_seconds(context), await gpu_use(context)
         seconds = now - clock
-        metrics = dict(publication.metrics)
-        wait, work = metrics.pop("learner_wait_s", 0.0), metrics.pop("learner_work_s", 0.0)
+        metrics = publication.metrics
+        wait, work = metrics.get("learner_wait_s", 0.0), metrics.get("learner_work_s", 0.0)
         context.events.write(
             {
                 **await step_event(method, step, metrics, progress.described.pop(step, None)),
@@ -215,6 +216,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
                 "tokens_per_s": progress.tokens.pop(step, 0) / seconds,
                 "generator_idle": 1 - busy_share(busy, now_busy, seconds),
                 "learner_idle": wait / max(wait + work, 1e-9),
+                **{f"generator_{key}": value for key, value in mean_use(gpus, now_gpus).items()},
                 "seconds_left": (now - started) / (step - first + 1) * (method.total - step),
                 **memory(),
             }
@@ -223,7 +225,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
             await asyncio.to_thread(context.storage.pull_directory, version_directory(context.run_dir, ref), PROOF)
             context.promoter.offer(ref, last=step == method.total)
         await prune(context, method.name, method.keep_versions, step)
-        clock, busy = now, now_busy
+        clock, busy, gpus = now, now_busy, now_gpus
 
 
 async def prune(context: Context, policy: str, keep: int | None, step: int) -> None:

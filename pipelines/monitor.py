@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
 import ray
 
+from actors.gpu import GpuUse
 from actors.metrics import POOL_GENERATORS, POOL_OUTSTANDING, POOL_QUEUE, POOL_UTILISATION
 from actors.spawn import ask, gather
 from pipelines.context import Context
@@ -71,14 +72,23 @@ async def counts(context: Context) -> dict[str, int]:
 
 async def busy_seconds(context: Context) -> dict[Any, float]:
     """Seconds that each generator of the pool has worked since it started; one that is lost meanwhile is left out."""
-    seconds: dict[Any, float] = {}
+    return await _of_each(context, lambda generator: generator.busy_seconds.remote())
+
+
+async def gpu_use(context: Context) -> dict[Any, GpuUse]:
+    """What each generator's GPUs did since it started; one that is lost meanwhile is left out."""
+    return await _of_each(context, lambda generator: generator.gpu_use.remote())
+
+
+async def _of_each(context: Context, question: Callable[[Any], Any]) -> dict[Any, Any]:
+    answers: dict[Any, Any] = {}
 
     async def one(generator: Any) -> None:
         with contextlib.suppress(LostError):
-            seconds[generator] = await ask(generator.busy_seconds.remote())
+            answers[generator] = await ask(question(generator))
 
     await asyncio.gather(*map(one, context.pool.generators))
-    return seconds
+    return answers
 
 
 def busy_share(before: Mapping[Any, float], after: Mapping[Any, float], seconds: float) -> float:

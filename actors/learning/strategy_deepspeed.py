@@ -19,6 +19,7 @@ from actors.learning.policy import LearnedPolicy
 from actors.learning.strategy import Portion, Result, Update, backward_passes, make_optimizer, optimizer_keys
 from plumbline.config.learner import Learner
 from plumbline.errors import ModelError
+from plumbline.models.classifier import packs_texts
 from plumbline.models.group_logps import supports_shared_prefix
 from plumbline.runs.checkpoint import Checkpoint, Piece, whole
 
@@ -94,6 +95,8 @@ class DeepspeedStrategy:
             if zero_stage(settings) == 3 and not supported:
                 name = type(policy.model).__name__
                 raise ModelError(f"{name} has no shared-prefix forward, which `zero: 3` needs; write `zero: 2`")
+        else:
+            self.forward(lambda model: packs_texts(model))
 
     def update(self, objective: Loss, portion: Portion, lr: float) -> Update:
         for group in self._optimizer.param_groups:

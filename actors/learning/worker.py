@@ -24,9 +24,18 @@ from actors.desk import Question
 from actors.learning.frozen import Between, FrozenBase, FrozenSpec
 from actors.learning.make_strategy import make_cut, make_strategy
 from actors.learning.objectives import build_objective
+from actors.learning.pace import Pace
 from actors.learning.policy import LearnedPolicy, probe_logps
 from actors.learning.strategy import portion_of
-from actors.metrics import LEARNER_LOSS, LEARNER_SAMPLES, LEARNER_SECONDS, LEARNER_UPDATES
+from actors.metrics import (
+    LEARNER_LOSS,
+    LEARNER_MFU,
+    LEARNER_SAMPLES,
+    LEARNER_SECONDS,
+    LEARNER_TOKENS,
+    LEARNER_UPDATES,
+    LEARNER_WAIT,
+)
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
@@ -132,13 +141,16 @@ def lost_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def count_part(pipeline: str, metrics: Mapping[str, float], updates: int, samples: int, seconds: float) -> None:
+def count_part(pipeline: str, metrics: Mapping[str, float], groups: Sequence[TokenGroup], seconds: float) -> None:
     """A part that was trained on, for Prometheus."""
-    LEARNER_UPDATES.inc(updates, pipeline=pipeline)
-    LEARNER_SAMPLES.inc(samples, pipeline=pipeline)
+    LEARNER_UPDATES.inc(metrics["updates"], pipeline=pipeline)
+    LEARNER_SAMPLES.inc(len(groups), pipeline=pipeline)
+    LEARNER_TOKENS.inc(sum(group.tokens for group in groups), pipeline=pipeline)
     LEARNER_SECONDS.observe(seconds, pipeline=pipeline)
     if "loss" in metrics:
         LEARNER_LOSS.set(metrics["loss"], pipeline=pipeline)
+    if "mfu" in metrics:
+        LEARNER_MFU.set(metrics["mfu"], pipeline=pipeline)
 
 
 class Worker:
@@ -158,6 +170,7 @@ class Worker:
         cut = make_cut(self._settings, spec.device)
         device = spec.device if self._settings.quantize else "cpu"
         self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, device, spec.seed, cut)
+        self._pace = Pace(self._policy.model, spec.device, world)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
         asked = spec.frozen if rank == 0 else None
         self._frozen = FrozenBase(asked, self._policy.model, self._settings.micro_tokens) if asked else None
@@ -184,6 +197,8 @@ class Worker:
         waited = time.monotonic()
         for step, samples in self._parts():
             started, answered = time.monotonic(), self._answering_s
+            if self._rank == 0:
+                LEARNER_WAIT.inc(started - waited - answered, pipeline=self._spec.section.name)
             self._metrics = self._train_on(step, samples)
             self._refuse_damage(step)
             self._previous_probe, self._probe = self._probe, self._measure()
@@ -238,21 +253,22 @@ class Worker:
     def _train_on(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """All updates of one part; metrics are means over its updates, weighted by samples."""
         sums: dict[str, float] = {}
-        count = 0
+        groups: list[TokenGroup] = []
         norms: list[float] = []
         started = time.monotonic()
         for batch in self._objective.updates(step, samples):
             norms.append(self._update(step, batch, sums))
-            count += len(batch)
-        metrics = {key: value / count for key, value in self._gathered(sums).items()} if count else {}
+            groups += [sample.group for sample in batch]
+        seconds = time.monotonic() - started
+        gathered = self._gathered(sums)
+        metrics = {key: value / len(groups) for key, value in gathered.items()} if groups else {}
         metrics |= self._objective.figures()
+        metrics |= {key: value / self._world for key, value in self._gathered(self._pace.gpu()).items()}
+        metrics |= self._pace.figures(groups, seconds) if groups else {}
+        metrics["updates"] = float(len(norms))
         if self._rank == 0:
-            count_part(self._spec.section.name, metrics, len(norms), count, time.monotonic() - started)
-        return metrics | {
-            "updates": float(len(norms)),
-            "grad_norm": sum(norms) / len(norms) if norms else 0.0,
-            "lr": self._lr(step),
-        }
+            count_part(self._spec.section.name, metrics, groups, seconds)
+        return metrics | {"grad_norm": sum(norms) / len(norms) if norms else 0.0, "lr": self._lr(step)}
 
     def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float:
         """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm."""

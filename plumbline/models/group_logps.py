@@ -9,25 +9,19 @@ A wrapper that must see the forward (DDP, DeepSpeed) wraps a module whose own fo
 
 import heapq
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plumbline.errors import DataError, ModelError
-from plumbline.models import shared_prefix
+from plumbline.errors import DataError
+from plumbline.models import packed, shared_prefix
 from plumbline.models.lm_head import head_logps
 from plumbline.records import TokenGroup
-
-log = logging.getLogger(__name__)
-
-_SUPPORTED = "_plumbline_shared_prefix"
 
 
 def group_logps(model: nn.Module, groups: Sequence[TokenGroup]) -> tuple[Float[Tensor, "G K"], Int[Tensor, "G K"]]:
@@ -53,13 +47,13 @@ def group_logps(model: nn.Module, groups: Sequence[TokenGroup]) -> tuple[Float[T
     _check(groups)
     if not supports_shared_prefix(model):
         return sequence_logps(model, groups)
-    return _shared_logps(_causal_lm(model), groups)
+    return _shared_logps(packed.unwrapped(model), groups)
 
 
 def sequence_logps(model: nn.Module, groups: Sequence[TokenGroup]) -> tuple[Float[Tensor, "G K"], Int[Tensor, "G K"]]:
     """The same as `group_logps` by the plain forward, one sequence at a time; slower, and right for any causal LM."""
     _check(groups)
-    device = _device(model)
+    device = packed.device_of(model)
     logps = [torch.zeros(0, device=device)]
     for group in groups:
         for response in filter(None, group.response_ids):
@@ -75,18 +69,7 @@ def supports_shared_prefix(model: nn.Module) -> bool:
     Both ways must agree on the probe, every layer must have used our attention, and with the windows that the model
     asks of its masks. Where the answer is no, the reason is logged as a warning and the model is as it was.
     """
-    known = model.__dict__.get(_SUPPORTED)  # not getattr: PEFT's looks on into the model that it wraps
-    if known is None:
-        reason = _why_not(model)
-        if reason:
-            log.warning(
-                "%s: no shared-prefix forward (%s); log-probs are computed one sequence at a time, which is slower",
-                type(model).__name__,
-                reason,
-            )
-        known = not reason
-        setattr(model, _SUPPORTED, known)
-    return known
+    return packed.supports(model, _compare, "log-probs are computed one sequence at a time, which is slower")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -194,32 +177,17 @@ def _shared_logps(model: PreTrainedModel, groups: Sequence[TokenGroup]) -> tuple
             targets += response
     layout = shared_prefix.Layout([(len(g.prompt_ids), [len(r) for r in g.response_ids]) for g in groups])
 
-    device = _device(model)
-    config = model.config.get_text_config()
-    shared_prefix.install(config)  # again: a caller may have set another implementation since
-    row = torch.tensor([ids, positions], device=device)
-    where = torch.tensor([sources, targets], dtype=torch.long, device=device)  # of no tokens it would be float
-    hidden = shared_prefix.run(model.base_model, row[0], row[1], layout)
-    if layout.calls != config.num_hidden_layers:  # a layer that missed the layout mixed the groups up
-        raise NotImplementedError(f"{layout.calls} of {config.num_hidden_layers} layers used the attention interface")
-    if layout.windows - {None} != layout.mask_windows - {None}:
-        raise NotImplementedError("its attention is local in a way that only its mask knows")
+    hidden = packed.hidden_states(model, ids, positions, layout)
+    where = torch.tensor([sources, targets], dtype=torch.long, device=hidden.device)  # of no tokens it would be float
     logps = head_logps(model, hidden.index_select(0, where[0]), where[1])
     return _sums(logps, groups)
 
 
-def _why_not(model: nn.Module) -> str:
-    """Why `model` has no shared-prefix forward, "" if it has; see `supports_shared_prefix`."""
-    lm = _causal_lm(model)
-    config = lm.config.get_text_config()
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "its adapter is a learned prompt"
-    if lm.base_model is lm or lm.get_output_embeddings() is None:
+def _compare(lm: PreTrainedModel) -> str:
+    """How `_shared_logps` of a tiny batch differ from the plain forward's; see `packed.supports`."""
+    if lm.get_output_embeddings() is None:
         return "it has no body and LM head to call apart"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(kind in str(rope) for kind in ("dynamic", "longrope")):
-        return "its rotary frequencies depend on the length of the row"
-    vocabulary = config.vocab_size
+    vocabulary = lm.config.get_text_config().vocab_size
     lengths = [(5, (3, 1, 4)), (2, (6,))]
     probe = [
         TokenGroup(
@@ -228,41 +196,8 @@ def _why_not(model: nn.Module) -> str:
         )
         for prompt, responses in lengths
     ]
-    before = shared_prefix.install(config)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            plain, shared = sequence_logps(model, probe)[0], _shared_logps(lm, probe)[0]
-        close = torch.allclose(shared, plain, rtol=_tolerance(lm), atol=1e-5)
-        reason = "" if close else f"log-probs differ from the plain forward by {(shared - plain).abs().max():.2g}"
-    except (torch.OutOfMemoryError, ModelError):
-        raise
-    except Exception as error:  # whatever a model of unknown making raises means no; it is logged
-        reason = f"{type(error).__name__}: {error}"
-    finally:
-        for module in training:
-            module.training = True
-    if reason:
-        config._attn_implementation = before
-    return reason
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    """Relative tolerance of a sum of log-probs, by the precision that the model computes in."""
-    exact = model.dtype in (torch.float32, torch.float64) and torch.get_float32_matmul_precision() == "highest"
-    return 1e-4 if exact and not torch.is_autocast_enabled(_device(model).type) else 2e-2
-
-
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(lm, PreTrainedModel):
-        raise ModelError(f"{type(model).__name__} is not a transformers model, nor PEFT around one")
-    return lm
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    plain, shared = sequence_logps(lm, probe)[0], _shared_logps(lm, probe)[0]
+    return packed.difference(shared, plain, lm, plain.abs(), "log-probs")
 
 
 def _check(groups: Sequence[TokenGroup]) -> None:

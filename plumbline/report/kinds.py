@@ -124,6 +124,45 @@ KINDS = (
         captions=(("tokens_per_s", "Tokens sampled, or trained on by `sft` and `reward`; it should stay level."),),
     ),
     Kind(
+        title="Speed of learners",
+        unit="tokens per second",
+        over_time=True,
+        curves=(Curve(figure="learner_tokens_per_s"),),
+        captions=(("", "Tokens computed in training, a prompt once for all its answers; waiting is left out."),),
+    ),
+    Kind(
+        title="Cards in use",
+        unit="share",
+        share=True,
+        over_time=True,
+        apart=True,
+        curves=(
+            Curve(figure="mfu", label="MFU of the learner"),
+            Curve(figure="learner_gpu_busy", label="learner's GPUs busy", dash="dashed"),
+            Curve(figure="generator_gpu_busy", label="generators' GPUs busy", dash="dotted"),
+        ),
+        captions=(
+            ("mfu", "MFU: of what the cards could compute in bfloat16, what the model needs."),
+            ("learner_gpu_busy", "Busy: a kernel ran, however small; what waits is not busy."),
+        ),
+    ),
+    Kind(
+        title="Memory of cards",
+        unit="GiB in use",
+        over_time=True,
+        apart=True,
+        curves=(
+            Curve(figure="learner_gpu_gib", label="learner"),
+            Curve(figure="generator_gpu_gib", label="generators", dash="dashed"),
+        ),
+        captions=(
+            (
+                "",
+                "Of each side's cards, whoever takes it: larger micro-batches can use what is free.",
+            ),
+        ),
+    ),
+    Kind(
         title="Pool in use",
         unit="share in use",
         share=True,

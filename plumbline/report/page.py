@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from plumbline.errors import UserError
+from plumbline.report.balance import balance
 from plumbline.report.files import Event, read_config, read_evaluation, read_events
 from plumbline.report.plots import BESIDE, NEUTRAL, colors, plots
 from plumbline.report.tables import comparison, headline, number, rejections
@@ -116,6 +117,7 @@ def render(run_dir: Path) -> str:
         name=config.get("name") or run_dir.name,
         config_text=text,
         state=state,
+        balance=balance(events),
         facts=list(_facts(config, events)),
         pipelines=pipelines,
         notices=list(_notices(run_dir, pipelines, failures, missing, cut)),

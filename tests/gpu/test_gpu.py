@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from plumbline.config.data import Model
 from plumbline.config.pipelines import Dlma, Ple
 from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
-from plumbline.models import shared_prefix
+from plumbline.models import classifier, shared_prefix
 from plumbline.models.group_logps import group_logps, sequence_logps
 from plumbline.records import Sample, TokenGroup
 from tests.tiny import engine_spec, make_prompts, make_tiny_model
@@ -85,6 +86,35 @@ def test_one_kernel_has_the_gradients_of_many_calls(window: int | None, monkeypa
 def test_bfloat16_on_a_gpu_takes_the_kernel() -> None:
     query = torch.zeros(1, 8, 4, 64, device="cuda")
     assert shared_prefix._has_kernel(query.bfloat16()) and not shared_prefix._has_kernel(query)
+
+
+def test_a_packed_classifier_in_bfloat16_is_the_padded_one() -> None:
+    """Logits and gradients, through the kernel, of texts of unlike lengths and grouped-query attention."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": 997,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "num_labels": 1,
+        "initializer_range": 0.06,
+    }
+    model: Any = LlamaForSequenceClassification(LlamaConfig(**shape))
+    model.to("cuda", torch.bfloat16).eval()
+    texts = [[(7 * i + 11 * n) % 996 + 1 for i in range(n)] for n in (5, 1, 300, 64, 17)]
+    assert classifier.packs_texts(model)
+    found = []
+    for logits_of in (classifier.classifier_logits, classifier._padded_logits):
+        model.zero_grad()
+        logits = logits_of(model, texts)
+        (logits * torch.linspace(-1, 1, len(texts), device="cuda")[:, None]).sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert one is not None and other is not None
+        assert (one - other).float().norm() < 5e-2 * other.float().norm()
 
 
 @pytest.mark.parametrize("gpus", [1, 2])

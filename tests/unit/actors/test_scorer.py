@@ -112,10 +112,12 @@ def test_functions_that_are_none(module: str) -> None:
 def test_batches_hold_as_much_as_the_budget_lets_them() -> None:
     lengths = [5, 1, 3, 3, 9, 2]
     order = sorted(range(6), key=lambda i: lengths[i])
-    assert _batches(order, lengths, 10) == [[1, 5, 2], [3, 0], [4]]
-    assert _batches(order, lengths, 1000) == [order]
-    assert _batches(order, lengths, 1) == [[i] for i in order], "what exceeds the budget goes alone"
-    assert _batches([], [], 10) == []
+    assert _batches(order, lengths, 10, pads=True) == [[1, 5, 2], [3, 0], [4]]
+    assert _batches(order, lengths, 10, pads=False) == [[1, 5, 2, 3], [0], [4]]
+    for pads in (True, False):
+        assert _batches(order, lengths, 1000, pads=pads) == [order]
+        assert _batches(order, lengths, 1, pads=pads) == [[i] for i in order], "what exceeds the budget goes alone"
+        assert _batches([], [], 10, pads=pads) == []
 
 
 # Classifiers

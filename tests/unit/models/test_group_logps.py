@@ -377,10 +377,10 @@ def test_softcapped_scores_are_capped_whatever_was_asked_for() -> None:
 def test_other_mixers_fall_back_with_one_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = build(UNSUPPORTED[name]()).train()
     before = model.config._attn_implementation
-    with caplog.at_level(logging.WARNING, logger="plumbline.models.group_logps"):
+    with caplog.at_level(logging.WARNING, logger="plumbline.models.packed"):
         assert_same(model, copy.deepcopy(model), BATCHES["ragged"])
         group_logps(model, BATCHES["K=1"])
-    warnings = [record.message for record in caplog.records if record.name == "plumbline.models.group_logps"]
+    warnings = [record.message for record in caplog.records if record.name == "plumbline.models.packed"]
     assert len(warnings) == 1 and warnings[0].startswith(f"{type(model).__name__}: no shared-prefix forward")
     assert model.config._attn_implementation == before and model.training
     assert not supports_shared_prefix(model)

@@ -320,6 +320,14 @@ def test_only_what_has_figures_is_drawn(page: Page) -> None:
     assert page.tags.count("figure") == 10
 
 
+def test_the_page_opens_with_the_slow_side(tmp_path: Path) -> None:
+    idle = {"learner_idle": 0.7, "generator_idle": 0.1, "tokens_per_s": 90.0, "seconds": 10.0}
+    source = report(make_run(tmp_path / "run", CONFIG, [event("ple", 1, 10, **idle)])).source
+    sentence = source.index("Generators are the slow side: learners waited 70% of the time")
+    assert source.index("</h1>") < sentence < source.index('class="notices"')
+    assert "<code>fleet.generator.replicas</code>" in source
+
+
 def test_no_plot_of_nulls() -> None:
     assert plots([event("ple", 1, 0, loss=None, gap=None), event("ple", 2, 1, reward_plain=math.inf)], ["ple"]) == []
     assert plots([], ["ple"]) == []

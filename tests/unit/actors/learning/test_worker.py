@@ -157,6 +157,8 @@ def test_the_events_figures(run_dir: Path, tiny_model: Path) -> None:
         assert metrics["grad_norm"] > 0
         assert metrics["learner_work_s"] > 0
         assert metrics["learner_wait_s"] >= 0
+        assert metrics["learner_tokens_per_s"] > 0
+        assert "mfu" not in metrics and not [key for key in metrics if "gpu" in key], "there is no card here"
 
 
 def test_a_version_is_an_adapter_that_peft_loads_as_it_is(run_dir: Path, tiny_model: Path) -> None:
