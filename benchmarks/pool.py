@@ -46,6 +46,7 @@ from plumbline.config.data import Model
 from plumbline.config.file import parse_config
 from plumbline.config.fleet import GeneratorFleet, ScorerFleet
 from plumbline.config.pipelines import Ple
+from plumbline.config.section import planned
 from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.miniature.language import TARGET, sample_answer, sample_request
@@ -55,7 +56,7 @@ from plumbline.runs.policies import read_publication, version_directory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
-SETTINGS = GeneratorFleet(gpus=0.4 if DEVICE == "cuda" else 0, max_num_seqs=64, memory_share=0.4)
+SETTINGS = GeneratorFleet(cpus=1, gpus=0.4 if DEVICE == "cuda" else 0, max_num_seqs=64, memory_share=0.4)
 PROMPTS, MAX_TOKENS = 256, 64
 RECORDS, PART = 6144, 128
 ENGINES = (1, 2, 4, 8, 16, 32)
@@ -72,9 +73,9 @@ def engine_spec(model: Path, adapters: int = 4) -> EngineSpec:
         max_num_seqs=SETTINGS.max_num_seqs,
         max_lora_rank=8,
         max_adapters=adapters,
-        threads=SETTINGS.cpus,
+        threads=planned(SETTINGS.cpus),
         kv_cache_gib=SETTINGS.kv_cache_gib,
-        memory_share=SETTINGS.memory_share,
+        memory_share=planned(SETTINGS.memory_share),
         seed=0,
     )
 
@@ -284,7 +285,7 @@ async def records_per_s(directory: Path, out: Path, engines: int) -> float:
         events=EventLog(directory / "events.jsonl", lambda event: None),
         fleet=fleet,
     )
-    fleet.scorer = fleet.add_scorers(ScorerFleet(), ScorerSpec(function=REWARD))
+    fleet.scorer = fleet.add_scorers(ScorerFleet(gpus=0), ScorerSpec(function=REWARD))
     instant = [actor(Instant) for _ in range(engines)]
     await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
     spec = replace(engine_spec(out / "model"), max_num_seqs=GeneratorFleet().max_num_seqs)

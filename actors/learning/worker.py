@@ -26,6 +26,7 @@ from actors.metrics import LEARNER_LOSS, LEARNER_SAMPLES, LEARNER_SECONDS, LEARN
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
+from plumbline.config.section import planned
 from plumbline.errors import LossError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
@@ -115,7 +116,7 @@ class Worker:
     """The state of one worker: strategy, counters, what the last part gave."""
 
     def __init__(self, spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
-        set_up_torch(spec.section.learner.cpus)
+        set_up_torch(planned(spec.section.learner.cpus))
         torch.manual_seed(spec.seed)
         random.seed(spec.seed)
         self._spec, self._feed, self._rank, self._world = spec, feed, rank, world

@@ -1,10 +1,10 @@
-"""What a run asks of the machines it runs on: processors, GPUs, and resources that nodes offer by name."""
+"""What a placed run asks of the machines it runs on: processors, GPUs, and resources that nodes offer by name."""
 
 from collections import Counter
 from collections.abc import Mapping
 
 from plumbline.config.pipelines import Preference
-from plumbline.config.section import bounds
+from plumbline.config.section import Auto, bounds, planned
 from plumbline.config.tree import Config
 
 
@@ -18,7 +18,7 @@ def demand(config: Config, *, most: bool = False) -> Counter[str]:
     generator = fleet.generator
     total: Counter[str] = Counter()
     if config.methods:
-        engines = max(1, bounds(generator.replicas)[at])
+        engines = max(1, bounds(planned(generator.replicas))[at])
         total += _held(engines, generator.cpus, generator.gpus, generator.resources)
     if config.serve.enabled and config.serve.placement == "replicas":
         total += _held(bounds(config.serve.replicas)[at], generator.cpus, generator.gpus, config.serve.resources)
@@ -41,6 +41,6 @@ def named(config: Config) -> list[str]:
     return sorted(demand(config, most=True).keys() - {"CPU", "GPU"})
 
 
-def _held(count: int, cpus: float, gpus: float, resources: Mapping[str, float]) -> Counter[str]:
-    each = {"CPU": cpus, "GPU": gpus, **resources}
+def _held(count: int, cpus: float | Auto, gpus: float | Auto, resources: Mapping[str, float]) -> Counter[str]:
+    each = {"CPU": planned(cpus), "GPU": planned(gpus), **resources}
     return Counter({name: count * amount for name, amount in each.items()})

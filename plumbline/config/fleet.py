@@ -4,14 +4,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from plumbline.config.section import Count, Elastic, Resources, Section, Share
+from plumbline.config.section import AutoElastic, Count, Cpus, Gpus, MemoryShare, Resources, Section
 
 
 class GeneratorFleet(Section):
     """One engine an actor; `cpus` are threads and Ray resources alike."""
 
-    replicas: Elastic = Field(
-        default=1, description="engines, or bounds such as [1, 4] or [0, 4] between which their number follows the work"
+    replicas: AutoElastic = Field(
+        default="auto",
+        description="engines, or bounds such as [1, 4] or [0, 4] between which their number follows the work; "
+        "auto: as many as the GPUs have room for, 1 on CPUs",
     )
     scale_up_after: float = Field(
         default=5, ge=0, description="seconds that requests wait before more engines start; without any, none"
@@ -19,12 +21,14 @@ class GeneratorFleet(Section):
     scale_down_after: float = Field(
         default=60, gt=0, description="seconds in which one engine less would have done, before one leaves"
     )
-    cpus: Count = Field(default=1, description="of an engine")
-    gpus: float = Field(default=0, ge=0, description="of an engine")
+    cpus: Cpus = Field(default="auto", description="of an engine")
+    gpus: Gpus = Field(
+        default="auto", description="of an engine, a share of one below 1; 2 or more hold one model together"
+    )
     resources: Resources = Field(default={})
     max_num_seqs: Count = Field(default=256, description="sequences that an engine decodes together")
     kv_cache_gib: float = Field(default=0.5, gt=0, description="on CPUs")
-    memory_share: Share = Field(default=0.85, description="of a GPU's memory")
+    memory_share: MemoryShare = Field(default="auto", description="of each of its GPUs' whole memory")
 
 
 class ScorerFleet(Section):
@@ -32,7 +36,7 @@ class ScorerFleet(Section):
 
     replicas: Count = Field(default=1, description="of each reward")
     cpus: float = Field(default=0, ge=0, description="Ray resources; 0 shares the machine")
-    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})
 
 
@@ -40,8 +44,8 @@ class ReferenceFleet(Section):
     """The frozen π0: reference log-probs of DPO, contrastive log-probs of DLMA."""
 
     replicas: Count = Field(default=1, description="copies of the model")
-    cpus: Count = Field(default=1, description="threads; they share the machine, as Ray resources they count 0")
-    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    cpus: Cpus = Field(default="auto", description="threads; they share the machine, as Ray resources they count 0")
+    gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})
     batch_tokens: Count = Field(default=8192, description="tokens of one forward")
     cache: str | None = Field(
@@ -55,7 +59,7 @@ class Embedder(Section):
 
     path: str = Field(description="its directory, or a name of the hub that is in the cache")
     replicas: Count = Field(default=1, description="copies of the model")
-    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})
     batch_size: Count = Field(default=64, description="texts of one forward")
 

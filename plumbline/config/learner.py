@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plumbline.config.section import Count, Elastic, Resources, Section, bounds
+from plumbline.config.section import Count, Cpus, Elastic, Gpus, Resources, Section, bounds
 
 
 class LoraPolicy(Section):
@@ -34,8 +34,8 @@ class Learner(Section):
     workers: Elastic = Field(
         default=1, description="or bounds such as [1, 4]: as many as the cluster has room for, looked at every minute"
     )
-    cpus: Count = Field(default=1, description="threads a worker")
-    gpus: float = Field(default=0, ge=0, description="a worker")
+    cpus: Cpus = Field(default="auto", description="threads a worker")
+    gpus: Gpus = Field(default="auto", description="a worker, a share of one below 1")
     resources: Resources = Field(default={})
     optimizer: Literal["adamw", "rmsprop"] = Field(default="adamw", description="DLMA's code has rmsprop")
     lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate, at its highest")

@@ -425,6 +425,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def see(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr("plumbline.placement.machine.gpu_gib", lambda index: 80.0)
 
     return see
 
@@ -551,6 +552,7 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LOOKS = ["versions", "model", "reward", "data", "devices", "memory", "storage", "run directory", "tracking", "ports"]
+LOOKS += ["placement"]
 
 
 @pytest.mark.usefixtures("enough_memory")
