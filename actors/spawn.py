@@ -34,8 +34,9 @@ from actors.weights import PolicyStore
 from plumbline import importing
 from plumbline.config.fleet import Embedder as EmbedderFleet
 from plumbline.config.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
-from plumbline.config.section import bounds
-from plumbline.errors import LostError, PlumblineError, RunError, in_one_line
+from plumbline.config.section import bounds, planned
+from plumbline.errors import ConfigError, LostError, PlumblineError, RunError, in_one_line
+from plumbline.placement.machine import Machine, this_machine
 from plumbline.records import PolicyRef, Publication, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
 
@@ -93,6 +94,40 @@ def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+def look_at_cluster() -> Machine:
+    """The nodes of the cluster of RAY_ADDRESS, as they are now; joins it and leaves it again where need be.
+
+    Raises:
+        ConfigError: it does not answer, or torch sees no GPU on a node that offers some.
+    """
+    joined = ray.is_initialized()
+    try:
+        if not joined:
+            start_ray(0)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
+        gpus = {node: count for node, count in gpus.items() if count}
+        look = ray.remote(this_machine)
+        # Without a GPU of its own a task sees all of them, also those that are taken.
+        places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in gpus]
+        seen = ray.get([look.options(num_cpus=0, scheduling_strategy=place).remote() for place in places])
+    except (ConnectionError, RayError) as error:
+        raise ConfigError(f"RAY_ADDRESS: the cluster does not answer ({in_one_line(error)})") from None
+    finally:
+        if not joined:
+            stop_ray()
+    if any(machine.gpus == 0 for machine in seen):
+        raise ConfigError("RAY_ADDRESS: a node offers GPUs, but torch sees none there; give it a driver for its CUDA")
+    return Machine(
+        gpus=sum(gpus.values()),
+        gib=min((machine.gib for machine in seen), default=0.0),
+        cpus=int(sum(node["Resources"].get("CPU", 0) for node in nodes)),
+        ram_gib=0.0,
+        per_node=min(gpus.values(), default=0),
+        cluster=True,
+    )
+
+
 def is_job() -> bool:
     """Whether this process is the entrypoint of a submitted job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -102,7 +137,7 @@ def missing(asked: Mapping[str, float]) -> list[tuple[str, float, float]]:
     """Resources of which all nodes together offer less now than is asked for; with what is asked, and what there is."""
     offered = ray.cluster_resources()
     each = ((name, amount, offered.get(name, 0.0)) for name, amount in sorted(asked.items()))
-    return [(name, amount, there) for name, amount, there in each if amount > there]
+    return [(name, amount, there) for name, amount, there in each if amount > there + 1e-6]
 
 
 def free() -> Mapping[str, float]:
@@ -157,8 +192,8 @@ class Fleet:
             # A lost call is not repeated: the pool asks another, and this one only once it has proved its versions.
             actor = ray.remote(Generator).options(
                 name=f"{self.label}/{name}",
-                num_cpus=settings.cpus,
-                num_gpus=settings.gpus,
+                num_cpus=planned(settings.cpus),
+                num_gpus=planned(settings.gpus),
                 resources=settings.resources,
                 max_concurrency=1000,
                 **{**_REPLACED, "max_task_retries": 0},
@@ -166,7 +201,7 @@ class Fleet:
             return actor.remote(name, choice, spec, list(probe), tolerance, fetch, keep, pinned)
 
         self._make_generator = make
-        for _ in range(bounds(settings.replicas)[0]):
+        for _ in range(bounds(planned(settings.replicas))[0]):
             self.add_generator()
 
     def add_generator(self) -> Any:
@@ -214,7 +249,7 @@ class Fleet:
         cpus: float = 0,
     ) -> list[Any]:
         actor = ray.remote(kind)
-        where = {"num_cpus": cpus, "num_gpus": settings.gpus, "resources": settings.resources, **_REPLACED}
+        where = {"num_cpus": cpus, "num_gpus": planned(settings.gpus), "resources": settings.resources, **_REPLACED}
         return [actor.options(name=self._name(role), **where).remote(spec) for _ in range(count)]
 
     def add_channel(self, slots: int, learner: str) -> Any:

@@ -47,6 +47,7 @@ from plumbline.config.data import Model
 from plumbline.config.file import parse_config
 from plumbline.config.fleet import GeneratorFleet, ScorerFleet
 from plumbline.config.pipelines import Ple
+from plumbline.config.section import planned
 from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.miniature.language import TARGET, sample_answer, sample_request
@@ -78,7 +79,7 @@ class Setup:
     def settings(self) -> GeneratorFleet:
         """Of one generator; another engine has room beside it on the same card."""
         gpu = self.device == "cuda"
-        return GeneratorFleet(gpus=0.4 if gpu else 0, max_num_seqs=256 if gpu else 64, memory_share=0.4)
+        return GeneratorFleet(cpus=1, gpus=0.4 if gpu else 0, max_num_seqs=256 if gpu else 64, memory_share=0.4)
 
     @property
     def max_tokens(self) -> int:
@@ -95,9 +96,9 @@ def engine_spec(setup: Setup, model: Path, adapters: int = 4) -> EngineSpec:
         max_num_seqs=settings.max_num_seqs,
         max_lora_rank=8,
         max_adapters=adapters,
-        threads=settings.cpus,
+        threads=planned(settings.cpus),
         kv_cache_gib=settings.kv_cache_gib,
-        memory_share=settings.memory_share,
+        memory_share=planned(settings.memory_share),
         seed=0,
     )
 
@@ -314,7 +315,7 @@ async def records_per_s(setup: Setup, model: Path, engines: int) -> float:
         events=EventLog(directory / "events.jsonl", lambda event: None),
         fleet=fleet,
     )
-    fleet.scorer = fleet.add_scorers(ScorerFleet(), ScorerSpec(function=REWARD))
+    fleet.scorer = fleet.add_scorers(ScorerFleet(gpus=0), ScorerSpec(function=REWARD))
     instant = [actor(Instant) for _ in range(engines)]
     await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
     spec = replace(engine_spec(setup, model), max_num_seqs=GeneratorFleet().max_num_seqs)

@@ -140,9 +140,11 @@ def resume_command(options: argparse.Namespace) -> int:
 
 def _run(config: Any, run_dir: Path) -> int:
     from actors.engines.check import check_engine
+    from actors.machine import find_machine
     from plumbline.doctor import check
 
-    checked = check(config, run_dir, check_engine)  # before Ray and vLLM are even imported: wrong input is told at once
+    # Before Ray and vLLM are even imported: wrong input is told at once.
+    checked = check(config, run_dir, check_engine, find_machine)
 
     from cli.display import Display, duration, result_text
     from pipelines.run import run
@@ -154,7 +156,7 @@ def _run(config: Any, run_dir: Path) -> int:
     if config.serve.enabled:
         from serve.live import LiveEndpoint
 
-        endpoint = LiveEndpoint(config)
+        endpoint = LiveEndpoint(checked.placed.plan.config)
     with Display() as display:
         result = run(config, run_dir, display, checked, endpoint)
     print(result_text(result))
@@ -172,11 +174,12 @@ def evaluate_command(options: argparse.Namespace) -> int:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{options.run_dir}: no run directory: there is no config.yaml in it")
 
+    from actors.machine import find_machine
     from cli.display import Display, result_text
     from pipelines.run import compare
 
     with Display() as display:
-        result = compare(run_dir, options.of or ["base", *servable(run_dir)], options.prompts, display)
+        result = compare(run_dir, options.of or ["base", *servable(run_dir)], options.prompts, display, find_machine)
     print(result_text(result))
     return 0
 
@@ -192,15 +195,18 @@ def report_command(options: argparse.Namespace) -> int:
 def doctor_command(options: argparse.Namespace) -> int:
     """`plumbline doctor`: everything is looked at; the exit code is 2 where a run would fail."""
     from actors.engines.check import check_engine
+    from actors.machine import find_machine
     from plumbline.config.file import load_config
     from plumbline.doctor import examine
 
     config = load_config(options.config, options.overrides)
     errors = 0
-    for finding in examine(config, options.run_dir or Path("runs") / config.name, check_engine):
+    for finding in examine(config, options.run_dir or Path("runs") / config.name, check_engine, find_machine):
         errors += finding.error is not None
         stream = sys.stderr if finding.error else sys.stdout
         print(f"{'FAIL' if finding.error else 'ok  '} {finding.what}: {finding.note}", file=stream)
+        if finding.table:
+            print(finding.table)
     return 2 if errors else 0
 
 

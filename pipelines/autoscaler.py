@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.spawn import ask, gather, started
 from pipelines.context import Context
-from plumbline.config.section import bounds
+from plumbline.config.section import bounds, planned
 from plumbline.errors import LostError, RunError
 from plumbline.records import PolicyRef
 
@@ -27,7 +27,7 @@ EVERY = 0.5
 async def autoscale(context: Context) -> None:
     """Look after the pool's generators until cancelled. Where one fails for good, the pool does."""
     settings = context.config.fleet.generator
-    low, high = bounds(settings.replicas)
+    low, high = bounds(planned(settings.replicas))
     scaler = Scaler(low=low, high=high, up_after=settings.scale_up_after, down_after=settings.scale_down_after)
     try:
         async with Autoscaler(context, scaler) as autoscaler:

@@ -22,6 +22,7 @@ from pipelines.pool import Pool
 from plumbline.config.data import ClassifierReward, Reward
 from plumbline.config.demand import beside_sft, reference_replicas
 from plumbline.config.pipelines import Preference
+from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.data.prompting import encode_response, render
 from plumbline.doctor import Checked
@@ -31,13 +32,14 @@ from plumbline.runs.policies import model_path
 from plumbline.runs.storage import Storage
 
 
-def make_context(config: Config, run_dir: Path, checked: Checked, storage: Storage, events: EventLog) -> Context:
-    """What all pipelines share, with an empty fleet."""
+def make_context(run_dir: Path, checked: Checked, storage: Storage, events: EventLog) -> Context:
+    """What all pipelines share, with an empty fleet, by the config that was placed."""
+    config = checked.placed.plan.config
     return Context(
         config=config,
         run_dir=run_dir,
-        device=checked.device,
-        dtype=checked.dtype,
+        device=checked.placed.device,
+        dtype=checked.placed.dtype,
         tokenizer=checked.tokenizer,
         prompts=checked.prompts,
         events=events,
@@ -111,7 +113,7 @@ def place_fleet(context: Context, model_path: str, *, train: bool) -> None:
         add_reference(context, model_path)
     if train and config.embedder and any(p.embeds for p in config.methods):
         one = config.embedder
-        device = "cuda" if one.gpus else "cpu"
+        device = "cuda" if planned(one.gpus) else "cpu"
         fleet.add_embedders(one, EmbedderSpec(path=one.path, device=device, batch_size=one.batch_size))
     if train:
         fleet.trainer()  # loads meanwhile
@@ -139,8 +141,8 @@ def add_reference(context: Context, model_path: str) -> None:
         spec = ReferenceSpec(
             model_path=model_path,
             dtype=context.dtype,
-            device="cuda" if settings.gpus else "cpu",
-            threads=settings.cpus,
+            device="cuda" if planned(settings.gpus) else "cpu",
+            threads=planned(settings.cpus),
             batch_tokens=settings.batch_tokens,
             cache=logp_cache(context),
             quantize=context.config.reference_quantize,
@@ -174,7 +176,7 @@ def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scor
             reads=reward.reads,
             max_len=reward.max_len,
             batch_tokens=reward.batch_tokens,
-            device="cuda" if context.config.fleet.scorer.gpus else "cpu",
+            device="cuda" if planned(context.config.fleet.scorer.gpus) else "cpu",
         )
     else:
         spec = ScorerSpec(function=reward.function)

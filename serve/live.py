@@ -2,6 +2,7 @@
 
 from actors.engines.seam import engine_spec
 from actors.engines.start import resolve_engine
+from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 from plumbline.runs.endpoint import LiveRun
@@ -10,7 +11,7 @@ from serve.replica import ReplicaSpec
 
 
 class LiveEndpoint:
-    """A `plumbline.runs.endpoint.RunEndpoint` on Ray Serve.
+    """A `plumbline.runs.endpoint.RunEndpoint` on Ray Serve, by a config that was placed.
 
     Raises:
         ConfigError: the run cannot be served so.
@@ -32,7 +33,7 @@ class LiveEndpoint:
         settings, generator = self._config.serve, self._config.fleet.generator
         replica = self._replica(run) if settings.placement == "replicas" else None
         served = Served(run_dir=run.run_dir, live=run.policies, store=run.store, replica=replica)
-        start_endpoint(settings, served, self._keys, generator.cpus, generator.gpus)
+        start_endpoint(settings, served, self._keys, planned(generator.cpus), planned(generator.gpus))
 
     async def ready(self) -> str:
         """See `wait_for_endpoint`."""

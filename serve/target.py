@@ -5,17 +5,21 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from actors.engines.seam import EngineSpec, engine_spec
+from actors.machine import find_machine
 from actors.proof import TOLERANCE
 from actors.spawn import start_ray, stop_ray
 from plumbline.config.file import load_config
 from plumbline.config.fleet import GeneratorFleet
+from plumbline.config.section import planned
 from plumbline.config.serving import Serve
 from plumbline.config.tree import Config
-from plumbline.doctor import resolve_device, resolve_dtype, run_device, run_tokenizer
+from plumbline.doctor import run_tokenizer
 from plumbline.errors import ModelError
+from plumbline.placement.memory import adapter_slots
+from plumbline.placement.sizes import read_shape
+from plumbline.placement.start import place_engines, resolve_device, resolve_dtype, run_device
 from plumbline.runs.policies import base_directory, read_probe
 from plumbline.runs.promotions import Catalog
 from serve.deploy import Served, check_settings, start_endpoint, wait_for_endpoint
@@ -48,70 +52,94 @@ def read_target(path: Path, overrides: dict[str, object]) -> Target:
     """
     if (path / "config.yaml").is_file():
         config = load_config(path / "config.yaml")
-        return Target(
-            served=Served(run_dir=path, replica=_run_replica(config, path)),
-            settings=_settings(config.serve, overrides),
-            cpus=config.fleet.generator.cpus,
-            gpus=config.fleet.generator.gpus,
-        )
-    if (path / "config.json").is_file():
-        settings, device = _settings(Serve(), overrides), resolve_device("auto")
-        gpus = 1.0 if device == "cuda" else 0.0
-        return Target(
-            served=Served(run_dir=None, replica=_model_replica(path, settings, device)),
-            settings=settings,
-            cpus=1,
-            gpus=gpus,
-        )
-    raise ModelError(f"{path}: neither a run's directory (no config.yaml in it) nor a model's (no config.json)")
+        settings = _settings(config.serve, overrides)
+        generator, replica = _run_replica(config, path, settings)
+    elif (path / "config.json").is_file():
+        settings = _settings(Serve(), overrides)
+        generator, replica = _model_replica(path, settings)
+    else:
+        raise ModelError(f"{path}: neither a run's directory (no config.yaml in it) nor a model's (no config.json)")
+    run_dir = replica.run_dir
+    return Target(
+        served=Served(run_dir=run_dir, replica=replica),
+        settings=settings,
+        cpus=planned(generator.cpus),
+        gpus=planned(generator.gpus),
+    )
 
 
 def _settings(settings: Serve, overrides: dict[str, object]) -> Serve:
     return Serve.model_validate({**settings.model_dump(), **overrides, "placement": "replicas"})
 
 
-def _run_replica(config: Config, run_dir: Path) -> ReplicaSpec:
-    device = run_device(config)
+def _run_replica(config: Config, run_dir: Path, settings: Serve) -> tuple[GeneratorFleet, ReplicaSpec]:
+    """Engines over a run's versions, with the machine to themselves: the run has ended."""
+    machine, base, versions = find_machine(), base_directory(config, run_dir), 1 + settings.pinned
+    device = run_device(config, machine)
     dtype = resolve_dtype(config.model.dtype, device)
+    generator = place_engines(
+        config.fleet.generator,
+        machine,
+        device,
+        dtype,
+        read_shape(Path(base)),
+        engine=config.fleet.engine,
+        replicas=settings.most_replicas,
+        max_len=config.model.max_len,
+        slots=adapter_slots(config, versions),
+    )
+    fleet = config.fleet.model_copy(update={"generator": generator})
     spec = engine_spec(
-        config,
-        base_directory(config, run_dir),
+        config.model_copy(update={"fleet": fleet}),
+        base,
         dtype,
         device,
-        versions=1 + config.serve.pinned,
-        seats=config.fleet.generator.max_num_seqs,
+        versions=versions,
+        seats=generator.max_num_seqs,
         chat_template=run_tokenizer(config).chat_template,
     )
-    return ReplicaSpec(
+    replica = ReplicaSpec(
         engine=spec,
         probe=tuple(read_probe(run_dir)),
         tolerance=config.fleet.sync_tolerance or TOLERANCE[dtype],
         run_dir=run_dir,
         store_name=None,
     )
+    return generator, replica
 
 
-def _model_replica(path: Path, settings: Serve, device: Literal["cpu", "cuda"]) -> ReplicaSpec:
+def _model_replica(path: Path, settings: Serve) -> tuple[GeneratorFleet, ReplicaSpec]:
     from transformers import AutoConfig
 
-    defaults = GeneratorFleet()
+    machine = find_machine()
     longest = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", 2048)
-    dtype = resolve_dtype("auto", device)
+    device = resolve_device("auto", machine)
+    dtype, max_len = resolve_dtype("auto", device), min(longest, 8192)
+    generator = place_engines(
+        GeneratorFleet(),
+        machine,
+        device,
+        dtype,
+        read_shape(path),
+        replicas=settings.most_replicas,
+        max_len=max_len,
+        slots=(0, 0),
+    )
     spec = EngineSpec(
         model_path=str(path),
         dtype=dtype,
         device=device,
-        max_model_len=min(longest, 8192),
-        max_num_seqs=defaults.max_num_seqs,
+        max_model_len=max_len,
+        max_num_seqs=generator.max_num_seqs,
         max_lora_rank=8,
         max_adapters=1,
-        threads=defaults.cpus,
-        kv_cache_gib=defaults.kv_cache_gib,
-        memory_share=defaults.memory_share,
+        threads=planned(generator.cpus),
+        kv_cache_gib=generator.kv_cache_gib,
+        memory_share=planned(generator.memory_share),
         seed=0,
-        seats=defaults.max_num_seqs,
+        seats=generator.max_num_seqs,
     )
-    return ReplicaSpec(engine=spec, probe=(), tolerance=TOLERANCE[dtype], run_dir=None, store_name=None)
+    return generator, ReplicaSpec(engine=spec, probe=(), tolerance=TOLERANCE[dtype], run_dir=None, store_name=None)
 
 
 def serve_target(target: Target, ready: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from plumbline.config.learner import FullPolicy, LoraPolicy
+from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
@@ -99,9 +100,9 @@ def engine_spec(
         max_num_seqs=settings.max_num_seqs,
         max_lora_rank=max((policy.r for policy in adapters), default=8),
         max_adapters=0 if whole else versions,
-        threads=settings.cpus,
+        threads=planned(settings.cpus),
         kv_cache_gib=settings.kv_cache_gib,
-        memory_share=settings.memory_share,
+        memory_share=planned(settings.memory_share),
         seed=config.seed,
         seats=seats,
         chat_template=chat_template if isinstance(chat_template, str) else None,

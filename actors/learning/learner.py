@@ -17,6 +17,7 @@ from actors.channel import Box, Lease
 from actors.desk import Question
 from actors.learning.worker import LearnerSpec, train
 from actors.weights import BOXES_KEPT
+from plumbline.config.section import planned
 from plumbline.errors import PlumblineError, RunError, in_one_line
 from plumbline.records import Publication, Sample
 from plumbline.runs.policies import read_files
@@ -120,9 +121,10 @@ class Trainer:
 def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
     """The run itself. Raises TrainingFailedError."""
     learner = spec.section.learner
-    resources: dict[str, float] = {"CPU": learner.cpus, **learner.resources}
-    if learner.gpus:
-        resources["GPU"] = learner.gpus
+    gpus = planned(learner.gpus)
+    resources: dict[str, float] = {"CPU": planned(learner.cpus), **learner.resources}
+    if gpus:
+        resources["GPU"] = gpus
     TorchTrainer(
         worker_loop,
         train_loop_config={"spec": spec, "channel": channel, "store": store, "desk": desk},
@@ -130,7 +132,7 @@ def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
         torch_config=TorchConfig(backend="nccl" if spec.device == "cuda" else "gloo", timeout_s=86_400),
         scaling_config=ScalingConfig(
             num_workers=learner.workers,  # a pair are bounds: as many as the cluster has room for
-            use_gpu=learner.gpus > 0,
+            use_gpu=gpus > 0,
             resources_per_worker=resources,
         ),
         run_config=RunConfig(

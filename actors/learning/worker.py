@@ -39,6 +39,7 @@ from actors.metrics import (
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
+from plumbline.config.section import planned
 from plumbline.errors import ConfigError, LossError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.models.loading import first_not_finite
@@ -157,7 +158,7 @@ class Worker:
     """The state of one worker: strategy, counters, what the last part gave."""
 
     def __init__(self, spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
-        set_up_torch(spec.section.learner.cpus)
+        set_up_torch(planned(spec.section.learner.cpus))
         torch.manual_seed(spec.seed)
         random.seed(spec.seed)
         self._spec, self._feed, self._rank, self._world = spec, feed, rank, world

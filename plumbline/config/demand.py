@@ -1,12 +1,11 @@
-"""What a run asks of the machines it runs on: processors, GPUs, and resources that nodes offer by name."""
+"""What a placed run asks of the machines it runs on: processors, GPUs, and resources that nodes offer by name."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 
 from plumbline.config.learner import Learner
 from plumbline.config.pipelines import Preference
-from plumbline.config.section import bounds
+from plumbline.config.section import Auto, bounds, planned
 from plumbline.config.tree import Config
 
 
@@ -44,7 +43,7 @@ def _fleet(config: Config, at: int) -> Counter[str]:
     generator = fleet.generator
     total: Counter[str] = Counter()
     if config.methods:
-        engines = max(1, bounds(generator.replicas)[at])
+        engines = max(1, bounds(planned(generator.replicas))[at])
         total += _held(engines, generator.cpus, generator.gpus, generator.resources)
     rewards = bool(config.reward) + bool(config.evaluation and config.evaluation.judge)
     total += _held(rewards * fleet.scorer.replicas, fleet.scorer.cpus, fleet.scorer.gpus, fleet.scorer.resources)
@@ -56,15 +55,8 @@ def _fleet(config: Config, at: int) -> Counter[str]:
 
 def reference_replicas(config: Config) -> int:
     """Copies of π0 that a run has for its preference pipelines; 0 where their learners answer, or there are none."""
-    settings = config.fleet.reference
-    asking = [p for p in config.pipelines if isinstance(p, Preference)]
-    if not asking or settings.replicas == "learner":
-        return 0
-    if settings.replicas != "auto":
-        return settings.replicas
-    # A cluster's learners may be far from its generators, a CPU's have no time to spare.
-    one_box = not os.environ.get("RAY_ADDRESS") and all(p.keeps_base and p.learner.gpus for p in asking)
-    return 0 if one_box and not settings.gpus and not settings.resources else 1
+    replicas = planned(config.fleet.reference.replicas)
+    return 0 if replicas == "learner" or not any(isinstance(p, Preference) for p in config.pipelines) else replicas
 
 
 def named(config: Config) -> list[str]:
@@ -76,6 +68,6 @@ def _workers(learner: Learner, at: int) -> Counter[str]:
     return _held(bounds(learner.workers)[at], learner.cpus, learner.gpus, learner.resources)
 
 
-def _held(count: int, cpus: float, gpus: float, resources: Mapping[str, float]) -> Counter[str]:
-    each = {"CPU": cpus, "GPU": gpus, **resources}
+def _held(count: int, cpus: float | Auto, gpus: float | Auto, resources: Mapping[str, float]) -> Counter[str]:
+    each = {"CPU": planned(cpus), "GPU": planned(gpus), **resources}
     return Counter({name: count * amount for name, amount in each.items()})

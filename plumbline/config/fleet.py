@@ -4,15 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from plumbline.config.section import Count, Elastic, Resources, Section, Share
+from plumbline.config.section import Auto, AutoElastic, Count, Cpus, Gpus, MemoryShare, Resources, Section
 from plumbline.config.vllm_arguments import VllmArguments
 
 
 class GeneratorFleet(Section):
     """One engine an actor; `cpus` are threads and Ray resources alike."""
 
-    replicas: Elastic = Field(
-        default=1, description="engines, or bounds such as [1, 4] or [0, 4] between which their number follows the work"
+    replicas: AutoElastic = Field(
+        default="auto",
+        description="engines, or bounds such as [1, 4] or [0, 4] between which their number follows the work; "
+        "auto: as many as the GPUs have room for, 1 on CPUs",
     )
     scale_up_after: float = Field(
         default=5, ge=0, description="seconds that requests wait before more engines start; without any, none"
@@ -20,20 +22,20 @@ class GeneratorFleet(Section):
     scale_down_after: float = Field(
         default=60, gt=0, description="seconds in which one engine less would have done, before one leaves"
     )
-    cpus: Count = Field(default=1, description="of an engine")
-    gpus: float = Field(
-        default=0, ge=0, description="of an engine: a share of one, or a whole number that its model is cut over"
+    cpus: Cpus = Field(default="auto", description="of an engine")
+    gpus: Gpus = Field(
+        default="auto", description="of an engine: a share of one, or a whole number that its model is cut over"
     )
     resources: Resources = Field(default={})
     max_num_seqs: Count = Field(default=256, description="sequences that an engine decodes together")
     kv_cache_gib: float = Field(default=0.5, gt=0, description="on CPUs")
-    memory_share: Share = Field(default=0.85, description="of a GPU's memory")
+    memory_share: MemoryShare = Field(default="auto", description="of each of its GPUs' whole memory")
     vllm: VllmArguments = Field(default={})
 
     @field_validator("gpus")
     @classmethod
-    def _share_or_whole(cls, gpus: float) -> float:
-        if gpus > 1 and gpus != int(gpus):
+    def _share_or_whole(cls, gpus: float | Auto) -> float | Auto:
+        if gpus != "auto" and gpus > 1 and gpus != int(gpus):
             raise ValueError("above 1 it should be a whole number, which the model is cut over, such as 2")
         return gpus
 
@@ -43,7 +45,7 @@ class ScorerFleet(Section):
 
     replicas: Count = Field(default=1, description="of each reward")
     cpus: float = Field(default=0, ge=0, description="Ray resources; 0 shares the machine")
-    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})
 
 
@@ -63,8 +65,8 @@ class ReferenceFleet(Section):
         description="copies of the model; learner: none, each pipeline's learner answers, by its model without the "
         "adapter; auto: that where all have GPUs of one machine and `lora`, else 1",
     )
-    cpus: Count = Field(default=1, description="threads; they share the machine, as Ray resources they count 0")
-    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    cpus: Cpus = Field(default="auto", description="threads; they share the machine, as Ray resources they count 0")
+    gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})
     batch_tokens: Count = Field(default=8192, description="tokens of one forward; of a learner, its `micro_tokens`")
     cache: str | None = Field(
@@ -78,7 +80,7 @@ class Embedder(Section):
 
     path: str = Field(description="its directory, or a name of the hub that is in the cache")
     replicas: Count = Field(default=1, description="copies of the model")
-    gpus: float = Field(default=0, ge=0, description="of a replica, a share of one where it is below 1")
+    gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})
     batch_size: Count = Field(default=64, description="texts of one forward")
 

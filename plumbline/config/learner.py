@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from plumbline.config.section import Count, Elastic, Resources, Section, bounds
+from plumbline.config.section import Count, Cpus, Elastic, Gpus, Resources, Section, bounds
 
 
 def _names(value: Any) -> Any:
@@ -52,8 +52,8 @@ class Learner(Section):
     workers: Elastic = Field(
         default=1, description="or bounds such as [1, 4]: as many as the cluster has room for, looked at every minute"
     )
-    cpus: Count = Field(default=1, description="threads a worker")
-    gpus: float = Field(default=0, ge=0, description="a worker")
+    cpus: Cpus = Field(default="auto", description="threads a worker")
+    gpus: Gpus = Field(default="auto", description="a worker, a share of one below 1")
     resources: Resources = Field(default={})
     quantize: Literal["nf4"] | None = Field(
         default=None,

@@ -29,29 +29,25 @@ data:
   train: {path: prompts.jsonl, columns: {prompt: question, target: answer}}
   heldout: {path: heldout.jsonl}
   max_prompt_tokens: 256
-fleet:
-  generator: {replicas: 2, gpus: 1}
-  scorer: {gpus: 0.5}
-  reference: {gpus: 0.5}
 reward: {type: classifier, path: /models/reward}
 embedder: {path: /models/sentence-embedder}
-sft: {epochs: 1, learner: {lr: 5.0e-6, batch_size: 128, gpus: 1}}
+sft: {epochs: 1, learner: {lr: 5.0e-6, batch_size: 128}}
 pipelines:
   - type: ple
     principle: harmless
     replay_window: 1
     generation: {max_tokens: 512}
-    learner: {lr: 2.0e-4, schedule: cosine, gpus: 1}
+    learner: {lr: 2.0e-4, schedule: cosine}
   - type: dlma
     contrast: {preset: harmless}
     generation: {max_tokens: 512}
-    learner: {lr: 2.0e-5, warmup: 150, gpus: 1}
+    learner: {lr: 2.0e-5, warmup: 150}
   - type: self_contrast
     samples: 32
     keep: 0.25
     negatives: 8
     generation: {max_tokens: 512}
-    learner: {lr: 2.0e-5, gpus: 1}
+    learner: {lr: 2.0e-5}
 evaluation:
   prompts: 512
   judge: {type: classifier, path: /models/judge}

@@ -1,7 +1,7 @@
 """What every section of a config is made of. Used by `plumbline.config.tree` and `plumbline.config.fleet`."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -33,7 +33,7 @@ Resources = Annotated[
 
 
 def _in_order(value: Any) -> Any:
-    """One line for what is neither a count nor bounds: a union's own errors name its kinds, which no config has."""
+    """One line for what is neither a count nor bounds: see `_gpus`."""
     pair = list(value) if isinstance(value, list | tuple) else [value, value]
     whole = all(isinstance(one, int) and not isinstance(one, bool) for one in pair)
     if not whole or len(pair) != 2 or not 0 <= pair[0] <= pair[1] or pair[1] < 1:
@@ -42,8 +42,49 @@ def _in_order(value: Any) -> Any:
     return tuple(pair) if isinstance(value, list) else value
 
 
+Auto = Literal["auto"]
+"""`plumbline.placement` puts a number in its place before anything is started."""
+T = TypeVar("T")
+
+
+def _gpus(value: Any) -> Any:
+    """One line for what is no such number: a union's own errors name its kinds, which no config has."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (number and value >= 0 and (value < 1 or value == int(value))):
+        raise ValueError("should be auto, a share of one below 1, or a whole number")
+    return value
+
+
+def _cpus(value: Any) -> Any:
+    if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        raise ValueError("should be auto, or a whole number of 1 or more")
+    return value
+
+
+def _share(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (number and 0 < value <= 1):
+        raise ValueError("should be auto, or a share above 0 and at most 1")
+    return value
+
+
+Gpus = Annotated[Annotated[float, Field(ge=0)] | Auto, BeforeValidator(_gpus)]
+Cpus = Annotated[Count | Auto, BeforeValidator(_cpus)]
+MemoryShare = Annotated[Share | Auto, BeforeValidator(_share)]
+
+
+def planned(value: T | Auto) -> T:
+    """A number that is `auto` no more. What starts and counts processes reads a config after `plumbline.placement`."""
+    assert value != "auto", "a config that was not placed"
+    return value  # pyright: ignore[reportReturnType]
+
+
 Elastic = Annotated[Count | tuple[Annotated[int, Field(ge=0)], Count], BeforeValidator(_in_order)]
 """How many there are, 1 or more; or the bounds between which that changes, of which the lower may be 0."""
+AutoElastic = Annotated[
+    Count | tuple[Annotated[int, Field(ge=0)], Count] | Auto,
+    BeforeValidator(lambda value: value if value == "auto" else _in_order(value)),
+]
 
 
 def bounds(count: int | tuple[int, int]) -> tuple[int, int]:

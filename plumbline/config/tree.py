@@ -45,7 +45,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> "Config":
-        if self.serve.enabled and self.serve.placement == "pool" and not bounds(self.fleet.generator.replicas)[0]:
+        replicas = self.fleet.generator.replicas
+        if self.serve.enabled and self.serve.placement == "pool" and replicas != "auto" and not bounds(replicas)[0]:
             raise ValueError(
                 "`fleet.generator.replicas` may be none, and `serve.placement: pool` has them answer users; "
                 "let its lower bound be 1, or serve with `placement: replicas`"

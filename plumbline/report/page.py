@@ -186,7 +186,7 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     kind = _at(model, "init").get("model_type", "unknown")
     yield "Model", Path(path).name if path else f"{kind}, random weights", path
     yield "Seed", str(config.get("seed", 0)), ""
-    gpus = f", {pool['gpus']} GPU each" if pool.get("gpus") else ""
+    gpus = f", {pool['gpus']} GPU each" if pool.get("gpus", "auto") not in (0, "auto") else ""
     yield "Engine", str(_at(config, "fleet").get("engine", "auto")), f"generators: {pool.get('replicas', 1)}{gpus}"
     if reward:
         yield "Reward", str(reward.get("type")), str(reward.get("function") or reward.get("path"))

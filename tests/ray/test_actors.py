@@ -87,7 +87,7 @@ def test_our_errors_come_out_of_ray_as_themselves(error: Exception) -> None:
 def test_a_scorer_reads_a_ref_that_its_caller_never_read() -> None:
     async def scenario() -> None:
         fleet = start_fleet(keep=2)
-        [scorer] = fleet.add_scorers(ScorerFleet(), ScorerSpec(function="plumbline.miniature.reward:score"))
+        [scorer] = fleet.add_scorers(ScorerFleet(gpus=0), ScorerSpec(function="plumbline.miniature.reward:score"))
         query = Query(
             messages=(
                 Message(role="user", content="Please tell me about the looks and the talents of the moss for my blog."),
@@ -107,7 +107,7 @@ def test_a_scorer_reads_a_ref_that_its_caller_never_read() -> None:
 def test_a_reward_that_cannot_be_loaded_says_so() -> None:
     async def scenario() -> None:
         fleet = start_fleet(keep=2)
-        [scorer] = fleet.add_scorers(ScorerFleet(), ScorerSpec(function="no.such.module:score"))
+        [scorer] = fleet.add_scorers(ScorerFleet(gpus=0), ScorerSpec(function="no.such.module:score"))
         try:
             with pytest.raises((ConfigError, RunError), match=r"no\.such"):
                 await ask(scorer.ready.remote())

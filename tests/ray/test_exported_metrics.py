@@ -59,7 +59,7 @@ def wait_for(expected: dict[str, float], seconds: float = 120) -> None:
 def test_what_actors_and_the_driver_count_is_exported_by_their_node_and_gauges_stay() -> None:
     async def scenario() -> Any:
         fleet = start_fleet(keep=2)
-        [scorer] = fleet.add_scorers(ScorerFleet(), ScorerSpec(function="plumbline.miniature.reward:score"))
+        [scorer] = fleet.add_scorers(ScorerFleet(gpus=0), ScorerSpec(function="plumbline.miniature.reward:score"))
         message = Message(
             role="user", content="Please tell me about the looks and the talents of the moss for my blog."
         )

@@ -67,7 +67,7 @@ def part(step: int) -> list[Sample]:
 
 
 def spec_of(run_dir: Path, model: Path, case: Case, **learner: Any) -> LearnerSpec:
-    settings = {**PLAIN, **case.extra, **learner}
+    settings = {**PLAIN, "cpus": 1, "gpus": 0, **case.extra, **learner}
     return LearnerSpec(
         section=SelfContrast.model_validate(
             {"type": "self_contrast", "policy": {"type": case.policy}, "learner": settings}

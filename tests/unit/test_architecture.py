@@ -21,6 +21,7 @@ HOUSE = """
     plumbline.report
     plumbline.tracking
     plumbline.miniature
+    plumbline.placement
     plumbline.doctor
     actors
     pipelines  serve

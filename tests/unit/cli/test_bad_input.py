@@ -433,6 +433,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def see(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr("plumbline.placement.machine.gpu_gib", lambda index: 80.0)
 
     return see
 
@@ -559,6 +560,8 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LOOKS = ["versions", "model", "reward", "data", "devices", "memory", "storage", "run directory", "tracking", "ports"]
+PLAN = ["role", "generator", "scorer", "learner of ple"]
+"""First words of the table that follows."""
 
 
 @pytest.mark.usefixtures("enough_memory")
@@ -567,7 +570,9 @@ def test_doctor_finds_nothing_wrong(world: World, capsys: pytest.CaptureFixture[
     assert main(["doctor", path, "--run-dir", str(world.run_dir)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert [line.split(":")[0] for line in captured.out.splitlines()] == [f"ok   {look}" for look in LOOKS]
+    lines = captured.out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-4]] == [f"ok   {look}" for look in [*LOOKS, "placement"]]
+    assert [line.split("  ")[0] for line in lines[-4:]] == PLAN
     holds(captured.out, "llama in ", "train: 8 rows, heldout: 8 rows")
     assert world.files() == before
 
@@ -598,7 +603,7 @@ def test_doctor_names_all_that_is_wrong(
     failed = [line.split(":")[0].removeprefix("FAIL ") for line in captured.err.splitlines()]
     assert failed == ["model", "reward", "data", "devices", "run directory", "ports"]
     fine = [line.split(":")[0].removeprefix("ok   ") for line in captured.out.splitlines()]
-    assert fine == ["versions", "memory", "storage", "tracking"]
+    assert fine == ["versions", "memory", "storage", "tracking", "placement"], "none was made, which is no news"
     holds(
         captured.err,
         "no config.json",
@@ -619,7 +624,39 @@ def test_doctor_counts_memory(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     assert main(["doctor", world.write()]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    holds(line, "FAIL memory: memory: about 4.5 GiB are needed, 1.0 are free", "fleet.generator.replicas")
+    holds(line, "FAIL memory: memory: about 4.7 GiB are needed, 1.0 are free", "fleet.generator.replicas")
+
+
+@pytest.mark.usefixtures("enough_memory")
+def test_what_finds_no_room_is_told_with_what_would_help(
+    world: World,
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+    gpus: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A card of a few GiB: the table, the error, the exit code, and the same error at a run's start."""
+    gpus(1)
+    monkeypatch.setattr("plumbline.placement.machine.gpu_gib", lambda index: 2.0)
+    assert main(["doctor", world.write()]) == 2
+    captured = capsys.readouterr()
+    told = "placement: 1 GPU has no room for all at once (GiB: generator 2.5, learner of ple "
+    [line] = captured.err.splitlines()
+    holds(line, f"FAIL placement: {told}", "; of 2 GiB a GPU, 2 are dealt out; ")
+    assert [row.split("  ")[0] for row in captured.out.splitlines()[-4:]] == PLAN
+    holds(run(world, refused), told)
+
+
+@pytest.mark.usefixtures("enough_memory")
+def test_a_gpu_is_used_without_a_word_in_the_config(
+    world: World, capsys: pytest.CaptureFixture[str], gpus: Callable[[int], None]
+) -> None:
+    gpus(1)
+    assert main(["doctor", world.write()]) == 0
+    *_, generator, scorer, learner = capsys.readouterr().out.splitlines()
+    holds(generator, "GPU 0")
+    holds(learner, "GPU 0")
+    holds(scorer, "CPU")  # it is a function
 
 
 def test_doctor_misses_a_package(

@@ -10,7 +10,7 @@ import yaml
 from plumbline.config.file import dump_config, load_config, parse_config
 from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.pipelines import Ple, RewardModel, Sft
-from plumbline.config.section import bounds
+from plumbline.config.section import bounds, planned
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 
@@ -132,7 +132,7 @@ def test_overrides_reach_sections_lists_and_what_the_file_leaves_out(tmp_path: P
 )
 def test_a_number_of_generators_or_its_bounds(tmp_path: Path, given: str, least: int, most: int) -> None:
     config = load_config(written(tmp_path), [f"fleet.generator.replicas={given}"])
-    assert bounds(config.fleet.generator.replicas) == (least, most)
+    assert bounds(planned(config.fleet.generator.replicas)) == (least, most)
     kept = tmp_path / "kept.yaml"
     kept.write_text(dump_config(config))
     assert load_config(kept) == config, "a resumed run has the same"

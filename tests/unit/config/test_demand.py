@@ -1,5 +1,6 @@
 """Resources by name in a config: what is refused, what a run asks of its cluster, and where it then computes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,12 @@ import pytest
 
 from plumbline.config.demand import beside_sft, demand, named, reference_replicas
 from plumbline.config.file import load_config
-from plumbline.doctor import examine, run_device
+from plumbline.config.tree import Config
+from plumbline.doctor import examine
 from plumbline.errors import ConfigError
+from plumbline.placement.machine import Machine
+from plumbline.placement.plan import without_gpus
+from plumbline.placement.start import place, run_device
 from tests.tiny import tiny_config, write_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,8 +56,8 @@ def test_names_of_all_roles_are_asked_for(path: Path) -> None:
             "pipelines.0.learner.resources={learner: 1, big: 1}",
         ],
     )
-    assert named(asked) == ["big", "generator", "learner", "scorer"]
-    assert named(load_config(path)) == []
+    assert named(without_gpus(asked)) == ["big", "generator", "learner", "scorer"]
+    assert named(without_gpus(load_config(path))) == []
 
 
 def test_demand_is_of_all_that_runs_at_once() -> None:
@@ -68,6 +73,7 @@ def test_demand_is_of_all_that_runs_at_once() -> None:
         ],
     )
     names = {"big": 1, "small": 0.5, "generator": 1, "users": 1, "learner": 1.5}  # with the judge, two rewards
+    asked = without_gpus(asked)
     assert demand(asked) == {"CPU": 3 + 3 + 2 + 1 + 1, "GPU": 1 + 1 + 0.5 + 1, **names}
     names |= {"generator": 4, "users": 2, "learner": 2.5}
     assert demand(asked, most=True) == {"CPU": 4 * 3 + 2 * 3 + 2 * 2 + 1 + 1, "GPU": 4 + 2 + 0.5 + 2, **names}
@@ -80,8 +86,9 @@ DLMA = "pipelines=[{type: dlma, learner: {gpus: 1}}]"
     ("sets", "copies"),
     [
         ([DLMA], 0),
-        (["pipelines=[{type: dlma}]"], 1),  # on CPUs
-        (["pipelines=[{type: dlma, learner: {gpus: 1}}, {type: self_contrast, filter: false, negatives: 1}]"], 1),
+        (["pipelines=[{type: dlma}]"], 0),  # it is given a GPU
+        (["pipelines=[{type: dlma, learner: {gpus: 0}}]"], 1),
+        (["pipelines=[{type: dlma}, {type: self_contrast, filter: false, negatives: 1, learner: {gpus: 0}}]"], 1),
         (["pipelines=[{type: dlma, train: false, learner: {gpus: 1}}]"], 1),
         (["pipelines=[{type: dlma, policy: {type: full}, learner: {gpus: 1}}]"], 1),
         (["pipelines=[{type: dlma, learner: {gpus: 1, strategy: deepspeed, zero: 3}}]"], 1),
@@ -97,12 +104,16 @@ def test_a_copy_of_the_base_is_loaded_where_no_learner_on_this_machines_gpus_hol
     path: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str], copies: int
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    box = Machine(gpus=8, gib=80, cpus=16, ram_gib=256, per_node=8)
     config = load_config(path, sets)
-    assert reference_replicas(config) == copies
-    assert demand(config)["GPU"] == sum(p.learner.gpus for p in config.pipelines) + copies * config.fleet.reference.gpus
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    chosen = config.fleet.reference.replicas != "auto"
-    assert reference_replicas(config) == (copies if chosen else int(bool(sets))), "a cluster has a copy"
+    placed = place(config, box)
+    assert not placed.plan.problems
+    assert reference_replicas(placed.plan.config) == copies
+    assert any(row.role.startswith("reference") for row in placed.plan.rows) == bool(copies)
+    if config.fleet.reference.replicas == "auto" and sets:
+        on_cpus = place(load_config(path, [*sets, "fleet.device=cpu"]), replace(box, gpus=0))
+        assert reference_replicas(on_cpus.plan.config) == 1
+        assert reference_replicas(place(config, replace(box, cluster=True)).plan.config) == 1, "a cluster has a copy"
 
 
 @pytest.mark.parametrize("section", ["train: false", "policy: {type: full}", "learner: {strategy: deepspeed, zero: 3}"])
@@ -122,9 +133,12 @@ def test_what_is_no_number_of_references(path: Path, given: str) -> None:
 
 
 def test_sft_has_the_machine_to_itself_before_the_fleet_starts(path: Path) -> None:
+    def placed(overrides: list[str]) -> Config:
+        return without_gpus(load_config(path, overrides))
+
     shared = ["fleet.generator.gpus=0.5", "pipelines.0.learner.gpus=0.5"]
-    assert demand(load_config(path, [*shared, "sft={learner: {gpus: 1}}"]))["GPU"] == 1
-    assert demand(load_config(path, [*shared, "sft={learner: {gpus: 1, workers: 4}}"]))["GPU"] == 4
+    assert demand(placed([*shared, "sft={learner: {gpus: 1}}"]))["GPU"] == 1
+    assert demand(placed([*shared, "sft={learner: {gpus: 1, workers: 4}}"]))["GPU"] == 4
 
 
 def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,15 +154,17 @@ def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_driver_without_gpus_runs_a_cluster_that_has_some(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    cpus, gpus = load_config(path), load_config(path, ["fleet.generator.gpus=1"])
+    here = Machine(gpus=0, gib=0, cpus=2, ram_gib=8, per_node=0)
+    empty, full = replace(here, cluster=True), replace(here, gpus=4, gib=80, per_node=2, cluster=True)
+    auto, gpus = load_config(path), load_config(path, ["fleet.generator.gpus=1"])
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert run_device(gpus) == "cpu"
+    assert run_device(gpus, here) == "cpu"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert run_device(gpus) == "cuda"
-    assert run_device(cpus) == "cpu"
-    assert run_device(load_config(path, ["fleet.device=cpu", "fleet.generator.gpus=1"])) == "cpu"
-    assert run_device(load_config(path, ["fleet.device=cuda"])) == "cuda"
+    assert run_device(gpus, empty) == "cuda", "an autoscaler brings them"
+    assert run_device(auto, empty) == "cpu"
+    assert run_device(auto, full) == "cuda"
+    assert run_device(load_config(path, ["fleet.device=cpu", "fleet.generator.gpus=1"]), full) == "cpu"
+    assert run_device(load_config(path, ["fleet.device=cuda"]), empty) == "cuda"
 
 
 def test_beside_sft_stand_the_fleet_and_what_its_learner_may_grow_by(path: Path) -> None:
@@ -158,5 +174,5 @@ def test_beside_sft_stand_the_fleet_and_what_its_learner_may_grow_by(path: Path)
         "fleet.scorer.gpus=0.25",
         "pipelines.0.learner={gpus: 1, cpus: 5}",
     ]
-    asked = beside_sft(load_config(path, changes))
+    asked = beside_sft(without_gpus(load_config(path, changes)))
     assert asked == {"CPU": 2 * 3 + 3 * 2, "GPU": 2 * 0.5 + 0.25 + 3 * 1}, "the pipeline's learner starts later"

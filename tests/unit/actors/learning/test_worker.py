@@ -74,8 +74,10 @@ def parts_of(run_dir: Path, steps: int = STEPS) -> dict[int, list[Sample]]:
 
 def spec(run_dir: Path, model: Path, section: Ple | Sft | RewardModel | None = None, **learner: Any) -> LearnerSpec:
     settings = {"lr": 1e-2, "batch_size": 4, **learner}
+    given = section or Ple.model_validate({"type": "ple", "replay_window": 2, "learner": settings})
+    placed = given.learner.model_copy(update={"cpus": 1, "gpus": 0.0})
     return LearnerSpec(
-        section=section or Ple.model_validate({"type": "ple", "replay_window": 2, "learner": settings}),
+        section=given.model_copy(update={"learner": placed}),
         model=Model.model_validate({"path": str(model)}),
         dtype="float32",
         device="cpu",
