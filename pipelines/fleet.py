@@ -190,7 +190,7 @@ PROBE_GROUPS = {"float32": 16, "bfloat16": 64}
 def make_probe(config: Config, checked: Checked) -> tuple[TokenGroup, ...]:
     """Prompts with their targets, or with their own words where there are none: text the policy's changes show on."""
     groups: list[TokenGroup] = []
-    count = PROBE_GROUPS[checked.dtype]
+    count = PROBE_GROUPS[checked.placed.dtype]
     for prompt in checked.prompts[: 4 * count]:
         ids = render(checked.tokenizer, prompt.messages)[: config.model.max_len // 2]
         text = prompt.target or prompt.query

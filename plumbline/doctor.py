@@ -22,7 +22,7 @@ from plumbline.importing import PACKAGES
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.plan import without_gpus
 from plumbline.placement.roles import Part
-from plumbline.placement.start import Device, Placed, place, run_device
+from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
 from plumbline.records import Prompt
 from plumbline.runs.directory import check_run_dir

@@ -56,7 +56,8 @@ def _fleet(config: Config, at: int) -> Counter[str]:
 def reference_replicas(config: Config) -> int:
     """Copies of π0 that a run has for its preference pipelines; 0 where their learners answer, or there are none."""
     replicas = planned(config.fleet.reference.replicas)
-    return 0 if replicas == "learner" or not any(isinstance(p, Preference) for p in config.pipelines) else replicas
+    asked = any(isinstance(p, Preference) for p in config.pipelines)
+    return 0 if isinstance(replicas, str) or not asked else replicas
 
 
 def named(config: Config) -> list[str]:

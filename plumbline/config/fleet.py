@@ -35,7 +35,7 @@ class GeneratorFleet(Section):
     @field_validator("gpus")
     @classmethod
     def _share_or_whole(cls, gpus: float | Auto) -> float | Auto:
-        if gpus != "auto" and gpus > 1 and gpus != int(gpus):
+        if not isinstance(gpus, str) and gpus > 1 and gpus != int(gpus):
             raise ValueError("above 1 it should be a whole number, which the model is cut over, such as 2")
         return gpus
 

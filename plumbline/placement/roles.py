@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plumbline.config.data import ClassifierReward
+from plumbline.config.demand import reference_replicas
 from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.pipelines import Pipeline
 from plumbline.config.section import Auto, bounds

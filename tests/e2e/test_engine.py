@@ -294,7 +294,8 @@ def test_every_damaged_tensor_is_named_at_once(world: World, part: str, count: i
         "negative": lambda tensors: {n: -t if f"{part}.lora_B" in n else t for n, t in tensors.items()},
     }
     generator = world.generator(world.vllm)
-    adapters_of(generator)._engine = Damaging(world.vllm, damages[damage])
+    damaging: Any = Damaging(world.vllm, damages[damage])
+    adapters_of(generator)._engine = damaging
     with pytest.raises(SyncError, match=f"{count} of {MODULES} tensors in it are not the learner's") as caught:
         world.run(generator.load(ple(2)))
     assert part in caught.value.reason

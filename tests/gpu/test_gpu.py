@@ -155,6 +155,7 @@ def test_a_base_in_four_bits_learns_on_a_gpu(tmp_path: Path, optimizer: str) -> 
     from actors.learning.policy import LearnedPolicy
     from actors.learning.strategy import TorchStrategy, portion_of
     from plumbline.config.pipelines import Sft
+    from plumbline.runs.checkpoint import Checkpoint, write_manifest, write_pieces
 
     model = make_tiny_model(tmp_path / "model")
     learner = {"quantize": "nf4", "optimizer": optimizer}
@@ -170,6 +171,8 @@ def test_a_base_in_four_bits_learns_on_a_gpu(tmp_path: Path, optimizer: str) -> 
     other = TorchStrategy(
         LearnedPolicy(section, Model(path=str(model)), "bfloat16", "cuda", 0), section.learner, "cuda", 1
     )
-    other.load({name: tensor.cpu() for name, tensor in strategy.state().items()})
+    write_manifest(tmp_path, 1, [write_pieces(tmp_path, 1, strategy.state()).name], {})
+    with Checkpoint.opened(tmp_path, 1) as saved:
+        other.load(saved)
     found = [one.update(SftObjective(), portion, 1e-2).results[0].loss.item() for one in (strategy, other)]
     assert found[0] == pytest.approx(found[1], abs=1e-3)

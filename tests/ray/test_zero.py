@@ -1,7 +1,7 @@
 """ZeRO on processes of this machine: models that are never whole on a worker, and sums of gradients in float32."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from actors.learning.make_strategy import make_cut, make_strategy
 from actors.learning.objectives import SftObjective
 from actors.learning.policy import LearnedPolicy, load_model
-from actors.learning.strategy import MicroBatch, TorchStrategy
+from actors.learning.strategy import MicroBatch, Portion, TorchStrategy
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner
 from plumbline.config.pipelines import RewardModel, Sft
@@ -156,13 +156,30 @@ class OneLayer:
         return self.model.named_parameters()
 
 
+class Summed:
+    """A loss that is what the layer makes of ones."""
+
+    def __init__(self, dtype: str) -> None:
+        self._ones = torch.ones(1, 4, dtype=getattr(torch, dtype))
+
+    def forward(self, model: Any, groups: Sequence[TokenGroup]) -> Any:
+        return model(self._ones), torch.ones(1, 1)
+
+    def loss(self, scores: Any, samples: Sequence[Sample]) -> Any:
+        return scores[0].sum(), {}
+
+
+def portion(micros: list[MicroBatch]) -> Portion:
+    """As many forward passes as micro-batches."""
+    return Portion(micro_batches=micros, filler=TokenGroup([5], [[6]]), drafts=0, passes=len(micros))
+
+
 def norm_of_sums(stage: int, dtype: Literal["float32", "bfloat16"], shares: list[list[float]]) -> float:
     """The norm of the sum of gradients of these sizes, each worker's."""
     policy: Any = OneLayer(getattr(torch, dtype))
     strategy = make_strategy(policy, zero(stage).learner, dtype, "cpu", dist.get_world_size())
-    micros = [MicroBatch(samples=[], share=share) for share in shares[dist.get_rank()]]
-    ones = torch.ones(1, 4, dtype=getattr(torch, dtype))
-    return strategy.update(lambda model, _: (model(ones).sum(), {}), micros, 1e-3).grad_norm
+    micros = [MicroBatch(samples=[], share=share, passes=[[]]) for share in shares[dist.get_rank()]]
+    return strategy.update(Summed(dtype), portion(micros), 1e-3).grad_norm
 
 
 def norms_of_sums(shares: list[list[list[float]]]) -> dict[tuple[int, str, int], float]:
@@ -194,6 +211,11 @@ GROUPS = [TokenGroup(RNG.choices(range(5, 60), k=6), [RNG.choices(range(5, 60), 
 HALVES = [[Sample(group=group) for group in half] for half in (GROUPS[:4], GROUPS[4:])]
 
 
+def half(number: int) -> MicroBatch:
+    samples = HALVES[number]
+    return MicroBatch(samples=samples, share=0.5, passes=[[sample.group for sample in samples]])
+
+
 def losses_after(path: str, updates: int) -> dict[int, float]:
     """This worker's half of the mean loss of the last update, by stage; each has one of the two micro-batches."""
     found = {}
@@ -202,8 +224,8 @@ def losses_after(path: str, updates: int) -> dict[int, float]:
         section = zero(stage, weight_decay=0.1)
         policy = LearnedPolicy(section, Model(path=path), "bfloat16", "cpu", 0, make_cut(section.learner, "cpu"))
         strategy = make_strategy(policy, section.learner, "bfloat16", "cpu", 2)
-        micros = [MicroBatch(samples=HALVES[rank], share=0.5)]
-        losses = [strategy.update(SftObjective().loss, micros, 5e-5).results[0][0] for _ in range(updates)]
+        mine = portion([half(rank)])
+        losses = [strategy.update(SftObjective(), mine, 5e-5).results[0].loss for _ in range(updates)]
         found[stage] = 0.5 * losses[-1].item()
     return found
 
@@ -215,10 +237,9 @@ def test_bfloat16_learns_as_float32_does(model: Path) -> None:
     plain = TorchStrategy(
         LearnedPolicy(section, Model(path=str(model)), "float32", "cpu", 0), section.learner, "cpu", 1
     )
-    micros = [MicroBatch(samples=half, share=0.5) for half in HALVES]
+    both = portion([half(0), half(1)])
     means = [
-        sum(0.5 * loss.item() for loss, _ in plain.update(SftObjective().loss, micros, 5e-5).results)
-        for _ in range(100)
+        sum(0.5 * result.loss.item() for result in plain.update(SftObjective(), both, 5e-5).results) for _ in range(100)
     ]
     assert means[-1] < 0.9 * means[0]
     one, other = together(2, losses_after, str(model), 100)

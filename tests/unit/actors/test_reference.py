@@ -82,7 +82,9 @@ def generation(ids: Sequence[int], finish_reason: FinishReason = "stop") -> Gene
 def test_equals_the_plain_forward(tiny_model: Path, plain: Any, batch_tokens: int) -> None:
     reference = Reference(spec(tiny_model, batch_tokens=batch_tokens))
     rows = reference.logps(GROUPS)
-    assert forward.supports_shared_prefix(reference._model), "inference mode does not keep it from the one forward"
+    assert forward.supports_shared_prefix(reference._frozen._model), (
+        "inference mode does not keep it from the one forward"
+    )
     expected = [[plain(group.prompt_ids, response) for response in group.response_ids] for group in GROUPS]
     assert [len(row) for row in rows] == [2, 1, 3]
     assert flat(rows) == pytest.approx(flat(expected), rel=1e-4)
@@ -102,7 +104,7 @@ def test_the_model_is_frozen(tiny_model: Path, tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
     reference = Reference(spec(directory))
-    model = reference._model
+    model = reference._frozen._model
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert {getattr(m, "attention_dropout", 0.0) for m in model.modules()} == {0.0}
     assert reference.logps(GROUPS) == Reference(spec(tiny_model)).logps(GROUPS)

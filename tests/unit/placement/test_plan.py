@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from plumbline.config.demand import demand
+from plumbline.config.demand import demand, reference_replicas
 from plumbline.config.file import parse_config
 from plumbline.config.section import bounds, planned
 from plumbline.config.tree import Config
@@ -243,8 +243,8 @@ def shares(config: Config) -> list[float]:
     fleet = config.fleet
     found = [planned(fleet.generator.gpus)] * bounds(planned(fleet.generator.replicas))[0]
     found += [planned(fleet.scorer.gpus)] * fleet.scorer.replicas
-    if any(p.type != "ple" for p in config.pipelines):
-        found += [planned(fleet.reference.gpus)] * fleet.reference.replicas
+    if copies := reference_replicas(config):
+        found += [planned(fleet.reference.gpus)] * copies
     if config.embedder and any(p.embeds for p in config.methods):
         found += [planned(config.embedder.gpus)] * config.embedder.replicas
     for one in config.pipelines:

@@ -583,7 +583,7 @@ def raft(tmp_path: Path, model: Path, storage: Storage) -> tuple[Context, RaftMe
     class Store:
         async def published(self, ref: PolicyRef) -> Publication:
             assert ref.version >= 5, f"nobody publishes {ref}: this would wait for ever"
-            logps = {"probe_logps": [], "previous_probe_logps": [], "base_probe_logps": []}
+            logps: dict[str, Any] = {"probe_logps": [], "previous_probe_logps": [], "base_probe_logps": []}
             return Publication(ref=ref, files={}, metrics={"loss": 1.0}, **logps)
 
     fleet = SimpleNamespace(store=SimpleNamespace(wait=SimpleNamespace(remote=Store().published)))
