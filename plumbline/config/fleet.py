@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from plumbline.config.section import Auto, AutoElastic, Count, Cpus, Gpus, MemoryShare, Resources, Section
+from plumbline.config.section import AutoElastic, Count, Cpus, Gpus, MemoryShare, Resources, Section
 from plumbline.config.vllm_arguments import VllmArguments
 
 
@@ -31,13 +31,6 @@ class GeneratorFleet(Section):
     kv_cache_gib: float = Field(default=0.5, gt=0, description="on CPUs")
     memory_share: MemoryShare = Field(default="auto", description="of each of its GPUs' whole memory")
     vllm: VllmArguments = Field(default={})
-
-    @field_validator("gpus")
-    @classmethod
-    def _share_or_whole(cls, gpus: float | Auto) -> float | Auto:
-        if not isinstance(gpus, str) and gpus > 1 and gpus != int(gpus):
-            raise ValueError("above 1 it should be a whole number, which the model is cut over, such as 2")
-        return gpus
 
 
 class ScorerFleet(Section):
@@ -105,6 +98,7 @@ class Fleet(Section):
             raise ValueError(
                 "`generator.vllm` are arguments of vLLM, and `engine` is transformers; leave one of them out"
             )
-        if self.engine == "transformers" and self.generator.gpus > 1:
+        gpus = self.generator.gpus
+        if self.engine == "transformers" and not isinstance(gpus, str) and gpus > 1:
             raise ValueError("`engine: transformers` computes on one GPU, and `generator.gpus` asks for more; give 1")
         return self

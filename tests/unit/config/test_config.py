@@ -394,7 +394,7 @@ def test_how_many_versions_stay_on_disk() -> None:
 @pytest.mark.parametrize(
     ("generator", "message"),
     [
-        ({"gpus": 1.5}, "fleet.generator.gpus: above 1 it should be a whole number, which the model is cut over"),
+        ({"gpus": 1.5}, "fleet.generator.gpus: should be auto, a share of one below 1, or a whole number"),
         (
             {"vllm": {"max_model_len": 9}},
             "fleet.generator.vllm: `max_model_len` is not for this key: give `model.max_len`",
