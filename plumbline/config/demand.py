@@ -44,7 +44,7 @@ def reference_replicas(config: Config) -> int:
         return 0
     if settings.replicas != "auto":
         return settings.replicas
-    # A cluster's learners may be far from its generators, a CPU's have no time to spare.
+    # A cluster's learners may be far from its generators; on CPUs a small copy costs little and works beside them.
     one_box = not os.environ.get("RAY_ADDRESS") and all(p.keeps_base and p.learner.gpus for p in asking)
     return 0 if one_box and not settings.gpus and not settings.resources else 1
 
