@@ -55,7 +55,7 @@ def place(config: Config, machine: Machine, part: Part = "run") -> Placed:
 
 def _with_reference(config: Config, machine: Machine, device: Device) -> Config:
     """Who answers for π0, where that is left open: the learners, where all hold it on GPUs of one machine. A cluster's
-    may be far from its generators, a CPU's have no time to spare."""
+    may be far from its generators; on CPUs a small copy costs little and works beside them."""
     settings = config.fleet.reference
     if settings.replicas != "auto":
         return config

@@ -133,6 +133,16 @@ def dlma_answers(request: GenerateRequest) -> list[str]:
     return ["The goat eats grass." if kind == "positive" else "You waste my time."]
 
 
+def test_a_pipeline_asks_its_own_learner_where_that_answers(tmp_path: Path) -> None:
+    section = {"type": "dlma", "name": "mine", "generation": {"max_tokens": 16}}
+    run = context(tmp_path, section, dlma_answers, count=1, reference=contrast([1.0]))
+    mine, other = SimpleNamespace(**contrast([2.0])), SimpleNamespace(**contrast([3.0]))
+    method = DlmaMethod(run, section_of(section))
+    assert [row["margin"] for row in roll(method).rows] == [1.0], "a copy, which all share"
+    run.fleet.desks = {"other": other, "mine": mine}
+    assert [row["margin"] for row in roll(method).rows] == [2.0]
+
+
 def test_dlma_keeps_pairs_with_their_margin_and_says_why_not(tmp_path: Path) -> None:
     section = {"type": "dlma", "generation": {"max_tokens": 16}, "contrast": {"preset": "helpful"}}
     run = context(tmp_path, section, dlma_answers, count=5)
