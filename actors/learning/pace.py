@@ -1,12 +1,20 @@
 """How fast a learner's worker trains, how much of its cards that is, and what they did meanwhile. A worker has one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
 from actors.gpu import GpuWatch
+from actors.metrics import (
+    LEARNER_LOSS,
+    LEARNER_MFU,
+    LEARNER_SAMPLES,
+    LEARNER_SECONDS,
+    LEARNER_TOKENS,
+    LEARNER_UPDATES,
+)
 from plumbline.models.flops import card_peak, training_cost
 from plumbline.records import TokenGroup
 
@@ -40,3 +48,15 @@ class Pace:
             return {}
         before, self._seen = self._seen, self._watch.use
         return {f"learner_{key}": value for key, value in self._seen.since(before).items()}
+
+
+def count_part(pipeline: str, metrics: Mapping[str, float], groups: Sequence[TokenGroup], seconds: float) -> None:
+    """A part that was trained on, for Prometheus."""
+    LEARNER_UPDATES.inc(metrics["updates"], pipeline=pipeline)
+    LEARNER_SAMPLES.inc(len(groups), pipeline=pipeline)
+    LEARNER_TOKENS.inc(sum(group.tokens for group in groups), pipeline=pipeline)
+    LEARNER_SECONDS.observe(seconds, pipeline=pipeline)
+    if "loss" in metrics:
+        LEARNER_LOSS.set(metrics["loss"], pipeline=pipeline)
+    if "mfu" in metrics:
+        LEARNER_MFU.set(metrics["mfu"], pipeline=pipeline)

@@ -24,18 +24,10 @@ from actors.desk import Question
 from actors.learning.frozen import Between, FrozenBase, FrozenSpec
 from actors.learning.make_strategy import make_cut, make_strategy
 from actors.learning.objectives import build_objective
-from actors.learning.pace import Pace
+from actors.learning.pace import Pace, count_part
 from actors.learning.policy import LearnedPolicy, probe_logps
 from actors.learning.strategy import portion_of
-from actors.metrics import (
-    LEARNER_LOSS,
-    LEARNER_MFU,
-    LEARNER_SAMPLES,
-    LEARNER_SECONDS,
-    LEARNER_TOKENS,
-    LEARNER_UPDATES,
-    LEARNER_WAIT,
-)
+from actors.metrics import LEARNER_WAIT
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
@@ -140,18 +132,6 @@ def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
 def lost_peer(error: Exception) -> bool:
     """Whether another worker went away in the middle of an exchange; Ray Train then starts all of them anew."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def count_part(pipeline: str, metrics: Mapping[str, float], groups: Sequence[TokenGroup], seconds: float) -> None:
-    """A part that was trained on, for Prometheus."""
-    LEARNER_UPDATES.inc(metrics["updates"], pipeline=pipeline)
-    LEARNER_SAMPLES.inc(len(groups), pipeline=pipeline)
-    LEARNER_TOKENS.inc(sum(group.tokens for group in groups), pipeline=pipeline)
-    LEARNER_SECONDS.observe(seconds, pipeline=pipeline)
-    if "loss" in metrics:
-        LEARNER_LOSS.set(metrics["loss"], pipeline=pipeline)
-    if "mfu" in metrics:
-        LEARNER_MFU.set(metrics["mfu"], pipeline=pipeline)
 
 
 class Worker:

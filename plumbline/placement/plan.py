@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from plumbline.config.pipelines import Preference
 from plumbline.config.section import bounds
 from plumbline.config.tree import Config
 from plumbline.placement.machine import Machine
@@ -55,6 +56,7 @@ def make_plan(
         splits: whether the engine can hold one model on several cards, as vLLM does.
     """
     cuda, width = device == "cuda", bytes_of(dtype)
+    config = _with_reference(config, machine, cuda=cuda)
     engines = engines_of(config, sizes, width, part, splits=splits)
     roles = roles_of(config, sizes, width, part, cuda=cuda)
     sft = [learner_of(config.sft, ("sft",), sizes, width, cuda=cuda)] if config.sft and part == "run" else []
@@ -90,6 +92,19 @@ def find_seats(engines: Engines | None, roles: Sequence[Role], machine: Machine)
     if found is None and (not machine.gpus or (machine.cluster and not too_large(roles, machine))):
         return unseen(engines, roles)
     return found
+
+
+def _with_reference(config: Config, machine: Machine, *, cuda: bool) -> Config:
+    """Who answers for π0, where that is left open: the learners, where all hold it on GPUs of one machine. A cluster's
+    may be far from its generators; on CPUs a small copy costs little and works beside them."""
+    settings = config.fleet.reference
+    if settings.replicas != "auto":
+        return config
+    asking = [p for p in config.pipelines if isinstance(p, Preference)]
+    placed = settings.resources or settings.gpus not in ("auto", 0)
+    one_box = cuda and not machine.cluster and all(p.keeps_base and p.learner.gpus != 0 for p in asking)
+    reference = settings.model_copy(update={"replicas": "learner" if one_box and not placed else 1})
+    return config.model_copy(update={"fleet": config.fleet.model_copy(update={"reference": reference})})
 
 
 def _changes(engines: Engines | None, roles: Sequence[Role], seats: Seats) -> dict[Key, dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Literal
 
 from plumbline.config.demand import demand
 from plumbline.config.fleet import GeneratorFleet
-from plumbline.config.pipelines import Preference
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 from plumbline.placement.machine import Machine
@@ -41,7 +40,6 @@ def place(config: Config, machine: Machine, part: Part = "run") -> Placed:
         ModelError: the size of a model cannot be read.
     """
     device = run_device(config, machine)
-    config = _with_reference(config, machine, device)
     dtype, sizes = resolve_dtype(config.model.dtype, device), read_sizes(config)
 
     def plan(config: Config, machine: Machine) -> Plan:
@@ -51,19 +49,6 @@ def place(config: Config, machine: Machine, part: Part = "run") -> Placed:
     made = plan(config, machine)
     told = remedy(config, machine, plan) if made.problems else ""
     return Placed(plan=made, machine=machine, device=device, dtype=dtype, remedy=told)
-
-
-def _with_reference(config: Config, machine: Machine, device: Device) -> Config:
-    """Who answers for π0, where that is left open: the learners, where all hold it on GPUs of one machine. A cluster's
-    may be far from its generators; on CPUs a small copy costs little and works beside them."""
-    settings = config.fleet.reference
-    if settings.replicas != "auto":
-        return config
-    asking = [p for p in config.pipelines if isinstance(p, Preference)]
-    placed = settings.resources or settings.gpus not in ("auto", 0)
-    one_box = device == "cuda" and not machine.cluster and all(p.keeps_base and p.learner.gpus != 0 for p in asking)
-    reference = settings.model_copy(update={"replicas": "learner" if one_box and not placed else 1})
-    return config.model_copy(update={"fleet": config.fleet.model_copy(update={"reference": reference})})
 
 
 def place_engines(

@@ -16,7 +16,7 @@ from actors.engines.seam import Adapter, EngineSpec
 from actors.generator import Generator
 from actors.versions import AdapterVersions
 from actors.weights import PolicyStore
-from plumbline.errors import RunError, SyncError
+from plumbline.errors import SyncError
 from plumbline.records import Completion, GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
 from tests.tiny import engine_spec
 
@@ -477,24 +477,22 @@ def test_whole_weights_that_were_not_proved_are_never_served(play: Play) -> None
     play(scenario, whole=True)
 
 
-def test_whole_weights_that_the_store_holds_no_more(play: Play) -> None:
-    """It keeps the two newest whole models, of adapters all that it was told to; and every version's figures."""
+def test_whole_weights_are_read_where_they_lie(play: Play, tmp_path: Path) -> None:
+    """A directory that the engine sees is neither copied nor removed."""
 
     async def scenario(bench: Bench) -> None:
-        store = PolicyStore(keep=9)
-        for version in (1, 2, 3):
-            await store.publish(await bench.fetch(ple(version)))
-            adapter = replace(await bench.fetch(ple(version)), files={"adapter_config.json": b"{}"})
-            await store.publish(replace(adapter, ref=PolicyRef(policy="dlma", version=version)))
-        assert (await store.wait(ple(1))).probe_logps == [BASE_LOGP + 0.1] * 3
-        assert (await store.fetch(PolicyRef(policy="dlma", version=1))).files
-        bench.generator._fetch = store.fetch
-        for version in (2, 3):
-            assert (await bench.generator.load(ple(version))).ref == ple(version)
-        with pytest.raises(RunError, match=r"the weights of ple@1 are no longer held; ask for a newer version"):
-            await bench.generator.load(ple(1))
-        assert texts(await bench.generator.generate([request(3)])) == ["0.3/5"]
-        assert len(bench.engine.replaced) == 2
+        sent = await bench.fetch(ple(1))
+        for name, content in sent.files.items():
+            (tmp_path / name).write_bytes(content)
+
+        async def fetch(ref: PolicyRef) -> Publication:
+            return replace(sent, files={}, directory=str(tmp_path))
+
+        bench.generator._fetch = fetch
+        await bench.generator.load(ple(1))
+        assert texts(await bench.generator.generate([request(1)])) == ["0.1/5"]
+        assert bench.engine.replaced == [str(tmp_path)]
+        assert (tmp_path / "shift").is_file()
 
     play(scenario, whole=True)
 

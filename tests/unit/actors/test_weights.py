@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from actors.channel import Box
 from actors.weights import PolicyStore
 from plumbline.errors import LossError, PlumblineError
 from plumbline.records import PolicyRef, Publication
@@ -100,5 +101,18 @@ def test_a_failed_policy_ends_the_wait_for_what_will_not_come() -> None:
         with pytest.raises(PlumblineError):
             await asyncio.wait_for(store.wait(ple(3)), 1)
         assert (await store.wait(ple(1))).ref == ple(1), "what was published stays"
+
+    asyncio.run(scenario())
+
+
+def test_boxes_of_whole_models_are_of_the_newest_two_and_of_the_learner_that_lives() -> None:
+    async def scenario() -> None:
+        store = PolicyStore(keep=9)
+        for version in (1, 2, 3):
+            await store.publish(kept(version), Box(ref=version))
+        await store.publish(kept(3), Box(ref="anew"))
+        boxes = [await store.box(ple(version)) for version in (1, 2, 3)]
+        assert [box and box.ref for box in boxes] == [None, 2, "anew"]
+        assert await store.box(PolicyRef(policy="dlma", version=1)) is None
 
     asyncio.run(scenario())

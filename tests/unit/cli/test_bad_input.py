@@ -559,7 +559,10 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 2**30))
 
 
-LOOKS = ["versions", "model", "reward", "data", "devices", "memory", "storage", "run directory", "tracking", "ports"]
+LOOKS = [
+    *("versions", "model", "reward", "data", "devices", "engine", "memory", "storage", "run directory", "tracking"),
+    "ports",
+]
 PLAN = ["role", "generator", "scorer", "learner of ple"]
 """First words of the table that follows."""
 

@@ -10,6 +10,7 @@ from actors.engines.vllm import adapter_settings
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 from plumbline.models.adapters import check_policies, linear_names
+from plumbline.placement.plan import without_gpus
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -145,6 +146,6 @@ def test_an_engine_is_ready_for_all_adapters_of_its_run(
     tiny_model: Path, policies: list[dict[str, Any]], expected: list[str]
 ) -> None:
     asked = config(tiny_model, *({"type": "lora", **policy} for policy in policies))
-    settings = adapter_settings(engine_spec(asked, str(tiny_model), "float32", "cpu", versions=2))
+    settings = adapter_settings(engine_spec(without_gpus(asked), str(tiny_model), "float32", "cpu", versions=2))
     assert settings["lora_target_modules"] == expected
     assert settings["max_lora_rank"] == (32 if "r" in policies[-1] else 8)

@@ -10,13 +10,14 @@ from actors.engines.seam import engine_spec as spec_of
 from actors.engines.vllm import engine_arguments, graph_sizes
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
+from plumbline.placement.plan import without_gpus
 from tests.tiny import engine_spec, tiny_config
 
 
 def config_with(directory: Path, **generator: Any) -> Config:
     tree = tiny_config(directory)
     tree["fleet"] = {**tree.get("fleet", {}), "generator": {"replicas": 1, **generator}}
-    return Config.model_validate(tree)
+    return without_gpus(Config.model_validate(tree))
 
 
 def on_gpu(**changes: Any) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def part(step: int) -> list[Sample]:
 
 
 def spec(run_dir: Path, model: Path, cache: Path | None, dtype: Any = "float32", **learner: Any) -> LearnerSpec:
-    settings = {"lr": 1e-2, "batch_size": 6, "micro_tokens": 40, **learner}
+    settings = {"lr": 1e-2, "batch_size": 6, "micro_tokens": 40, "cpus": 1, "gpus": 0, **learner}
     frozen = FrozenSpec(
         model_path=str(model), fingerprint=model_fingerprint(str(model)), dtype=dtype, cache=str(cache or run_dir)
     )

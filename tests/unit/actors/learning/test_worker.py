@@ -137,7 +137,9 @@ def test_every_version_of_a_full_policy_is_a_whole_model(run_dir: Path, tiny_mod
     assert feed.acked == [1, 2, 3, 4], "each is saved before it is served"
     assert versions(run_dir, "ple") == [1, 2, 3, 4]
     for published in feed.published:
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(published.files)
+        assert not published.files and published.directory == str(version_directory(run_dir, published.ref))
+        files = {file.name for file in version_directory(run_dir, published.ref).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
         model = AutoModelForCausalLM.from_pretrained(version_directory(run_dir, published.ref), dtype=torch.float32)
         with torch.no_grad():
             logps, tokens = group_logps(model, PROBE)
