@@ -135,13 +135,12 @@ class Checkpoint:
         found = torch.empty(0)
         filled = 0
         for begin, part in self._parts[name]:
-            (size,) = part.get_shape()
-            low, high = max(start, begin), min(start + count, begin + size)
-            if low < high or not filled:
-                values = part[max(low - begin, 0) : max(high - begin, 0)]
+            low, high = max(start, begin), min(start + count, begin + part.get_shape()[0])
+            if low < high:
+                values = part[low - begin : high - begin]
                 found = found if filled else torch.empty(count, dtype=values.dtype)
-                found[max(low - start, 0) : max(high - start, 0)] = values
-                filled += max(high - low, 0)
+                found[low - start : high - start] = values
+                filled += high - low
         if filled != count:
             raise RunError(f"{self._directory}: it lacks a piece of {name}; without it, the run goes on from before")
         return found

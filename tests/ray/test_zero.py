@@ -20,8 +20,9 @@ from plumbline.config.data import Model
 from plumbline.config.learner import Learner
 from plumbline.config.pipelines import RewardModel, Sft
 from plumbline.errors import ModelError
-from plumbline.models.loading import Cut
+from plumbline.models.loading import Cut, write_shards
 from plumbline.records import Sample, TokenGroup
+from plumbline.runs.checkpoint import Checkpoint, write_manifest, write_pieces
 from tests.tiny import make_tiny_model
 from tests.workers import together
 
@@ -141,6 +142,68 @@ def test_what_is_trained_is_what_a_plain_worker_trains(model: Path) -> None:
     together(2, assert_strategies_agree, str(model), [zero(3), zero(3, "lora"), classifier])
 
 
+def large_model(directory: Path, tokenizer: Path) -> int:
+    """A model of 300 million weights in several files; returns how many exactly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(tokenizer, directory, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = LlamaConfig(**LARGE, tie_word_embeddings=False, pad_token_id=0, eos_token_id=0)
+    with torch.device("meta"):
+        weights = dict(LlamaForCausalLM(config).named_parameters())
+    config.save_pretrained(directory)
+    made = ((name, torch.empty(w.shape, dtype=torch.bfloat16).normal_(0, 0.02)) for name, w in weights.items())
+    write_shards(directory, made, 250 * 2**20)
+    return sum(weight.numel() for name, weight in weights.items() if name != HEAD)
+
+
+LARGE = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+}
+
+
+def resident(kind: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of this process that are in memory, or were at most since `peak_from_now`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def peak_from_now() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peaks(small: str, large: str, cut: bool) -> tuple[int, int]:
+    """Bytes that this worker needs at most to load the model, and to make what trains it, beyond what a process needs
+    that has done so with a small one."""
+    section = RewardModel.model_validate({"type": "reward", "learner": {"strategy": "deepspeed", "zero": 3}})
+
+    def load(path: str) -> LearnedPolicy:
+        how = make_cut(section.learner, "cpu") if cut else None
+        return LearnedPolicy(section, Model(path=path), "float32", "cpu", 0, how)
+
+    make_strategy(load(small), section.learner, "float32", "cpu", dist.get_world_size())
+    before = peak_from_now()
+    policy = load(large)
+    loading = resident("VmHWM") - before
+    make_strategy(policy, section.learner, "float32", "cpu", dist.get_world_size())
+    return loading, resident("VmHWM") - before
+
+
+@pytest.mark.slow
+def test_no_worker_ever_needs_more_than_its_share(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of 300 million weights on four workers; the share is of weights, then of masters and gradients too."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # what is freed is given back, not kept by the allocator
+    world = 4
+    share = 4 * large_model(tmp_path / "large", model) / world
+    for loading, making in together(world, peaks, str(model), str(tmp_path / "large"), True):
+        assert 0.9 * share < loading < 1.2 * share
+        assert 0.9 * 3 * share < making < 1.2 * 3 * share
+
+
 # Sums of gradients
 
 
@@ -228,6 +291,59 @@ def losses_after(path: str, updates: int) -> dict[int, float]:
         losses = [strategy.update(SftObjective(), mine, 5e-5).results[0].loss for _ in range(updates)]
         found[stage] = 0.5 * losses[-1].item()
     return found
+
+
+def saved_and_gone_on_from(path: str, root: Path) -> None:
+    """A checkpoint of each stage goes on as the strategy itself does, to the last bit."""
+    micros = [MicroBatch(samples=HALVES[dist.get_rank()], share=0.5)]
+    for stage in (1, 2, 3):
+        section = zero(stage)
+        one, other = (
+            make_strategy(
+                LearnedPolicy(section, Model(path=path), "bfloat16", "cpu", 0, make_cut(section.learner, "cpu")),
+                section.learner,
+                "bfloat16",
+                "cpu",
+                2,
+            )
+            for _ in range(2)
+        )
+        for _ in range(3):
+            one.update(SftObjective().loss, micros, 1e-4)
+        files = [""] * 2
+        dist.all_gather_object(files, write_pieces(root, stage, one.state()).name)
+        if dist.get_rank() == 0:
+            write_manifest(root, stage, files, {})
+        dist.barrier()
+        with Checkpoint.opened(root, stage) as saved:
+            other.load(saved)
+        for (name, weight), (_, again) in zip(one.weights(trainable=True), other.weights(trainable=True), strict=True):
+            assert weight.dtype == torch.bfloat16 and torch.equal(weight, again), (stage, name)
+        first, second = (s.update(SftObjective().loss, micros, 1e-4) for s in (one, other))
+        assert first.results[0][0].item() == second.results[0][0].item()
+        assert first.grad_norm == second.grad_norm
+        for (name, weight), (_, again) in zip(one.weights(trainable=True), other.weights(trainable=True), strict=True):
+            assert torch.equal(weight, again), (stage, name)
+
+
+def test_a_bfloat16_checkpoint_is_of_the_masters(model: Path, tmp_path: Path) -> None:
+    """And a plain worker goes on from any."""
+    together(2, saved_and_gone_on_from, str(model), tmp_path)
+    section = Sft.model_validate({})
+    for stage in (1, 2, 3):
+        plain = TorchStrategy(
+            LearnedPolicy(section, Model(path=str(model)), "bfloat16", "cpu", 0), section.learner, "cpu", 1
+        )
+        with Checkpoint.opened(tmp_path, stage) as saved:
+            assert len(list((tmp_path / f"step-{stage:06d}").glob("*.safetensors"))) == 2
+            plain.load(saved)
+            for name, piece in plain.state().items():
+                assert torch.equal(piece.values, saved.whole(name)), (stage, name)
+                assert piece.values.dtype == torch.float32, (stage, name)
+            rounded = [
+                torch.equal(w.float(), saved.whole(f"model.{name}")) for name, w in plain.weights(trainable=True)
+            ]
+            assert not all(rounded), "what is saved is finer than what the model computes with"
 
 
 @pytest.mark.slow

@@ -54,11 +54,12 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path) -> None:
             assert torch.equal(saved.whole(name), tensor)
 
 
-def test_any_part_of_a_tensor_is_read_from_the_pieces_of_all_workers(tmp_path: Path) -> None:
-    """Two pieces of unlike size, and a third worker that has nothing of it; read in every way that two others could."""
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_any_part_of_a_tensor_is_read_from_the_pieces_of_all_workers(tmp_path: Path, order: tuple[int, int]) -> None:
+    """Two pieces of unlike size, and a third worker that has nothing of it; read in every way that others could."""
     numbers = torch.arange(10, dtype=torch.bfloat16)
     pieces = [Piece(values=numbers[start:end], start=start, shape=(2, 5)) for start, end in ((7, 10), (0, 7))]
-    write(tmp_path, 1, {"a": pieces[0]}, {"b": whole(torch.zeros(()))}, {"a": pieces[1]})
+    write(tmp_path, 1, {"a": pieces[order[0]]}, {"b": whole(torch.zeros(()))}, {"a": pieces[order[1]]})
     with Checkpoint.opened(tmp_path, 1) as saved:
         for start in range(10):
             for count in range(1, 11 - start):
