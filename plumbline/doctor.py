@@ -155,10 +155,10 @@ def model_directory(path: str, key: str) -> str:
 
 
 def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
-    from plumbline.models.adapters import check_policies
-
     path = config.model.path
     note = "random weights" if path is None else model_directory(path, "model.path")
+    from plumbline.models.adapters import check_policies  # torch: after what is found without it
+
     check_policies(config)
     return note, run_tokenizer(config)
 

@@ -96,7 +96,7 @@ class DeepspeedStrategy:
                 name = type(policy.model).__name__
                 raise ModelError(f"{name} has no shared-prefix forward, which `zero: 3` needs; write `zero: 2`")
         else:
-            self.forward(lambda model: packs_texts(model))
+            self.forward(lambda model: [packs_texts(model)])
 
     def update(self, objective: Loss, portion: Portion, lr: float) -> Update:
         for group in self._optimizer.param_groups:
