@@ -133,7 +133,7 @@ def test_it_answers_while_it_waits_and_while_it_trains(
     assert len(answered) > 10, "one may have been answered before the part was leased, the others between micro-batches"
     assert all(close(answer, expected(question(1 + i))) for i, answer in enumerate(answered)), "whatever it has learnt"
     ray.get(learning.published(2), timeout=PATIENCE_S)
-    assert close(ray.get(learning.ask(150), timeout=PATIENCE_S), expected(question(150))), "after the last part"
+    assert close(ray.get(learning.ask(20_000), timeout=PATIENCE_S), expected(question(20_000))), "after the last part"
     counts: Any = ray.get(learning.desk.counts.remote())
     assert counts["hits"] == 0 and counts["misses"] >= 2 * (len(answered) + 2)
     ray.get(learning.channel.close.remote())
