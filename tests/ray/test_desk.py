@@ -1,8 +1,9 @@
 """A real learner that answers for π0: while it waits, while it trains, after it died, with an error once it failed."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Learning:
 
 def question(number: int) -> list[TokenGroup]:
     """One that was not asked before."""
-    return [TokenGroup([40, 41 + number], [[50, 51, 52], [53]])]
+    return [TokenGroup([40, 41 + number % 200, 41 + number // 200], [[50, 51, 52], [53]])]
 
 
 def with_base(spec: LearnerSpec, model: Path, cache: Path) -> LearnerSpec:
@@ -73,12 +74,38 @@ def with_base(spec: LearnerSpec, model: Path, cache: Path) -> LearnerSpec:
     )
 
 
-def learn(spec: LearnerSpec) -> Learning:
-    channel: Any = ray.remote(Channel).options(num_cpus=0, max_concurrency=100).remote(STEPS)
-    store: Any = ray.remote(PolicyStore).options(num_cpus=0, max_concurrency=100).remote(2 * STEPS)
-    desk: Any = ray.remote(Desk).options(num_cpus=0, max_concurrency=1000).remote("self_contrast")
-    trainer: Any = ray.remote(Trainer).options(num_cpus=0, max_concurrency=10).remote()
-    return Learning(channel, desk, store, trainer.run.remote(spec, channel, store, desk))
+Learn = Callable[[LearnerSpec], Learning]
+
+
+@pytest.fixture
+def learn() -> Iterator[Learn]:
+    """Starts a learner; nothing of it is left for the next test."""
+    handles: list[Any] = []
+
+    def start(spec: LearnerSpec) -> Learning:
+        channel: Any = ray.remote(Channel).options(num_cpus=0, max_concurrency=100).remote(STEPS)
+        store: Any = ray.remote(PolicyStore).options(num_cpus=0, max_concurrency=100).remote(2 * STEPS)
+        desk: Any = ray.remote(Desk).options(num_cpus=0, max_concurrency=1000).remote("self_contrast")
+        trainer: Any = ray.remote(Trainer).options(num_cpus=0, max_concurrency=10).remote()
+        handles.extend([trainer, channel, store, desk])
+        return Learning(channel, desk, store, trainer.run.remote(spec, channel, store, desk))
+
+    yield start
+    for handle in handles:
+        ray.kill(handle)
+    deadline = time.monotonic() + PATIENCE_S
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def workers() -> list[psutil.Process]:
+    """The processes that learn."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, IndexError):
+            if "RayTrainWorker" in process.cmdline()[0]:
+                found.append(process)
+    return found
 
 
 def close(found: list[list[float]], wanted: list[list[float]]) -> bool:
@@ -90,7 +117,9 @@ def long_part(step: int) -> list[Sample]:
     return [replace(sample, step=step) for i in range(300) for sample in part(i)]
 
 
-def test_it_answers_while_it_waits_and_while_it_trains(tmp_path: Path, model: Path, expected: Any) -> None:
+def test_it_answers_while_it_waits_and_while_it_trains(
+    tmp_path: Path, model: Path, learn: Learn, expected: Any
+) -> None:
     spec = with_base(spec_of(tmp_path / "run", model, LORA), model, tmp_path / "cache")
     learning = learn(replace(spec, total=2))
     assert close(ray.get(learning.ask(0), timeout=PATIENCE_S), expected(question(0))), "before there is any part"
@@ -104,7 +133,7 @@ def test_it_answers_while_it_waits_and_while_it_trains(tmp_path: Path, model: Pa
     assert len(answered) > 10, "one may have been answered before the part was leased, the others between micro-batches"
     assert all(close(answer, expected(question(1 + i))) for i, answer in enumerate(answered)), "whatever it has learnt"
     ray.get(learning.published(2), timeout=PATIENCE_S)
-    assert close(ray.get(learning.ask(150), timeout=PATIENCE_S), expected(question(150))), "after the last part"
+    assert close(ray.get(learning.ask(20_000), timeout=PATIENCE_S), expected(question(20_000))), "after the last part"
     counts: Any = ray.get(learning.desk.counts.remote())
     assert counts["hits"] == 0 and counts["misses"] >= 2 * (len(answered) + 2)
     ray.get(learning.channel.close.remote())
@@ -113,14 +142,16 @@ def test_it_answers_while_it_waits_and_while_it_trains(tmp_path: Path, model: Pa
         ray.get(learning.ask(0), timeout=PATIENCE_S)
 
 
-def test_what_a_killed_worker_held_its_successor_answers(tmp_path: Path, model: Path, expected: Any) -> None:
+def test_what_a_killed_worker_held_its_successor_answers(
+    tmp_path: Path, model: Path, learn: Learn, expected: Any
+) -> None:
     spec = with_base(spec_of(tmp_path / "run", model, LORA, checkpoint_every=1), model, tmp_path / "cache")
     learning = learn(replace(spec, total=1))
     learning.put(1, long_part(1))
     ray.get(learning.ask(0), timeout=PATIENCE_S)
     asked = [learning.ask(i) for i in range(1, 150)]
     ready, _ = ray.wait(asked, num_returns=5, timeout=PATIENCE_S)
-    [worker] = [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in one.cmdline()[0]]
+    [worker] = workers()
     worker.kill()
     assert len(ready) == 5 and len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < 100, "it died over them"
     answers = ray.get(asked, timeout=PATIENCE_S)
@@ -130,7 +161,7 @@ def test_what_a_killed_worker_held_its_successor_answers(tmp_path: Path, model: 
     ray.get(learning.training, timeout=PATIENCE_S)
 
 
-def test_who_asks_a_learner_that_failed_gets_its_error(tmp_path: Path, model: Path) -> None:
+def test_who_asks_a_learner_that_failed_gets_its_error(tmp_path: Path, model: Path, learn: Learn) -> None:
     spec = with_base(spec_of(tmp_path / "run", model, LORA), model, tmp_path / "cache")
     learning = learn(spec)
     ray.get(learning.ask(0), timeout=PATIENCE_S)
@@ -145,7 +176,7 @@ def test_who_asks_a_learner_that_failed_gets_its_error(tmp_path: Path, model: Pa
 
 
 def test_two_workers_of_zero_2_answer_and_learn_what_a_silent_one_does(
-    tmp_path: Path, model: Path, expected: Any
+    tmp_path: Path, model: Path, learn: Learn, expected: Any
 ) -> None:
     case = CASES[2]
     silent = plain(tmp_path / "silent", model, case)
