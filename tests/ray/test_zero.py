@@ -156,7 +156,7 @@ def large_model(directory: Path, tokenizer: Path) -> int:
     return sum(weight.numel() for name, weight in weights.items() if name != HEAD)
 
 
-LARGE = {
+LARGE: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 1024,
     "intermediate_size": 2816,
