@@ -73,10 +73,13 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
 
 
 def place_early(context: Context, model_path: str) -> None:
-    """While `sft` trains: start the fleet's processes where there is room for them too, and all that needs no π0.
+    """While `sft` trains on GPUs: start the fleet's processes where there is room for them too, and all that needs no
+    π0. On CPUs that would take the learner's: on two, sft lost more by it than the fleet won.
 
     What they need of π0 they read when `fill_fleet` has them do so, or whenever Ray starts them anew after that.
     """
+    if context.device == "cpu":
+        return
     short = [name for name, amount in beside_sft(context.config).items() if amount > free().get(name, 0)]
     if short:
         context.events.say(f"the fleet starts when sft has ended: there is no {short[0]} for both at once")
