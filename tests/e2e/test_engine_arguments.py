@@ -11,6 +11,7 @@ from actors.engines.check import check_engine, judge
 from actors.engines.vllm import engine_arguments
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
+from plumbline.placement.plan import without_gpus
 from tests.tiny import engine_spec, make_tiny_model, tiny_config
 
 pytest.importorskip("vllm")
@@ -93,13 +94,13 @@ def test_a_model_that_is_yet_to_be_made_leaves_names_and_types_to_look_at() -> N
 
 def test_a_run_asks_vllm_before_it_starts(tmp_path: Path) -> None:
     tree = tiny_config(tmp_path)
-    assert check_engine(Config.model_validate(tree), "cpu", "float32") == "vllm"
+    assert check_engine(without_gpus(Config.model_validate(tree)), "cpu", "float32") == "vllm"
     for arguments, said in (
         ({"kv_cache_dtype": "fp8"}, None),
         ({"kv_cache_dtyp": "fp8"}, "did you mean kv_cache_dtype?"),
     ):
         tree["fleet"] = {"engine": "vllm", "generator": {"vllm": arguments}}
-        config = Config.model_validate(tree)
+        config = without_gpus(Config.model_validate(tree))
         if said is None:
             assert check_engine(config, "cpu", "float32") == "vllm, vLLM takes kv_cache_dtype"
             continue

@@ -187,9 +187,9 @@ def test_two_workers_of_zero_2_answer_and_learn_what_a_silent_one_does(
     asked = [learning.ask(i) for i in range(1, 60)]
     for step in range(1, STEPS + 1):
         learning.put(step, part(step))
-    ray.get(learning.channel.close.remote())
     answers = ray.get(asked, timeout=PATIENCE_S)
     assert all(close(answer, expected(question(i))) for i, answer in enumerate(answers, start=1))
+    ray.get(learning.channel.close.remote())
     published = ray.get([learning.published(step) for step in range(1, STEPS + 1)], timeout=PATIENCE_S)
     ray.get(learning.training, timeout=PATIENCE_S)
     assert_same(silent, published, tmp_path / "silent", tmp_path / "asked")
