@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
+from plumbline.config.tree import Config
 from plumbline.errors import SyncError
 from plumbline.records import PolicyRef, Publication
 
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2.5e-1}
 """Nats a token by which a probe response's log-prob may differ between learner and engine. Measured: 1e-6 in float32,
 near 1e-2 in bfloat16 (STACK.md 7); the margin covers unlike kernels. The sharper tests scale with what is seen."""
+
 
 FALSE_ALARM = 1e-8
 """How rarely noise alone may look like a step that was not taken."""
@@ -29,6 +31,12 @@ NAMED = 3
 BASE = PolicyRef()
 Digests = Mapping[str, str | None]
 """What an engine's worker holds, by the names of the learner: None where the engine keeps a tensor in another form."""
+
+
+def tolerance_of(config: Config, dtype: str) -> float:
+    """What a run says, or what fits its dtype; a learner in 4 bits is as far from an engine as one in bfloat16."""
+    quantized = any(one.learner.quantize for one in config.served)
+    return config.fleet.sync_tolerance or TOLERANCE["bfloat16" if quantized else dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import Protocol
 from actors.engines.seam import Adapter, Engine
 from actors.metrics import PROBE_DIFFERENCE, PROOF_SECONDS
 from actors.proof import Digests, Proof, prove
+from plumbline.errors import SyncError
 from plumbline.records import PolicyRef, Publication, TokenGroup
 
 Fetch = Callable[[PolicyRef], Awaitable[Publication]]
@@ -249,9 +250,18 @@ class WholeVersions:
         else:
             await self._prober.leave_base(list(publication.digests.get(self._prober.dtype, {})))
             async with model_directory(publication) as directory:
-                await self._engine.load_weights(directory)
-            self._proofs[ref] = await self._prober.prove(publication, None)
+                self._proofs[ref] = await self._load_and_prove(publication, directory)
         self.serves = ref
+
+    async def _load_and_prove(self, publication: Publication, directory: str) -> Proof:
+        in_memory = await self._engine.load_weights(directory, publication.shared)
+        try:
+            return await self._prober.prove(publication, None)
+        except SyncError:
+            if not in_memory:
+                raise
+        await self._engine.load_weights(directory)  # its learner laid out the next version meanwhile, or died
+        return await self._prober.prove(publication, None)
 
 
 async def score(engine: Engine, group: TokenGroup, adapter: Adapter | None) -> list[list[float]]:

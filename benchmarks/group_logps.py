@@ -5,7 +5,8 @@
 Peers, both plain torch with transformers' SDPA: *rows* pads one row per response; *pairs* pads two rows per pair, so
 that the chosen answer is computed once per negative, as trainers that take pairs do. Responses of a shape are equally
 long, so neither peer pays for padding here; what padding costs on real lengths is counted with --hh. Every case runs in
-a process of its own, for its peak memory. On a GPU both sides compute in bfloat16, without cuDNN's attention.
+a process of its own, for its peak memory. On a GPU both sides compute in bfloat16, without cuDNN's attention, and
+*flex* is ours with FlexAttention in place of `varlen_attn`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from flex import in_place_of_varlen
 from small_model import VOCABULARY, make_shape
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -32,6 +34,11 @@ SHAPES = [(146, 64, 8), (400, 64, 8), (146, 256, 8), (64, 128, 1)]  # prompt, re
 
 def shared(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
     return group_logps(model, groups)[0]
+
+
+def flex(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
+    with in_place_of_varlen():
+        return shared(model, groups)
 
 
 def rows(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
@@ -98,21 +105,19 @@ def _peak() -> float:
 def table(options: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"prompts a step: {options.prompts}, model: {options.size}, {where}; seconds · peak MiB")
-    print(f"{'prompt/response/m':>18}{'shared':>16}{'rows':>16}{'ratio':>8}{'pairs':>16}{'ratio':>8}")
+    peers = [rows, pairs, *([flex] if options.device == "cuda" else [])]
+    print(f"{'prompt/response/m':>18}{'shared':>16}" + "".join(f"{peer.__name__:>16}{'ratio':>8}" for peer in peers))
     for shape in SHAPES:
         results = []
-        for logps in (shared, rows, pairs):
+        for logps in (shared, *peers):
             # A fork of a process that has not computed yet: no second import, and no thread pool to inherit broken.
             # CUDA does not survive one.
             kind = "spawn" if options.device == "cuda" else "fork"
             with multiprocessing.get_context(kind).Pool(1) as pool:
                 results.append(pool.apply(measure, (logps, shape, options)))
-        (own, own_peak), (row, row_peak), (pair, pair_peak) = results
-        print(
-            f"{'/'.join(map(str, shape)):>18}{own:>9.3f} ·{own_peak:>5.0f}{row:>9.3f} ·{row_peak:>5.0f}"
-            f"{row / own:>7.1f}×{pair:>9.3f} ·{pair_peak:>5.0f}{pair / own:>7.1f}×",
-            flush=True,
-        )
+        (own, peak), *others = results
+        told = "".join(f"{seconds:>9.3f} ·{memory:>5.0f}{seconds / own:>7.1f}×" for seconds, memory in others)
+        print(f"{'/'.join(map(str, shape)):>18}{own:>9.3f} ·{peak:>5.0f}{told}", flush=True)
 
 
 def padding(path: Path, tokenizer_path: Path, rows_a_batch: int = 16) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from actors.learning.frozen import FrozenSpec
 from actors.learning.worker import LearnerSpec
-from actors.proof import TOLERANCE
+from actors.proof import tolerance_of
 from actors.spawn import Fleet
 from pipelines.pool import Pool
 from plumbline.config.learner import FullPolicy
@@ -111,7 +111,7 @@ class Context:
     @property
     def tolerance(self) -> float:
         """Nats a token that an engine's probe may differ from the learner's."""
-        return self.config.fleet.sync_tolerance or TOLERANCE[self.dtype]
+        return tolerance_of(self.config, self.dtype)
 
     def pick(self, replicas: Sequence[Any]) -> Any:
         """One of an actor's replicas, each in turn."""

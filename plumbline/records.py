@@ -169,11 +169,24 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedWeights:
+    """Whole weights in a learner's memory on a card, for the other processes of that card (`plumbline.models.ipc`).
+
+    `handle` opens that memory; in it the tensors lie one behind the other, in the order of `shapes`.
+    """
+
+    card: str
+    handle: bytes
+    shapes: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
     """One published version: its files, and the learner's own log-probs of the probe, which every engine must match.
 
     `files` are an adapter's. A whole model is too large to be handed from process to process: `directory` says where
-    its files lie, for who sees that place, and `files` has them only where they had to be sent.
+    its files lie, for who sees that place, `files` has them only where they had to be sent, and `shared` says where
+    they are for processes that are on the learner's card.
     `probe_logps` [N] are means over tokens, one a probe response; `previous_probe_logps` [N] those of version - 1
     and `base_probe_logps` [N] those of version 0, computed by the same learner. `digests` are those of its tensors
     (`plumbline.models.digest`): by the dtype that an engine computes in, then by name. `metrics` are the learner's for
@@ -186,5 +199,6 @@ class Publication:
     previous_probe_logps: Sequence[float]
     base_probe_logps: Sequence[float]
     directory: str | None = None
+    shared: SharedWeights | None = None
     digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)

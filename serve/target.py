@@ -8,7 +8,7 @@ from pathlib import Path
 
 from actors.engines.seam import EngineSpec, engine_spec
 from actors.machine import find_machine
-from actors.proof import TOLERANCE
+from actors.proof import TOLERANCE, tolerance_of
 from actors.spawn import start_ray, stop_ray
 from plumbline.config.file import load_config
 from plumbline.config.fleet import GeneratorFleet
@@ -101,7 +101,7 @@ def _run_replica(config: Config, run_dir: Path, settings: Serve) -> tuple[Genera
     replica = ReplicaSpec(
         engine=spec,
         probe=tuple(read_probe(run_dir)),
-        tolerance=config.fleet.sync_tolerance or TOLERANCE[dtype],
+        tolerance=tolerance_of(config, dtype),
         run_dir=run_dir,
         store_name=None,
     )

@@ -49,14 +49,15 @@ def wait_for(directory: Path, process: subprocess.Popen[str], steps: int) -> Non
         time.sleep(0.1)
 
 
-def processes(directory: Path) -> list[psutil.Process]:
-    """Processes of Ray and of engines that the run in `directory` started."""
-    found = []
+def processes(directory: Path) -> dict[psutil.Process, str]:
+    """Processes of Ray and of engines that the run in `directory` started, and what they are called."""
+    found = {}
     for p in psutil.process_iter():
         try:
             mine = p.environ().get(MARK) == str(directory) and p.status() != psutil.STATUS_ZOMBIE
-            if mine and any(word in p.cmdline()[0] for word in ("ray::", "raylet", "EngineCore")):
-                found.append(p)
+            title = p.cmdline()[0]
+            if mine and any(word in title for word in ("ray::", "raylet", "EngineCore")):
+                found[p] = title
         except (psutil.Error, IndexError):
             continue
     return found
@@ -64,7 +65,7 @@ def processes(directory: Path) -> list[psutil.Process]:
 
 def titled(directory: Path, title: str) -> list[psutil.Process]:
     """The run's processes with this title."""
-    return [p for p in processes(directory) if title in p.cmdline()[0]]
+    return [p for p, called in processes(directory).items() if title in called]
 
 
 def kill(directory: Path, title: str) -> int:
@@ -80,7 +81,7 @@ def leftovers(directory: Path, patience_s: float = 15) -> list[str]:
     deadline = time.monotonic() + patience_s
     while (found := processes(directory)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    return [" ".join(p.cmdline()) for p in found]
+    return list(found.values())
 
 
 def assert_each_prompt_once(directory: Path, steps: int = 8, prompts: int = 64) -> list[dict[str, Any]]:

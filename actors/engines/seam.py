@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.section import planned
 from plumbline.config.tree import Config
-from plumbline.records import Completion, Head, Sampling, UserRequest
+from plumbline.records import Completion, Head, Sampling, SharedWeights, UserRequest
 
 EngineKind = Literal["vllm", "transformers"]
 
@@ -140,8 +140,15 @@ class Engine(Protocol):
 
     async def remove_adapter(self, adapter: Adapter) -> None: ...
 
-    async def load_weights(self, path: str) -> None:
-        """Replace all weights by those of a model's directory, of the same shapes. No request may be under way."""
+    async def load_weights(self, path: str, shared: SharedWeights | None = None) -> bool:
+        """Replace all weights by those of a model's directory, of the same shapes. No request may be under way.
+
+        Args:
+            shared: the same on a card. Every worker that is on that card reads them there.
+
+        Returns:
+            Whether any did.
+        """
         ...
 
     async def digests(self, names: Sequence[str], *, adapter: Adapter | None) -> list[dict[str, str | None]]:

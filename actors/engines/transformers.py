@@ -18,7 +18,7 @@ from plumbline.errors import RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.models.digest import digest, lora_scalings, pair_digest
 from plumbline.models.loading import load_whole
-from plumbline.records import Completion, Head, Sampling, UserRequest
+from plumbline.records import Completion, Head, Sampling, SharedWeights, UserRequest
 
 
 class TransformersEngine:
@@ -68,9 +68,10 @@ class TransformersEngine:
             if self._model is not None and len(self._model.peft_config) > 1:
                 self._model.delete_adapter(str(adapter.id))
 
-    async def load_weights(self, path: str) -> None:
+    async def load_weights(self, path: str, shared: SharedWeights | None = None) -> bool:
         async with self._lock:
             self._base = await asyncio.to_thread(self._read, path)  # read as at the start: ties are the model's own
+        return False
 
     async def digests(self, names: Sequence[str], *, adapter: Adapter | None) -> list[dict[str, str | None]]:
         async with self._lock:

@@ -5,13 +5,14 @@ import importlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from actors.engines.vllm_openai import OpenAIAnswers
 from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import ConfigError, RunError
-from plumbline.records import Completion, Head, Sampling, UserRequest
+from plumbline.records import Completion, Head, Sampling, SharedWeights, UserRequest
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can be started for; an adapter's may be smaller."""
@@ -134,16 +135,17 @@ class VllmEngine:
         if self._users is not None:
             self._users.forget(adapter.name)
 
-    async def load_weights(self, path: str) -> None:
-        """From the directory into vLLM's workers, on CPUs and GPUs alike; what was cached of old weights is dropped.
+    async def load_weights(self, path: str, shared: SharedWeights | None = None) -> bool:
+        """Into vLLM's workers, on CPUs and GPUs alike; what was cached of old weights is dropped. See `Engine`.
 
         Raises:
             RunError: a request was under way.
         """
-        await self._llm.collective_rpc("replace_weights", args=(path,))
+        arguments = (path, asdict(shared) if shared else None)
+        there: list[bool] = await self._llm.collective_rpc("replace_weights", args=arguments)
         for _ in range(CACHE_TRIES):
             if await self._llm.reset_prefix_cache():
-                return
+                return any(there)
             await asyncio.sleep(0.1)  # blocks of the last request are still being freed
         raise RunError("vLLM did not drop its prefix cache after its weights were replaced: a request was under way")
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from plumbline.models.digest import digest, pair_digest
+from plumbline.models.ipc import open_shared
+from plumbline.records import SharedWeights
 
 
 class ReadsBack:
@@ -15,31 +17,37 @@ class ReadsBack:
 
     plumbline_arrived: dict[str, str]
 
-    def replace_weights(self: Any, path: str) -> None:
-        """Load all weights of a model's directory in place.
+    def replace_weights(self: Any, path: str, shared: dict[str, Any] | None) -> bool:
+        """Load all weights in place. Returns whether they were read in `shared` memory, not in a model's directory.
 
         On CPUs vLLM multiplies by packed copies of weights, and packs anew only the layers whose weights the files
         name. An output embedding that is tied to the input's is not named: it would go on with its old copy.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-        self.reload_weights(weights_iterator=self.plumbline_read(path))
-        for layer in self.model_runner.get_model().modules():
+        runner = self.model_runner
+        runner.model_config.model, runner.model_config.revision = path, None
+        there = open_shared(SharedWeights(**shared), self.device) if shared else None
+        self.reload_weights(weights_iterator=self.plumbline_noted(there or self.plumbline_files()))
+        for layer in runner.get_model().modules():
             method = getattr(layer, "quant_method", None)
             if isinstance(method, UnquantizedEmbeddingMethod):
                 method.process_weights_after_loading(layer)
+        return there is not None
 
-    def plumbline_read(self: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a model's directory; each is noted by its digest, for those that are then kept otherwise."""
+    def plumbline_files(self: Any) -> Iterator[tuple[str, Tensor]]:
         from vllm.model_executor.model_loader import get_model_loader
 
         runner = self.model_runner
-        runner.model_config.model, runner.model_config.revision = path, None
-        self.plumbline_arrived = {}
         loader: Any = get_model_loader(runner.load_config)
-        for name, tensor in loader.get_all_weights(runner.model_config, runner.get_model()):
+        return loader.get_all_weights(runner.model_config, runner.get_model())
+
+    def plumbline_noted(self: Any, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Each is noted by its digest, for those that are then kept in another form."""
+        self.plumbline_arrived = {}
+        for name, tensor in weights:
             if tensor.is_floating_point():
-                self.plumbline_arrived[name] = digest(tensor.to(runner.model_config.dtype))
+                self.plumbline_arrived[name] = digest(tensor.to(self.model_runner.model_config.dtype))
             yield name, tensor
 
     def adapter_digests(self: Any, lora_id: int, names: list[str]) -> dict[str, str | None]:

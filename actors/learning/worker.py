@@ -29,11 +29,12 @@ from actors.learning.policy import LearnedPolicy, probe_logps
 from actors.learning.strategy import portion_of
 from actors.metrics import LEARNER_WAIT
 from plumbline.config.data import Model
-from plumbline.config.learner import Learner, LoraPolicy
+from plumbline.config.learner import FullPolicy, Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
 from plumbline.config.section import planned
 from plumbline.errors import ConfigError, LossError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
+from plumbline.models.ipc import Shelf
 from plumbline.models.loading import first_not_finite
 from plumbline.records import PolicyRef, Publication, Sample, TokenGroup
 from plumbline.runs.checkpoint import (
@@ -129,6 +130,16 @@ def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
         raise
 
 
+def shares_weights(spec: LearnerSpec, model: Any, world: int) -> bool:
+    """Whether whole weights are laid out for engines that may be on this worker's card.
+
+    Not on a card of its own; not what is merged from an adapter, or named otherwise in its files.
+    """
+    whole = isinstance(getattr(spec.section, "policy", None), FullPolicy) and spec.publishes == "full"
+    beside = spec.device == "cuda" and planned(spec.section.learner.gpus) < 1
+    return whole and beside and world == 1 and not getattr(model, "_weight_conversions", None)
+
+
 def lost_peer(error: Exception) -> bool:
     """Whether another worker went away in the middle of an exchange; Ray Train then starts all of them anew."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -153,6 +164,7 @@ class Worker:
         self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, device, spec.seed, cut)
         self._pace = Pace(self._policy.model, spec.device, world)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
+        self._shelf = Shelf(torch.device(spec.device)) if shares_weights(spec, self._policy.model, world) else None
         asked = spec.frozen if rank == 0 else None
         self._frozen = FrozenBase(asked, self._policy.model, self._settings.micro_tokens) if asked else None
         self._holder = uuid.uuid4().hex
@@ -374,6 +386,9 @@ class Worker:
             self._forget_versions()
             if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
+            if self._shelf:
+                shared = self._shelf.lay(self._strategy.weights(trainable=False))
+                publication = replace(publication, shared=shared)
         self._feed.publish(publication)
 
     def _forget_versions(self) -> None:

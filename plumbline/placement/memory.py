@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plumbline.config.fleet import GeneratorFleet, ReferenceFleet
-from plumbline.config.learner import Learner, LoraPolicy
-from plumbline.config.pipelines import Pipeline
+from plumbline.config.learner import FullPolicy, Learner, LoraPolicy
+from plumbline.config.pipelines import MethodBase, Pipeline
 from plumbline.config.tree import Config
 from plumbline.placement.sizes import Shape
 
@@ -106,8 +106,11 @@ def learner_need(section: Pipeline, shape: Shape, width: int, workers: int, *, c
     step = trained * 4 / cut[0]  # of the size of the moments' half, as PyTorch says of its `foreach`
     activations = _activations(settings, shape, width)
     work = max(activations, step / GIB)
+    laid_out = isinstance(section, MethodBase) and isinstance(policy, FullPolicy) and cuda and workers == 1
+    published = shape.parameters * width if laid_out else 0  # for engines of the same card (`plumbline.models.ipc`)
     parts = [
         (weights / GIB, "weights"),
+        (published / GIB, "published weights"),
         (states / GIB, "optimiser" if adapter == 0 else "adapter and optimiser"),
         (work, f"activations of {settings.micro_tokens} tokens" if work == activations else "optimiser's step"),
         (CONTEXT_GIB if cuda else PROCESS_RAM_GIB, "process"),

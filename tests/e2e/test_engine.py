@@ -2,7 +2,10 @@
 
 import asyncio
 import itertools
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from plumbline.config.pipelines import Ple
 from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.errors import SyncError
-from plumbline.records import GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
+from plumbline.records import GenerateRequest, PolicyRef, Publication, Sampling, SharedWeights, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
 from tests.tiny import engine_spec, make_prompts, make_tiny_model
 
@@ -483,6 +486,46 @@ def test_whole_weights_arrive_and_are_proved(whole: WholeWorld) -> None:
     whole.assert_parity(0)
 
 
+LEARNER = """
+import pickle, sys
+import torch
+from safetensors.torch import load_file
+from plumbline.models.ipc import Shelf
+
+torch.multiprocessing.set_sharing_strategy("file_system")
+weights = load_file(sys.argv[1])
+sys.stdout.buffer.write(pickle.dumps(Shelf(torch.device("cpu")).lay(weights.items())))
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("laid", [1, 2])
+def test_whole_weights_are_read_in_the_memory_of_another_process(whole: WholeWorld, laid: int) -> None:
+    """Where that holds another version already, they are read from their files."""
+    generator = whole.generator()
+    file = version_directory(whole.root, ple(laid)) / "model.safetensors"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", LEARNER, str(file)], **pipes) as learner:
+        assert learner.stdin and learner.stdout
+        publication = replace(whole.publications[1], shared=pickle.load(learner.stdout))
+        there: list[bool] = []
+        load = whole.vllm.load_weights
+
+        async def noted(path: str, shared: SharedWeights | None = None) -> bool:
+            there.append(await load(path, shared))
+            return there[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(whole.vllm, "load_weights", noted)
+            patch.setitem(whole.publications, 1, publication)
+            proof = whole.run(generator.load(ple(1)))
+        learner.stdin.close()
+    assert there == ([True] if laid == 1 else [True, False])
+    assert proof.exact == len(publication.digests["float32"])
+    whole.assert_parity(1)
+
+
 class DeafWorkers:
     """A real engine that loads other weights than it was told, or none."""
 
@@ -491,16 +534,16 @@ class DeafWorkers:
     def __init__(self, engine: Any, path: Path | None) -> None:
         self._engine, self._path = engine, path
 
-    async def load_weights(self, path: str) -> None:
-        if self._path is not None:
-            await self._engine.load_weights(str(self._path))
+    async def load_weights(self, path: str, shared: SharedWeights | None) -> bool:
+        return self._path is not None and await self._engine.load_weights(str(self._path))
 
 
 class ForgetfulWorkers(DeafWorkers):
     """A real engine that is reloaded as vLLM alone does it."""
 
-    async def load_weights(self, path: str) -> None:
+    async def load_weights(self, path: str, shared: SharedWeights | None) -> bool:
         await self._engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        return False
 
 
 def sabotaged_weights(whole: WholeWorld, engine: Any) -> SyncError:

@@ -11,7 +11,7 @@ from actors.reference import Reference, ReferenceSpec
 from plumbline.records import TokenGroup
 from plumbline.runs.parts import Parts
 from plumbline.runs.policies import versions
-from tests.runs import finish, start, titled
+from tests.runs import finish, processes, start
 from tests.tiny import make_tiny_embedder, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = start(directory, config)
     titles: set[str] = set()
     while process.poll() is None:
-        titles |= {one.cmdline()[0] for one in titled(directory, "ray::") if one.is_running()}
+        titles |= set(processes(directory).values())
         time.sleep(1)
     code, _, err = finish(process)
     assert code == 0, err

@@ -1,6 +1,7 @@
 """What needs a CUDA device: shared-prefix log-probs in bfloat16, and a vLLM engine proved against them there."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,44 @@ def test_vllm_on_a_gpu_answers_as_the_learner(tmp_path: Path, gpus: int) -> None
 
     measured = asyncio.run(measure())
     assert max(abs(a - b) for a, b in zip(measured, expected, strict=True)) < TOLERANCE["bfloat16"]
+
+
+def test_an_engine_reads_whole_weights_in_the_memory_of_its_card(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from actors.engines.start import start_engine
+    from actors.learning.policy import LearnedPolicy
+    from plumbline.models.digest import digest
+    from plumbline.models.ipc import Shelf
+
+    model = make_tiny_model(tmp_path / "model")
+    section = Ple.model_validate({"type": "ple", "policy": {"type": "full"}})
+    policy = LearnedPolicy(section, Model(path=str(model)), "bfloat16", "cuda", 0)
+    groups = [TokenGroup(group.prompt_ids, group.response_ids[:1]) for group in groups_of(tmp_path)[:4]]
+    shelf = Shelf(torch.device("cuda", torch.cuda.current_device()))
+
+    async def go() -> None:
+        engine = start_engine(
+            "vllm", engine_spec(model, dtype="bfloat16", device="cuda", memory_share=0.3, max_adapters=0)
+        )
+        try:
+            for _ in range(3):  # more often than a handle that is used up
+                with torch.no_grad():
+                    for parameter in policy.trainable:
+                        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+                expected = {name: digest(p) for name, p in policy.model.named_parameters()}
+                shared = shelf.lay(policy.model.named_parameters())
+                assert await engine.load_weights(str(model), shared), "it has read the files"
+                [held] = await engine.digests(list(expected), adapter=None)
+                assert held == expected
+                for group, mean in zip(groups, policy.probe(groups), strict=True):
+                    logps = await engine.logprobs(group.prompt_ids, group.response_ids[0], adapter=None)
+                    assert sum(logps) / len(logps) == pytest.approx(mean, abs=0.25)
+            elsewhere = replace(shelf.lay(policy.model.named_parameters()), card="another")
+            assert not await engine.load_weights(str(model), elsewhere)
+        finally:
+            await engine.close()
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])

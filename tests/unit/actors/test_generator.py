@@ -17,7 +17,7 @@ from actors.generator import Generator
 from actors.versions import AdapterVersions
 from actors.weights import PolicyStore
 from plumbline.errors import SyncError
-from plumbline.records import Completion, GenerateRequest, PolicyRef, Publication, Sampling, TokenGroup
+from plumbline.records import Completion, GenerateRequest, PolicyRef, Publication, Sampling, SharedWeights, TokenGroup
 from tests.tiny import engine_spec
 
 SPEC = engine_spec("model", max_model_len=64)
@@ -68,11 +68,14 @@ class FakeEngine:
         self.removed.append(adapter)
         del self.loaded[adapter.id]
 
-    async def load_weights(self, path: str) -> None:
+    async def load_weights(self, path: str, shared: SharedWeights | None = None) -> bool:
         await asyncio.sleep(0)
-        self.replaced.append(path)
-        if not self.deaf:
+        self.replaced.append(shared.card if shared else path)
+        if shared:
+            self.whole = float(shared.handle)
+        elif not self.deaf:
             self.whole = 0.0 if path == SPEC.model_path else float((Path(path) / "shift").read_text())
+        return shared is not None
 
     async def close(self) -> None:
         self.closed = True
@@ -493,6 +496,26 @@ def test_whole_weights_are_read_where_they_lie(play: Play, tmp_path: Path) -> No
         assert texts(await bench.generator.generate([request(1)])) == ["0.1/5"]
         assert bench.engine.replaced == [str(tmp_path)]
         assert (tmp_path / "shift").is_file()
+
+    play(scenario, whole=True)
+
+
+@pytest.mark.parametrize(("holds", "read"), [(b"0.1", ["card"]), (b"0.2", ["card", "files"])])
+def test_a_card_that_holds_the_next_version_already_is_noticed(
+    play: Play, tmp_path: Path, holds: bytes, read: list[str]
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        sent = await bench.fetch(ple(1))
+        (tmp_path / "shift").write_bytes(sent.files["shift"])
+
+        async def fetch(ref: PolicyRef) -> Publication:
+            shared = SharedWeights(card="card", handle=holds, shapes={})
+            return replace(sent, files={}, directory=str(tmp_path), shared=shared)
+
+        bench.generator._fetch = fetch
+        await bench.generator.load(ple(1))
+        assert texts(await bench.generator.generate([request(1)])) == ["0.1/5"]
+        assert bench.engine.replaced == [{"card": "card", "files": str(tmp_path)}[one] for one in read]
 
     play(scenario, whole=True)
 

@@ -4,13 +4,16 @@ import math
 import pickle
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.proof import TOLERANCE, Proof, prove
+from actors.proof import TOLERANCE, Proof, prove, tolerance_of
+from plumbline.config.tree import Config
 from plumbline.errors import SyncError
 from plumbline.records import PolicyRef, Publication
+from tests.tiny import tiny_config
 
 N = 16
 draws = random.Random(0)
@@ -183,6 +186,24 @@ def test_of_many_tensors_some_are_named() -> None:
 
 def test_a_tensor_that_is_kept_in_another_form_is_neither_right_nor_wrong() -> None:
     assert proof(V2, expected=DIGESTS, held=[{**DIGESTS, "model.layers.0.self_attn.q_proj": None}]).exact == 3
+
+
+@pytest.mark.parametrize(
+    ("learner", "said", "dtype", "expected"),
+    [
+        ({}, None, "float32", 1e-3),
+        ({}, None, "bfloat16", 0.25),
+        ({"quantize": "nf4"}, None, "float32", 0.25),
+        ({"quantize": "nf4"}, 0.1, "float32", 0.1),
+    ],
+)
+def test_a_learner_in_four_bits_may_be_as_far_off_as_one_in_bfloat16(
+    tmp_path: Path, learner: dict[str, str], said: float | None, dtype: str, expected: float
+) -> None:
+    tree = tiny_config(tmp_path)
+    tree["pipelines"][0].setdefault("learner", {}).update(learner)
+    tree.setdefault("fleet", {})["sync_tolerance"] = said
+    assert tolerance_of(Config.model_validate(tree), dtype) == expected
 
 
 def test_a_sync_error_survives_pickling() -> None:

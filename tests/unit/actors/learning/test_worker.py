@@ -16,10 +16,14 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
-from actors.learning.worker import LearnerSpec, Worker, train
+from actors.learning import worker
+from actors.learning.worker import LearnerSpec, Worker, shares_weights, train
 from plumbline.config.data import Model
+from plumbline.config.learner import Learner
 from plumbline.config.pipelines import Ple, RewardModel, Sft
 from plumbline.errors import LossError, RunError
+from plumbline.models.digest import digest
+from plumbline.models.ipc import open_shared
 from plumbline.records import Completion, Message, PolicyRef, Prompt, Sample, TokenGroup
 from plumbline.runs.checkpoint import latest_step
 from plumbline.runs.parts import Parts
@@ -464,3 +468,38 @@ def test_a_reward_model_needs_no_chat_template(tmp_path: Path, tiny_model: Path)
     train(spec(tmp_path, model, section), feed, rank=0, world=1)
     assert feed.failures == []
     assert versions(tmp_path, "reward") == [STEPS]
+
+
+def whole_spec(run_dir: Path, model: Path, gpus: float = 0.0) -> LearnerSpec:
+    section = Ple.model_validate({"type": "ple", "policy": {"type": "full"}, "learner": {"gpus": gpus, "cpus": 1}})
+    return replace(spec(run_dir, model, section), publishes="full", probe=PROBE)
+
+
+def test_whole_weights_are_laid_out_on_a_card_that_is_shared_and_nowhere_else(run_dir: Path, tiny_model: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    on_card = replace(whole_spec(run_dir, tiny_model), device="cuda")
+    beside, alone = (
+        replace(on_card, section=on_card.section.model_copy(update={"learner": Learner(gpus=gpus, cpus=1)}))
+        for gpus in (0.3, 1.0)
+    )
+    assert shares_weights(beside, model, world=1)
+    assert not shares_weights(beside, model, world=2)
+    assert not shares_weights(alone, model, world=1)
+    assert not shares_weights(replace(beside, device="cpu"), model, world=1)
+    assert not shares_weights(replace(beside, publishes="final"), model, world=1)
+    adapter = Ple.model_validate({"type": "ple", "learner": {"gpus": 0.3, "cpus": 1}})
+    assert not shares_weights(replace(beside, section=adapter), model, world=1)
+
+
+def test_what_is_laid_out_is_what_is_published(
+    run_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "shares_weights", lambda *_: True)
+    feed = MemoryFeed(parts_of(run_dir))
+    train(whole_spec(run_dir, tiny_model), feed, 0, 1)
+    last = feed.published[-1]
+    assert last.shared is not None
+    found = dict(open_shared(last.shared, torch.device("cpu")) or ())
+    written = load_file(version_directory(run_dir, last.ref) / "model.safetensors")
+    assert {name: digest(weight) for name, weight in found.items()} == last.digests["float32"]
+    assert found.keys() <= written.keys() and all(torch.equal(found[name], written[name]) for name in found)
