@@ -52,6 +52,7 @@ from plumbline.data.dataset import read_prompts
 from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.miniature.language import TARGET, sample_answer, sample_request
 from plumbline.miniature.tokenizer import make_tokenizer
+from plumbline.models.ipc import Shelf
 from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Publication, Sampling, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
 
@@ -362,6 +363,7 @@ async def seconds_to_prove(setup: Setup, directory: Path, model: Path, kind: str
     section = Ple.model_validate({"type": "ple", "policy": {"type": kind}})
     policy = LearnedPolicy(section, Model.model_validate({"path": str(model)}), setup.dtype, setup.device, 0)
     base = previous = policy.probe(probe)
+    shelf = Shelf(torch.device("cuda", 0)) if kind == "full" and setup.device == "cuda" else None
     fleet = start_fleet(keep=VERSIONS)
     spec = engine_spec(setup, model, adapters=4 if kind == "lora" else 0)
     fleet.add_generators(setup.settings, "vllm", spec, probe, TOLERANCE[setup.dtype], keep=2)
@@ -379,6 +381,8 @@ async def seconds_to_prove(setup: Setup, directory: Path, model: Path, kind: str
         )
         policy.save(version_directory(directory, ref), publication, adapter=kind == "lora")
         publication, previous = read_publication(directory, ref), now
+        if shelf:  # as a learner that shares the engine's card
+            publication = replace(publication, shared=shelf.lay(policy.model.named_parameters()))
         started = time.perf_counter()
         await ask(fleet.store.publish.remote(publication))
         assert await prove_everywhere(context, ref)
