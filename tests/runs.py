@@ -84,10 +84,12 @@ def leftovers(directory: Path, patience_s: float = 15) -> list[str]:
     return list(found.values())
 
 
-def assert_each_prompt_once(directory: Path, steps: int = 8, prompts: int = 64) -> list[dict[str, Any]]:
+def assert_each_prompt_once(
+    directory: Path, name: str = "ple", steps: int = 8, prompts: int = 64
+) -> list[dict[str, Any]]:
     """Every step is done, in order, and every prompt is in one part or rejected, never in both or twice."""
-    assert [e["step"] for e in events(directory)] == list(range(1, steps + 1))
-    rollouts = directory / "run" / "rollouts" / "ple"
+    assert [e["step"] for e in events(directory, name)] == list(range(1, steps + 1))
+    rollouts = directory / "run" / "rollouts" / name
     parts = Parts(str(rollouts), read_only=True)
     assert parts.steps() == list(range(1, steps + 1))
     rows = parts.read_all()

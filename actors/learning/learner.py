@@ -11,10 +11,11 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from actors.channel import Box, Lease
 from actors.desk import Question
+from actors.learning.meeting import HeldPort
 from actors.learning.worker import LearnerSpec, train
 from actors.weights import BOXES_KEPT
 from plumbline.config.section import planned
@@ -129,7 +130,7 @@ def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
         worker_loop,
         train_loop_config={"spec": spec, "channel": channel, "store": store, "desk": desk},
         # A worker may wait for its next part as long as generation takes.
-        torch_config=TorchConfig(backend="nccl" if spec.device == "cuda" else "gloo", timeout_s=86_400),
+        torch_config=HeldPort(backend="nccl" if spec.device == "cuda" else "gloo", timeout_s=86_400),
         scaling_config=ScalingConfig(
             num_workers=learner.workers,  # a pair are bounds: as many as the cluster has room for
             use_gpu=gpus > 0,
