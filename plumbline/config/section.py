@@ -93,6 +93,6 @@ def bounds(count: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class Section(BaseModel):
-    """Base of all sections: no unknown keys, no change after loading."""
+    """Base of all sections: no unknown keys, no numbers that are not finite, no change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

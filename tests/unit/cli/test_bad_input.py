@@ -138,6 +138,24 @@ def test_a_bad_key_or_value(world: World, refused: Refused, key: str, value: obj
     assert line == f"{world.config}: {message}"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named", "got"),
+    [
+        ("fleet.sync_tolerance", ".inf", "fleet.sync_tolerance", "inf"),
+        ("fleet.generator.gpus", ".nan", "fleet.generator.gpus", "nan"),
+        ("pipelines.0.learner.lr", "-.inf", "pipelines.0.learner.lr", "-inf"),
+        ("pipelines.0.tau0", "1e999", "pipelines.0.tau0", "'1e999'"),  # text to YAML, a number to the key
+        ("pipelines.0.tau0", "1.0e+999", "pipelines.0.tau0", "inf"),
+        ("model.init", "{model_type: llama, rope: [1.0, .inf]}", "model.init.rope.1", "inf"),
+        ("fleet.generator.vllm", "{speculative_config: {p: .nan}}", "fleet.generator.vllm.speculative_config.p", "nan"),
+        ("reward", ".inf", "reward", "inf"),
+    ],
+)
+def test_a_number_that_is_none(world: World, refused: Refused, key: str, value: str, named: str, got: str) -> None:
+    line = run(world, refused, "--set", f"{key}={value}")
+    assert line.startswith(f"{world.config}: {named}: ") and line.endswith(f"should be a finite number, got {got}")
+
+
 def test_a_layer_that_the_model_has_not(world: World, refused: Refused) -> None:
     world.tree["pipelines"][0]["policy"] = {"type": "lora", "target_modules": ["q_proj", "query"]}
     assert run(world, refused) == (
