@@ -198,7 +198,7 @@ async def through_pool(
         batches = [asked[i : i + pool.batch] for i in range(0, len(asked), pool.batch)]
         tokens = pool.batch * max_tokens
         answered = await gather(
-            *(pool.ask("bench", tokens, lambda g, b=b: ask(g.generate.remote(list(b)))) for b in batches)
+            *(pool.ask("bench", pool.batch, tokens, lambda g, b=b: ask(g.generate.remote(list(b)))) for b in batches)
         )
         flat = [generation for one in answered for generation in one]
         drawn.extend(flat)
@@ -229,7 +229,7 @@ async def sampling(setup: Setup) -> None:
     fleet = start_fleet(keep=4)
     fleet.add_generators(setup.settings, "vllm", spec, [], 1.0, keep=2)
     await fleet.ready()
-    pool = Pool(fleet.generators, spec.in_flight * setup.max_tokens, batch=spec.batch)
+    pool = Pool(fleet.generators, spec.in_flight, batch=spec.batch)
     rows, ratios, same = [], [], True
     os.environ["OMP_NUM_THREADS"] = str(spec.threads)  # read once, where the other process begins
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
@@ -320,7 +320,7 @@ async def records_per_s(setup: Setup, model: Path, engines: int) -> float:
     instant = [actor(Instant) for _ in range(engines)]
     await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
     spec = replace(engine_spec(setup, model), max_num_seqs=GeneratorFleet().max_num_seqs)
-    context.pool = Pool(instant, capacity=spec.in_flight * 24, batch=spec.batch)
+    context.pool = Pool(instant, capacity=spec.in_flight, batch=spec.batch)
     method = PleMethod(context, section)
     channel, consumer = fleet.add_channel(method.slots, "bench"), actor(Consumer)
     consumed = consumer.run.remote(channel)

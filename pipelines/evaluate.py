@@ -118,8 +118,9 @@ async def generated(context: Context, requests: Sequence[GenerateRequest]) -> li
     pool = context.pool
 
     async def one(batch: Sequence[GenerateRequest]) -> list[Generation]:
+        answers = sum(request.n for request in batch)
         tokens = sum(request.n * request.sampling.max_tokens for request in batch)
-        return await pool.ask(TURN, tokens, lambda generator: ask(generator.generate.remote(list(batch))))
+        return await pool.ask(TURN, answers, tokens, lambda generator: ask(generator.generate.remote(list(batch))))
 
     batches = [requests[i : i + pool.batch] for i in range(0, len(requests), pool.batch)]
     generations = [generation for batch in await gather(*map(one, batches)) for generation in batch]
@@ -147,8 +148,8 @@ async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]
     pool = context.pool
 
     async def one(batch: Sequence[TokenGroup]) -> list[list[list[float]]]:
-        tokens = sum(group.tokens for group in batch)
-        return await pool.ask(TURN, tokens, lambda generator: ask(generator.logprobs.remote(list(batch), ref)))
+        answers, tokens = sum(len(group.response_ids) for group in batch), sum(group.tokens for group in batch)
+        return await pool.ask(TURN, answers, tokens, lambda generator: ask(generator.logprobs.remote(list(batch), ref)))
 
     batches = [groups[i : i + pool.batch] for i in range(0, len(groups), pool.batch)]
     scored = [scores[0] for batch in await gather(*map(one, batches)) for scores in batch]

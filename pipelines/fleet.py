@@ -66,9 +66,8 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
     elif train and any(isinstance(p, Preference) for p in config.pipelines):
         context.frozen = await frozen_base(context)
         context.fingerprint = context.frozen.fingerprint
-    longest = max(p.generation.max_tokens for p in config.methods)
     spec = generator_spec(context, context.model_path, train=train)
-    context.pool = Pool(fleet.generators, capacity=spec.in_flight * longest, batch=spec.batch)
+    context.pool = Pool(fleet.generators, capacity=spec.in_flight, batch=spec.batch)
     context.beside.append(asyncio.create_task(autoscale(context)))
 
 

@@ -155,8 +155,9 @@ class Method(ABC):
             made = [one(answers) for one in then]
             return await ask(answers), made
 
+        answers = sum(request.n for request in requests)
         tokens = sum(request.n * request.sampling.max_tokens for request in requests)
-        generations, made = await self._context.pool.ask(self.name, tokens, question, self._section.share)
+        generations, made = await self._context.pool.ask(self.name, answers, tokens, question, self._section.share)
         self._context.pool.count(self.name, sum(one.tokens for one in generations))
         return [generations, *[await ask(one) for one in made]]
 

@@ -1,10 +1,10 @@
 """The one pool of generators that all pipelines of a run share, fairly.
 
-A pipeline asks for admission before each batch of requests. The pool bounds the tokens that are outstanding, and lets
-batches in by start-time fair queueing (Goyal, Vin and Cheng, 1996): each batch gets a start on a clock that runs on
-tokens over weight, behind the pipeline's batch before it and never before now, and the earliest start goes first. So a
-newcomer does not wait behind another's queue, nobody saves up what it did not use, and what a finished pipeline leaves
-goes to the others at once.
+A pipeline asks for admission before each batch of requests. The pool bounds the answers that are outstanding, as
+engines have places for answers whatever their length, and lets batches in by start-time fair queueing (Goyal, Vin and
+Cheng, 1996): each batch gets a start on a clock that runs on tokens over weight, behind the pipeline's batch before it
+and never before now, and the earliest start goes first. So a newcomer does not wait behind another's queue, nobody
+saves up what it did not use, and what a finished pipeline leaves goes to the others at once.
 
 Generators join and leave while it works (`pipelines.autoscaler`): what a lost one was asked goes to another.
 """
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A generator of the pool, the tokens it was asked for and has not answered, and what keeps it from leaving."""
+    """A generator of the pool, the answers it was asked for and has not given, and what keeps it from leaving."""
 
     generator: Any
     load: int = 0
@@ -35,10 +35,10 @@ class Member:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Ticket:
-    """A batch that waits since `asked`: the `tokens` it may sample, for `pipeline`, `start` on the pool's clock."""
+    """A batch that waits since `asked`: so many `answers`, for `pipeline`, `start` on the pool's clock."""
 
     pipeline: str
-    tokens: int
+    answers: int
     start: float
     asked: float
     turn: "asyncio.Future[Member]"
@@ -66,7 +66,7 @@ class Pool:
 
     Args:
         generators: handles of those that it begins with; a batch goes to the one with the least outstanding.
-        capacity: tokens that may be outstanding, for each of them. A larger batch is admitted alone.
+        capacity: answers that may be outstanding, for each of them. A larger batch is admitted alone.
         batch: answers that pipelines should ask for at a time, alike for all: what they take turns with.
 
     Attributes:
@@ -83,17 +83,23 @@ class Pool:
         self._failure: Exception | None = None
 
     @asynccontextmanager
-    async def admit(self, pipeline: str, tokens: int, share: float = 1.0) -> AsyncIterator[Any]:
-        """Wait for a place of `tokens`; yields the generator to ask, and frees the place at the end.
+    async def admit(self, pipeline: str, answers: int, tokens: int, share: float = 1.0) -> AsyncIterator[Any]:
+        """Wait for places of `answers`; yields the generator to ask, and frees the places at the end.
+
+        Args:
+            tokens: that they may have together, by which pipelines take turns.
 
         Raises:
             Exception: what `fail` was given.
         """
-        async with self._admitted(pipeline, tokens, self._start(pipeline, tokens, share)) as member:
+        async with self._admitted(pipeline, answers, self._start(pipeline, tokens, share)) as member:
             yield member.generator
 
-    async def ask(self, pipeline: str, tokens: int, question: Callable[[Any], Awaitable[T]], share: float = 1.0) -> T:
-        """What a generator answers to `question`. Where it is lost over it, it leaves, and another is asked.
+    async def ask(
+        self, pipeline: str, answers: int, tokens: int, question: Callable[[Any], Awaitable[T]], share: float = 1.0
+    ) -> T:
+        """What a generator answers to `question`, as `admit` lets it in. Where it is lost over it, it leaves, and
+        another is asked.
 
         That is in the turn that the batch had: before what its pipeline asked later.
 
@@ -102,7 +108,7 @@ class Pool:
         """
         start = self._start(pipeline, tokens, share)
         while True:
-            async with self._admitted(pipeline, tokens, start) as member:
+            async with self._admitted(pipeline, answers, start) as member:
                 try:
                     return await question(member.generator)
                 except LostError:
@@ -173,13 +179,13 @@ class Pool:
 
     @property
     def outstanding(self) -> int:
-        """Tokens admitted and not yet answered."""
+        """Answers that were asked for and are not there yet."""
         return sum(member.load for member in self._members)
 
     @property
     def demand(self) -> float:
-        """Generators that the tokens admitted and those that wait would fill."""
-        return (self.outstanding + sum(ticket.tokens for ticket in self._waiting)) / max(self.capacity, 1)
+        """Generators that the answers admitted and those that wait would fill."""
+        return (self.outstanding + sum(ticket.answers for ticket in self._waiting)) / max(self.capacity, 1)
 
     def shares(self) -> dict[str, float]:
         """Each pipeline's part of the tokens sampled so far."""
@@ -197,12 +203,12 @@ class Pool:
         return start
 
     @asynccontextmanager
-    async def _admitted(self, pipeline: str, tokens: int, start: float) -> AsyncIterator[Member]:
+    async def _admitted(self, pipeline: str, answers: int, start: float) -> AsyncIterator[Member]:
         if self._failure is not None:
             raise self._failure
         account, now = self._account(pipeline), time.monotonic()
         turn = asyncio.get_running_loop().create_future()
-        ticket = Ticket(pipeline=pipeline, tokens=tokens, start=start, asked=now, turn=turn)
+        ticket = Ticket(pipeline=pipeline, answers=answers, start=start, asked=now, turn=turn)
         self._waiting.append(ticket)
         account.since = account.since if account.waiting else now
         account.waiting += 1
@@ -229,11 +235,11 @@ class Pool:
         while self._waiting and self._members:
             ticket = min(self._waiting, key=lambda one: one.start)
             outstanding = self.outstanding
-            if outstanding and outstanding + ticket.tokens > self.capacity * len(self._members):
+            if outstanding and outstanding + ticket.answers > self.capacity * len(self._members):
                 return
             self._waiting.remove(ticket)
             member = min(self._members, key=lambda one: one.load)
-            member.load += ticket.tokens
+            member.load += ticket.answers
             member.batches += 1
             self._clock = max(self._clock, ticket.start)  # a batch that is asked again starts in the past
             account, now = self.accounts[ticket.pipeline], time.monotonic()
@@ -243,7 +249,7 @@ class Pool:
             ticket.turn.set_result(member)
 
     def _free(self, ticket: Ticket, member: Member) -> None:
-        member.load -= ticket.tokens
+        member.load -= ticket.answers
         self._release(member)
         self._serve()
 

@@ -190,13 +190,13 @@ def test_the_least_loaded_leaves_and_ends_what_it_was_asked() -> None:
             await settle()
             first, second = world.fleet.generators
             autoscaler._scaler.low = 0
-            async with world.pool.admit("x", 5) as asked:
+            async with world.pool.admit("x", 5, 5) as asked:
                 assert asked is first
                 await tend_twice(autoscaler)
                 await settle()
                 assert world.told("left") == ["generator-1"] and world.fleet.listed == [first]
             await asyncio.sleep(0.001)
-            async with world.pool.admit("x", 5):
+            async with world.pool.admit("x", 5, 5):
                 world.pool.lose(second)  # gone already: nothing happens
                 autoscaler._leave(first)
                 await settle()
@@ -244,7 +244,7 @@ def test_who_waits_for_the_pool_is_told_what_failed(error: Exception, raised: ty
         world.pool.current["ple"] = PLE
         keeping = asyncio.create_task(autoscale(world.context))
         with pytest.raises(raised):
-            async with world.pool.admit("x", 5):
+            async with world.pool.admit("x", 5, 5):
                 pass
         await keeping
 
@@ -275,7 +275,7 @@ def test_from_none_on_work_and_back_when_there_is_none() -> None:
         keeping = asyncio.create_task(autoscale(world.context))
         await asyncio.sleep(2 * EVERY)
         assert world.fleet.generators == []
-        async with world.pool.admit("x", 5) as engine:
+        async with world.pool.admit("x", 5, 5) as engine:
             assert [engine] == world.fleet.generators
         await asyncio.sleep(4 * EVERY)
         assert world.fleet.generators == [] and world.told("left") == ["generator-0"]

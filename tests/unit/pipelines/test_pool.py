@@ -16,9 +16,9 @@ def run(work: Awaitable[None]) -> None:
     asyncio.run(limited())
 
 
-async def asks(pool: Pool, order: list[str], name: str, tokens: int = 10, share: float = 1.0) -> None:
-    """One batch: notes when it is admitted, and holds its place for a turn of the loop."""
-    async with pool.admit(name, tokens, share):
+async def asks(pool: Pool, order: list[str], name: str, size: int = 10, share: float = 1.0) -> None:
+    """A batch of as many answers as tokens: notes when it is admitted, holds its places for a turn of the loop."""
+    async with pool.admit(name, size, size, share):
         order.append(name)
         await asyncio.sleep(0.001)
 
@@ -68,13 +68,32 @@ def test_the_longest_wait_is_not_that_behind_ones_own_queue() -> None:
         pool = Pool(["g"], capacity=10)
 
         async def hold(name: str, seconds: float) -> None:
-            async with pool.admit(name, 10):
+            async with pool.admit(name, 10, 10):
                 await asyncio.sleep(seconds)
 
         await asyncio.gather(*(hold("deep", 0.02) for _ in range(10)))
         assert pool.accounts["deep"].longest_wait < 0.1, "the last waited ten times as long, behind its own"
         await asyncio.gather(hold("other", 0.2), hold("late", 0.0))
         assert 0.15 < pool.accounts["late"].longest_wait < 0.5
+
+    run(work())
+
+
+def test_long_answers_of_one_pipeline_make_no_room_for_more_short_ones() -> None:
+    """An engine has so many places, whatever is in them; turns go by tokens all the same."""
+
+    async def work() -> None:
+        pool, inside, most = Pool(["g"], capacity=40), 0, 0
+
+        async def batch(name: str, tokens: int) -> None:
+            nonlocal inside, most
+            async with pool.admit(name, 10, 10 * tokens):
+                inside, most = inside + 10, max(most, inside + 10)
+                await asyncio.sleep(0.001)
+                inside -= 10
+
+        await asyncio.gather(*(batch("short", 256) for _ in range(64)), *(batch("long", 4096) for _ in range(4)))
+        assert most == 40
 
     run(work())
 
@@ -87,7 +106,7 @@ def test_a_finished_pipeline_gives_its_share_back() -> None:
 
         async def hold() -> None:
             nonlocal inside
-            async with pool.admit("other", 10):
+            async with pool.admit("other", 10, 10):
                 inside += 1
                 await asyncio.sleep(0.01)
 
@@ -104,7 +123,7 @@ def test_a_large_batch_is_not_overtaken_for_ever() -> None:
         pool, order = Pool(["g"], capacity=20), []
         first = asyncio.create_task(asks(pool, order, "small"))
         await asyncio.sleep(0)
-        large = asyncio.create_task(asks(pool, order, "large", tokens=100))
+        large = asyncio.create_task(asks(pool, order, "large", size=100))
         await asyncio.sleep(0)
         more = [asyncio.create_task(asks(pool, order, "small")) for _ in range(10)]
         await asyncio.gather(first, large, *more)
@@ -116,7 +135,11 @@ def test_a_large_batch_is_not_overtaken_for_ever() -> None:
 def test_the_generator_with_the_least_to_do_is_asked() -> None:
     async def work() -> None:
         pool = Pool(["a", "b"], capacity=100)
-        async with pool.admit("x", 30) as first, pool.admit("x", 10) as second, pool.admit("y", 10) as third:
+        async with (
+            pool.admit("x", 30, 30) as first,
+            pool.admit("x", 10, 10) as second,
+            pool.admit("y", 10, 10) as third,
+        ):
             assert (first, second, third) == ("a", "b", "b")
             assert pool.outstanding == 50
         assert pool.outstanding == 0
@@ -127,7 +150,7 @@ def test_the_generator_with_the_least_to_do_is_asked() -> None:
 def test_a_cancelled_batch_gives_its_place_back() -> None:
     async def work() -> None:
         pool, order = Pool(["g"], capacity=10), []
-        async with pool.admit("x", 10):
+        async with pool.admit("x", 10, 10):
             waiting = asyncio.create_task(asks(pool, order, "x"))
             await asyncio.sleep(0)
             waiting.cancel()
@@ -171,12 +194,12 @@ def test_one_that_joins_is_asked_at_once_and_its_room_counts() -> None:
 def test_one_that_leaves_ends_its_batches_and_gets_no_more() -> None:
     async def work() -> None:
         pool = Pool(["a", "b"], capacity=20)
-        async with pool.admit("x", 10) as first:
+        async with pool.admit("x", 10, 10) as first:
             assert first == "a"
             leaving = asyncio.create_task(pool.leave("a"))
             await asyncio.sleep(0)
             assert pool.generators == ["b"] and not leaving.done()
-            async with pool.admit("x", 10) as second, pool.admit("x", 10) as third:
+            async with pool.admit("x", 10, 10) as second, pool.admit("x", 10, 10) as third:
                 assert (second, third) == ("b", "b")
                 assert pool.outstanding == 20, "what the leaving one has takes no place of the others"
         await leaving
@@ -211,7 +234,7 @@ def test_what_a_lost_one_was_asked_goes_to_another_before_what_its_pipeline_aske
             order.append("again")
             return generator
 
-        first = asyncio.create_task(pool.ask("x", 10, question))
+        first = asyncio.create_task(pool.ask("x", 10, 10, question))
         await asyncio.sleep(0)
         later = [asyncio.create_task(asks(pool, order, "x")) for _ in range(3)]
         other = asyncio.create_task(asks(pool, order, "y"))
@@ -238,7 +261,7 @@ def test_one_that_came_back_is_not_lost_by_a_late_answer_of_before() -> None:
             return generator
 
         pool.count("late", 0)
-        both = [asyncio.create_task(pool.ask("late", 10, question)) for _ in range(2)]
+        both = [asyncio.create_task(pool.ask("late", 10, 10, question)) for _ in range(2)]
         await asyncio.sleep(0.015)  # the first has failed, the second is under way
         assert pool.generators == []
         pool.join("g")
