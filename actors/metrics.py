@@ -159,9 +159,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 POOL_GENERATORS = Gauge("plumbline_pool_generators", "generators that rollouts are asked of")
 POOL_QUEUE = Gauge("plumbline_pool_queue", "batches of requests that wait for a place in the pool")
-POOL_OUTSTANDING = Gauge(
-    "plumbline_pool_outstanding_answers", "answers that generators were asked for and owe"
-)
+POOL_OUTSTANDING = Gauge("plumbline_pool_outstanding_answers", "answers that generators were asked for and owe")
 POOL_UTILISATION = Gauge("plumbline_pool_utilisation", "share of the last seconds in which a generator worked, 0 to 1")
 POOL_TOKENS = Counter("plumbline_pool_tokens_total", "tokens sampled for a pipeline", ("pipeline",))
 

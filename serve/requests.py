@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
 
+from plumbline.config.section import not_finite
 from plumbline.config.serving import Limits
 from serve.errors import ApiError
 
@@ -18,8 +19,24 @@ FIELDS: dict[Kind, set[str]] = {
     "completion": _COMMON | {"prompt", "echo", "suffix", "best_of"},
 }
 """What may be in a body. Engines know more, such as templates and scheduling, which is not a user's to set."""
-IGNORED = {"store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
-"""What clients of OpenAI's send that means nothing here."""
+IGNORED = {
+    "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prediction", "reasoning_effort", "verbosity",
+}  # fmt: skip
+"""What clients of OpenAI's send that means nothing here: notes, and hints on how to get to the same answer."""
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"], []),
+    "audio": (),
+    "web_search_options": (),
+}
+"""Fields that ask for more than text, and their values that do not."""
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Whose turn it is, and what templates call that."""
 
 
 async def read_body(stream: AsyncIterator[bytes], limit: int) -> bytes:
@@ -41,6 +58,11 @@ def parse(kind: Kind, body: bytes, limits: Limits) -> tuple[str, dict[str, Any]]
     if not isinstance(fields, dict):
         raise ApiError(400, "The JSON body of your request should be an object.")
     fields = {key: value for key, value in fields.items() if value is not None and key not in IGNORED}
+    for place, number in not_finite(fields):
+        raise ApiError(400, f"`{place}` is {number}; it should be a finite number.", param=place.partition(".")[0])
+    for key in [key for key in fields if key in NEUTRAL]:
+        if fields.pop(key) not in NEUTRAL[key]:
+            raise ApiError(400, f"`{key}` asks for what is not served here: these models answer in text.", param=key)
     for key in fields:
         if key not in FIELDS[kind]:
             raise ApiError(400, f"Unrecognized request argument supplied: {key[:64]}", param=key[:64])
@@ -51,7 +73,7 @@ def parse(kind: Kind, body: bytes, limits: Limits) -> tuple[str, dict[str, Any]]
     return name, fields
 
 
-def _bounds(kind: Kind, fields: Mapping[str, Any], limits: Limits) -> None:
+def _bounds(kind: Kind, fields: dict[str, Any], limits: Limits) -> None:
     _bounded(fields, "n", 1, limits.n)
     _bounded(fields, "best_of", 1, limits.n)
     _bounded(fields, "seed", -(2**63), 2**63 - 1)
@@ -67,13 +89,32 @@ def _bounds(kind: Kind, fields: Mapping[str, Any], limits: Limits) -> None:
         right = isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked)
         if not right:
             raise ApiError(400, "`messages` should be a list of turns, {role, content} each.", param=key)
-    elif not isinstance(asked, str | list):
+        fields[key] = [_turn(i, turn) for i, turn in enumerate(asked)]
+    elif not _is_prompt(asked):
         raise ApiError(400, "`prompt` should be a text, or a list of texts or of token ids.", param=key)
     if not asked:
         raise ApiError(400, f"`{key}` is empty.", param=key)
     # A list of token ids is one prompt, however many there are.
     if isinstance(asked, list) and not isinstance(asked[0], int) and len(asked) > limits.messages:
         raise ApiError(400, f"`{key}` holds {len(asked)}; this server takes {limits.messages}.", param=key)
+
+
+def _turn(number: int, turn: dict[str, Any]) -> dict[str, Any]:
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        said = f"`messages.{number}.role` should be one of {', '.join(ROLES)}."
+        raise ApiError(400, said, param=f"messages.{number}.role")
+    return {**turn, "role": ROLES[role]}
+
+
+def _is_prompt(asked: Any) -> bool:
+    """One or several: texts, or lists of token ids. A truth value is no number here, though it is one to Python."""
+
+    def ids(one: Any) -> bool:
+        return isinstance(one, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in one)
+
+    several = isinstance(asked, list) and (all(isinstance(one, str) for one in asked) or all(map(ids, asked)))
+    return isinstance(asked, str) or ids(asked) or several
 
 
 def _bounded(fields: Mapping[str, Any], key: str, least: int, most: int) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from plumbline.config.serving import Limits
-from serve.requests import Kind
+from serve.requests import ROLES, Kind
 
 _NUMBER = {"type": "number"}
 
@@ -26,7 +26,7 @@ def describe(kind: Kind, limits: Limits) -> dict[str, Any]:
         turn = {
             "type": "object",
             "properties": {
-                "role": {"type": "string", "enum": ["system", "user", "assistant"]},
+                "role": {"type": "string", "enum": list(ROLES)},
                 "content": {"type": "string"},
             },
             "required": ["role", "content"],
@@ -42,7 +42,12 @@ def describe(kind: Kind, limits: Limits) -> dict[str, Any]:
             "prompt": {
                 "anyOf": [
                     {"type": "string", "minLength": 1},
-                    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 8},
+                    {
+                        "type": "array",
+                        "items": {"type": "string", "minLength": 1},
+                        "minItems": 1,
+                        "maxItems": limits.messages,
+                    },
                 ]
             },
             "logprobs": {"type": "integer", "minimum": 0, "maximum": 5},

@@ -1,12 +1,43 @@
 """vLLM's own OpenAI protocol over an engine that runs already: what `actors.engines.vllm` answers users with."""
 
 import json
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from plumbline.records import Head, PolicyRef, UserRequest
+
+NO_CHANCE = -9999.0
+"""The log-prob that OpenAI gives a token that cannot be sampled: JSON has no infinity."""
+
+
+def beyond(body: Mapping[str, Any], vocabulary: int) -> tuple[str, str] | None:
+    """The field of a request that names a token which the model has not, and what is wrong with it.
+
+    vLLM compares ids with how many there are, not with the last: on the next one its engine would die.
+    """
+    asked = body.get("prompt")
+    several = asked if isinstance(asked, list) else []
+    ids = [id for one in several for id in (one if isinstance(one, list) else [one]) if isinstance(id, int)]
+    bias = body.get("logit_bias")
+    keys = [*bias] if isinstance(bias, Mapping) else []
+    for field, given in (("prompt", ids), ("logit_bias", keys)):
+        for one in given:
+            number = int(one) if str(one).isascii() and str(one).isdigit() else -1
+            if not 0 <= number < vocabulary:
+                return field, f"`{field}` names the token {one!r}; this model has 0 to {vocabulary - 1}."
+    return None
+
+
+def strict(answer: Any) -> Any:
+    """An answer in which every number is one to strict readers of JSON."""
+    if isinstance(answer, float) and not math.isfinite(answer):
+        return NO_CHANCE
+    if isinstance(answer, dict):
+        return {key: strict(value) for key, value in answer.items()}
+    return [strict(value) for value in answer] if isinstance(answer, list) else answer
 
 
 class OpenAIAnswers:
@@ -25,6 +56,7 @@ class OpenAIAnswers:
         from vllm.entrypoints.openai.models.serving import OpenAIServingModels
         from vllm.renderers.online_renderer import OnlineRenderer
 
+        self._vocabulary: int = llm.model_config.get_vocab_size()
         self._models = OpenAIServingModels(llm, [BaseModelPath(name=PolicyRef().public, model_path=model_path)])
         template: Any = {"chat_template": chat_template, "chat_template_content_format": "auto"}
         renderer = OnlineRenderer(llm.model_config, llm.renderer, request_logger=None, **template)
@@ -48,7 +80,10 @@ class OpenAIAnswers:
             self._models.base_model_paths[0].name = name  # of whole weights an engine holds one version at a time
         result: Any
         try:
-            result = await self._begin(request, {**request.body, "model": name, "priority": 0})
+            if wrong := beyond(request.body, self._vocabulary):
+                result = create_error_response(wrong[1], param=wrong[0])
+            else:
+                result = await self._begin(request, {**request.body, "model": name, "priority": 0})
         except ValidationError as error:
             first = error.errors()[0]
             result = create_error_response(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}")
@@ -63,7 +98,7 @@ class OpenAIAnswers:
                 yield piece
         else:
             yield Head(status=200, streams=False)
-            yield json.dumps(result.model_dump(), ensure_ascii=False)
+            yield json.dumps(strict(result.model_dump()), ensure_ascii=False, allow_nan=False)
 
     def forget(self, name: str) -> None:
         """An adapter is no longer there."""

@@ -5,7 +5,6 @@ be right. Local paths are taken from the working directory and kept absolute, so
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from plumbline.config.section import not_finite
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 
@@ -52,7 +52,7 @@ def parse_text(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     """Check a tree that is already in memory; `origin` is what messages call it. Raises ConfigError."""
-    for key, number in _infinite(tree):
+    for key, number in not_finite(tree):  # sections have bounds, but not all that they hold is theirs to know
         raise ConfigError(f"{origin}: {key}: should be a finite number, got {number}")
     try:
         return Config.model_validate(_change_paths(tree, _absolute))
@@ -70,15 +70,6 @@ def dump_config(config: Config, within: Path | None = None) -> str:
     if within is not None:
         tree = _change_paths(tree, lambda key, value: _relative(value, within) if key in LOCAL_PATHS else value)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _infinite(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers that are none: sections have bounds, but not all of what they hold is theirs to know."""
-    if isinstance(node, float) and not math.isfinite(node):
-        yield key, node
-    elif isinstance(node, Mapping | list):
-        for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
-            yield from _infinite(value, f"{key}.{name}" if key else str(name))
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

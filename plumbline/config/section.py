@@ -1,6 +1,8 @@
 """What every section of a config is made of. Used by `plumbline.config.tree` and `plumbline.config.fleet`."""
 
+import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -85,6 +87,15 @@ AutoElastic = Annotated[
     Count | tuple[Annotated[int, Field(ge=0)], Count] | Auto,
     BeforeValidator(lambda value: value if value == "auto" else _in_order(value)),
 ]
+
+
+def not_finite(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """NaN and infinite numbers in a tree of mappings and lists, with their places: `fleet.generator.gpus`."""
+    if isinstance(node, float) and not math.isfinite(node):
+        yield key, node
+    elif isinstance(node, Mapping | list):
+        for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from not_finite(value, f"{key}.{name}" if key else str(name))
 
 
 def bounds(count: int | tuple[int, int]) -> tuple[int, int]:

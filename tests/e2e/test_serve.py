@@ -1,5 +1,6 @@
 """The endpoint, asked by OpenAI's client: beside a run that trains on the same engine, then over what it left."""
 
+import json
 import math
 import os
 import signal
@@ -42,6 +43,11 @@ class Live:
     @property
     def run_dir(self) -> Path:
         return self.directory / "run"
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has."""
+        return json.loads((self.directory / "model" / "config.json").read_text())["vocab_size"]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def slowness() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def check_protocol(url: str) -> None:
+def check_protocol(url: str, vocabulary: int) -> None:
     """What users of OpenAI's client expect, on any placement."""
     talker = client(url)
     assert {model.id for model in talker.models.list()} == {"base", "ple"}
@@ -141,6 +147,8 @@ def check_protocol(url: str) -> None:
         (openai.NotFoundError, 404, "model_not_found", lambda: talker.models.retrieve("ple@9999")),
         (openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(url, "sk-wrong-wrong-wrong"))),
         (openai.BadRequestError, 400, "context_length_exceeded", lambda: chat(talker, messages=TURN * 60)),
+        (openai.BadRequestError, 400, None, lambda: talker.completions.create(model="base", prompt=[vocabulary])),
+        (openai.BadRequestError, 400, None, lambda: chat(talker, logit_bias={str(vocabulary): 1})),
         (openai.BadRequestError, 400, None, lambda: chat(talker, n=99)),
         (openai.BadRequestError, 400, None, lambda: chat(talker, temperature=-1)),
         (openai.BadRequestError, 400, None, lambda: chat(talker, extra_body={"chat_template": "x"})),
@@ -150,6 +158,8 @@ def check_protocol(url: str) -> None:
             call()
         assert (caught.value.status_code, caught.value.code) == (status, code)
         assert caught.value.type == "invalid_request_error"
+    last = talker.completions.create(model="base", prompt=[vocabulary - 1], max_tokens=2)
+    assert last.usage and last.usage.prompt_tokens == 1, "the engine lives, and knows its last token"
     header = {"Authorization": f"Bearer {KEY}"}
     broken = httpx.post(f"{url}/v1/chat/completions", content=b'{"model": ', headers=header)
     assert broken.status_code == 400 and "JSON" in broken.json()["error"]["message"]
@@ -161,7 +171,7 @@ def chat(talker: openai.OpenAI, **given: Any) -> Any:
 
 
 def test_the_pool_speaks_openais_protocol(live: Live) -> None:
-    check_protocol(live.url)
+    check_protocol(live.url, live.vocabulary)
 
 
 def test_the_run_goes_on_and_ends_by_itself(live: Live) -> None:
@@ -186,8 +196,8 @@ def over(live: Live) -> Iterator[str]:
     assert leftovers(live.directory) == []
 
 
-def test_replicas_speak_openais_protocol(over: str) -> None:
-    check_protocol(over)
+def test_replicas_speak_openais_protocol(live: Live, over: str) -> None:
+    check_protocol(over, live.vocabulary)
 
 
 def test_what_users_were_answered_meanwhile_is_what_these_versions_answer(live: Live, over: str) -> None:

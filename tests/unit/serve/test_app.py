@@ -178,6 +178,40 @@ def test_without_a_right_key_nobody_is_answered_and_no_key_is_shown(
         ("completions", {"model": "ple"}, 400, "`prompt` should be"),
         ("completions", {"model": "ple", "prompt": ["a"] * 257}, 400, "takes 256"),
         ("completions", {"model": "ple", "prompt": "a", "logprobs": 6}, 400, "takes 0 to 5"),
+        (
+            "chat/completions",
+            b'{"model": "ple", "messages": [{"role": "user"}], "temperature": NaN}',
+            400,
+            "`temperature`",
+        ),
+        (
+            "chat/completions",
+            b'{"model": "ple", "messages": [{"role": "user"}], "top_p": 1e999}',
+            400,
+            "`top_p` is inf",
+        ),
+        ("completions", b'{"model": "ple", "prompt": "a", "logit_bias": {"5": NaN}}', 400, "`logit_bias.5` is nan"),
+        ("completions", {"model": "ple", "prompt": [True]}, 400, "`prompt` should be"),
+        ("completions", {"model": "ple", "prompt": [1, "a"]}, 400, "`prompt` should be"),
+        ("completions", {"model": "ple", "prompt": [[1], "a"]}, 400, "`prompt` should be"),
+        ("completions", {"model": "ple", "prompt": [1.5]}, 400, "`prompt` should be"),
+        ("chat/completions", {**HELLO, "tools": [{"type": "function"}]}, 400, "`tools` asks for what is not served"),
+        ("chat/completions", {**HELLO, "response_format": {"type": "json_object"}}, 400, "`response_format` asks"),
+        ("chat/completions", {**HELLO, "tool_choice": "required"}, 400, "`tool_choice` asks"),
+        ("chat/completions", {**HELLO, "modalities": ["text", "audio"]}, 400, "`modalities` asks"),
+        (
+            "chat/completions",
+            {**HELLO, "messages": [{"role": "tool", "content": "a"}]},
+            400,
+            "`messages.0.role` should be",
+        ),
+        (
+            "chat/completions",
+            {**HELLO, "messages": [{"content": "a"}]},
+            400,
+            "`messages.0.role` should be one of system",
+        ),
+        ("chat/completions", {**HELLO, "messages": [{"role": ["user"]}]}, 400, "`messages.0.role` should be"),
         ("embeddings", HELLO, 404, "Invalid URL (POST /v1/embeddings)"),
     ],
 )
@@ -200,6 +234,43 @@ def test_nulls_and_fields_without_a_meaning_here_are_left_out(run_dir: Path) -> 
         body = {**HELLO, "stop": None, "store": True, "metadata": {"a": "b"}, "user": "u", "seed": 3}
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
         assert dict(engine.asked[0].body) == {"messages": HELLO["messages"], "user": "u", "seed": 3}
+
+    talk(run_dir, work)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"response_format": {"type": "text"}},
+        {"tools": [], "tool_choice": "none"},
+        {"tool_choice": "auto"},
+        {"functions": [], "function_call": "none"},
+        {"modalities": ["text"], "audio": None},
+        {"reasoning_effort": "low", "verbosity": "high"},
+    ],
+)
+def test_fields_that_ask_for_no_more_than_text_are_left_out(run_dir: Path, field: dict[str, Any]) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        assert (await client.post("/v1/chat/completions", json={**HELLO, **field})).status_code == 200
+        assert dict(engine.asked[0].body) == {"messages": HELLO["messages"]}
+
+    talk(run_dir, work)
+
+
+def test_a_developers_turn_is_the_systems(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        turns = [{"role": "developer", "content": "Be brief."}, *HELLO["messages"]]
+        assert (await client.post("/v1/chat/completions", json={**HELLO, "messages": turns})).status_code == 200
+        assert engine.asked[0].body["messages"][0] == {"role": "system", "content": "Be brief."}
+
+    talk(run_dir, work)
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"], [1, 2], [[1, 2], [3]]])
+def test_prompts_are_texts_or_token_ids(run_dir: Path, prompt: Any) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        assert (await client.post("/v1/completions", json={"model": "ple", "prompt": prompt})).status_code == 200
+        assert engine.asked[0].body["prompt"] == prompt
 
     talk(run_dir, work)
 
