@@ -3,15 +3,18 @@
 It imports no engine. What comes from users is neither stored nor logged.
 """
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from plumbline.config.serving import Limits
 from plumbline.records import Head, PolicyRef, UserRequest, public_name
@@ -24,6 +27,8 @@ from serve.requests import Kind, parse, read_body
 from serve.schema import describe
 
 VERSION_HEADER = "x-plumbline-version"
+HUNG_UP = 499
+"""How a request is counted whose user did not wait for the end."""
 
 
 class Endpoint:
@@ -43,8 +48,11 @@ class Endpoint:
     async def handle(self, kind: Kind, request: Request) -> Response:
         """One chat or completion."""
         call = self.metrics.begin()
+        taken = False
         try:
             self.keys.check(request.headers.get("authorization"))
+            # The place is taken afterwards: a body that never comes takes nobody's.
+            body = await read_body(request.stream(), self.limits.body_bytes, self.limits.body_s)
             if self.in_flight >= self.limits.in_flight:
                 raise ApiError(
                     429,
@@ -53,18 +61,20 @@ class Endpoint:
                     retry_after=1,
                 )
             self.in_flight += 1
-            try:
-                return await self._answer(kind, request, call)
-            except BaseException:
-                self.in_flight -= 1
-                raise
-        except ApiError as error:
-            call.end(error.status)
+            taken = True
+            response = await self._answer(kind, body, call)
+        except BaseException as error:
+            self.in_flight -= taken
+            gone = isinstance(error, asyncio.CancelledError | ClientDisconnect)
+            call.end(error.status if isinstance(error, ApiError) else HUNG_UP if gone else 500)
             raise
+        if not isinstance(response, Stream):  # which is under way from now on
+            self.in_flight -= 1
+            call.end(200)
+        return response
 
-    async def _answer(self, kind: Kind, request: Request, call: Call) -> Response:
-        """Counts as in flight until its last piece was sent; raises before the first, or not at all."""
-        name, body = parse(kind, await read_body(request.stream(), self.limits.body_bytes), self.limits)
+    async def _answer(self, kind: Kind, asked: bytes, call: Call) -> Response:
+        name, body = parse(kind, asked, self.limits)
         try:
             ref = self.catalog.resolve(name)
         except KeyError:
@@ -75,9 +85,7 @@ class Endpoint:
             head = await anext(answer)
             assert isinstance(head, Head)
             if head.streams:
-                return StreamingResponse(
-                    self._stream(answer, call), media_type="text/event-stream", headers=version_header(ref)
-                )
+                return Stream(answer, call, self._left, version_header(ref))
             text = "".join([str(piece) async for piece in answer])
         except BaseException:
             await aclose(answer)
@@ -86,27 +94,10 @@ class Endpoint:
             raise from_engine(head.status, text)
         call.first()
         call.tokens(json.loads(text).get("usage", {}).get("completion_tokens", 0))
-        self._done(call, 200)
         return Response(text, media_type="application/json", headers=version_header(ref))
 
-    async def _stream(self, answer: AsyncIterator[Head | str], call: Call) -> AsyncIterator[str]:
-        status = 499  # the user hung up, unless it comes to its end
-        try:
-            async for piece in answer:
-                call.first()
-                call.tokens(1)
-                yield str(piece)
-            status = 200
-        except ApiError as error:  # the status was sent: it can only be told in the stream
-            status = error.status
-            yield f"data: {json.dumps(error.body)}\n\n"
-        finally:
-            await aclose(answer)
-            self._done(call, status)
-
-    def _done(self, call: Call, status: int) -> None:
+    def _left(self) -> None:
         self.in_flight -= 1
-        call.end(status)
 
     def models(self) -> list[dict[str, Any]]:
         """Base and the aliases, with the version that each means."""
@@ -115,6 +106,45 @@ class Endpoint:
     def card(self, name: str, ref: PolicyRef) -> dict[str, Any]:
         """A model as `/v1/models` shows it; `root` is the version that answers."""
         return {"id": name, "object": "model", "created": self.started, "owned_by": "plumbline", "root": ref.public}
+
+
+class Stream(StreamingResponse):
+    """An answer that is sent piece by piece. However it ends, and if it never begins, its place is free afterwards.
+
+    Args:
+        answer: the pieces.
+        ended: called once.
+    """
+
+    def __init__(
+        self,
+        answer: AsyncIterator[Head | str],
+        call: Call,
+        ended: Callable[[], None],
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(self._pieces(), media_type="text/event-stream", headers=headers)
+        self._answer, self._call, self._ended = answer, call, ended
+        self._status = HUNG_UP  # unless it comes to its end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
+            self._call.end(self._status)
+            await aclose(self._answer)
+
+    async def _pieces(self) -> AsyncIterator[str]:
+        try:
+            async for piece in self._answer:
+                self._call.first()
+                self._call.tokens(1)
+                yield str(piece)
+            self._status = 200
+        except ApiError as error:  # the status was sent: it can only be told in the stream
+            self._status = error.status
+            yield f"data: {json.dumps(error.body)}\n\n"
 
 
 def version_header(ref: PolicyRef) -> dict[str, str]:

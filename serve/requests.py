@@ -1,5 +1,6 @@
 """A request's body, checked before any engine sees it: OpenAI's fields only, within the limits."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
@@ -39,13 +40,17 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 """Whose turn it is, and what templates call that."""
 
 
-async def read_body(stream: AsyncIterator[bytes], limit: int) -> bytes:
-    """A body of at most `limit` bytes. Raises ApiError (413) as soon as there are more."""
+async def read_body(stream: AsyncIterator[bytes], limit: int, seconds: float) -> bytes:
+    """A body of at most `limit` bytes. Raises ApiError as soon as there are more (413), or time is over (408)."""
     body = bytearray()
-    async for chunk in stream:
-        body += chunk
-        if len(body) > limit:
-            raise ApiError(413, f"The request's body is longer than {limit} bytes.")
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in stream:
+                body += chunk
+                if len(body) > limit:
+                    raise ApiError(413, f"The request's body is longer than {limit} bytes.")
+    except TimeoutError:
+        raise ApiError(408, f"The request's body was not there after {seconds:g} seconds.") from None
     return bytes(body)
 
 

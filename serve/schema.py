@@ -63,6 +63,7 @@ def describe(kind: Kind, limits: Limits) -> dict[str, Any]:
         400: "not as described, or longer than the model takes",
         401: "no key, or a wrong one",
         404: "no such model",
+        408: "the body did not come in time",
         413: "too large",
         429: "too many requests; see Retry-After",
         503: "no engine is there now",

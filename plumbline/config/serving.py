@@ -10,9 +10,10 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 class Limits(Section):
-    """What one request may ask for; beyond it comes 400, 413 or 429."""
+    """What one request may ask for; beyond it comes 400, 408, 413 or 429."""
 
     body_bytes: Count = Field(default=2**20, description="of a request")
+    body_s: float = Field(default=30, gt=0, description="seconds in which it must be there; beyond it 408")
     messages: Count = Field(default=256, description="of a conversation, or prompts of a completion")
     n: Count = Field(default=8, description="answers to one prompt")
     in_flight: Count = Field(default=64, description="requests being answered; beyond it 429 with Retry-After")

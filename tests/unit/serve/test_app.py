@@ -1,6 +1,7 @@
 """The endpoint's application over an engine of this file: names, keys, limits, errors, streams, counts."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
 from plumbline.config.serving import Limits, Serve
 from plumbline.errors import ConfigError
@@ -28,7 +30,8 @@ class Engine:
         self.asked: list[UserRequest] = []
         self.hold = asyncio.Event()
         self.hold.set()
-        self.begins: ApiError | None = None
+        self.begins: Exception | None = None
+        self.endless = False
         self.breaks: ApiError | None = None
         self.head = Head(status=200, streams=False)
         self.closed = 0
@@ -45,6 +48,9 @@ class Engine:
             elif request.streams:
                 yield Head(status=200, streams=True)
                 yield "data: one\n\n"
+                while self.endless:
+                    await asyncio.sleep(0.001)
+                    yield "data: one\n\n"
                 if self.breaks:
                     raise self.breaks
                 yield "data: [DONE]\n\n"
@@ -305,6 +311,78 @@ def test_a_stream_carries_its_version_and_is_counted(run_dir: Path) -> None:
         assert 'plumbline_serve_requests_total{model="ple",status="200",version="12"} 1.0' in counted
         assert 'plumbline_serve_requests_total{model="ple",status="503",version="12"} 1.0' in counted
         assert "plumbline_serve_in_flight 0.0" in counted and (endpoint.in_flight, engine.closed) == (0, 2)
+
+    talk(run_dir, work)
+
+
+async def by_hand(endpoint: Endpoint, body: Any, *, begins: bool = True, hangs_up_after: int = 0) -> list[str]:
+    """A request as a server passes it on, of a user who hangs up once so many pieces of the body were sent.
+
+    Args:
+        begins: else the connection is gone when the answer's head is sent.
+    """
+    sent: list[str] = []
+    gone = asyncio.Event()
+    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> Any:
+        if (message := next(messages, None)) is None:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        if not begins:
+            raise OSError("the connection is gone")
+        if sent.count("http.response.body") >= hangs_up_after:
+            gone.set()
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    with contextlib.suppress(OSError, ClientDisconnect):
+        await asyncio.wait_for(build_app(endpoint)(scope, receive, send), 10)
+    return sent
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_user_who_hangs_up_leaves_nothing_behind(run_dir: Path, begins: bool) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        engine.endless = True
+        for _ in range(5):
+            sent = await by_hand(
+                endpoint, {"model": "ple", "prompt": "a", "stream": True}, begins=begins, hangs_up_after=2
+            )
+            assert sent[0] == "http.response.start" and (len(sent) > 2) == begins
+        counted = (await client.get("/metrics")).text
+        assert "plumbline_serve_in_flight 0.0" in counted and endpoint.in_flight == 0
+        assert 'status="499",version="12"} 5.0' in counted
+        assert engine.closed == 5
+
+    talk(run_dir, work)
+
+
+def test_a_body_that_does_not_come_takes_nobodys_place(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        async def half() -> AsyncIterator[bytes]:
+            yield b'{"model": '
+            await asyncio.sleep(60)
+
+        waiting = [asyncio.create_task(client.post("/v1/completions", content=half())) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert (await client.post("/v1/chat/completions", json=HELLO)).status_code == 200
+        assert [(await one).status_code for one in waiting] == [408] * 3
+        assert "plumbline_serve_in_flight 0.0" in (await client.get("/metrics")).text
+
+    talk(run_dir, work, limits=Limits(in_flight=2, body_s=0.3))
+
+
+def test_a_failure_of_ours_is_counted(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        engine.begins = ValueError("a bug")
+        assert (await client.post("/v1/chat/completions", json=HELLO)).status_code == 500
+        counted = (await client.get("/metrics")).text
+        assert "plumbline_serve_in_flight 0.0" in counted and 'status="500"' in counted and endpoint.in_flight == 0
 
     talk(run_dir, work)
 
