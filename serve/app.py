@@ -5,6 +5,7 @@ It imports no engine. What comes from users is neither stored nor logged.
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -17,14 +18,17 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from plumbline.config.serving import Limits
+from plumbline.errors import ModelError
 from plumbline.records import Head, PolicyRef, UserRequest, public_name
 from plumbline.runs.promotions import Catalog
 from serve.backends import Backend
-from serve.errors import ApiError, from_engine, unknown_model
+from serve.errors import ApiError, from_engine, lost_model, unknown_model
 from serve.keys import Keys
 from serve.metrics import Call, Metrics
 from serve.requests import Kind, parse, read_body
 from serve.schema import describe
+
+log = logging.getLogger(__name__)
 
 VERSION_HEADER = "x-plumbline-version"
 HUNG_UP = 499
@@ -79,6 +83,9 @@ class Endpoint:
             ref = self.catalog.resolve(name)
         except KeyError:
             raise unknown_model(name[:64]) from None
+        except ModelError as error:
+            log.error("%s", error)
+            raise lost_model(name) from None
         call.of(public_name(ref.policy), ref.version)
         answer = self.backend.answer(UserRequest(kind=kind, body=body, ref=ref))
         try:
@@ -103,9 +110,10 @@ class Endpoint:
         """Base and the aliases, with the version that each means."""
         return [self.card(name, ref) for name, ref in self.catalog.aliases().items()]
 
-    def card(self, name: str, ref: PolicyRef) -> dict[str, Any]:
-        """A model as `/v1/models` shows it; `root` is the version that answers."""
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "plumbline", "root": ref.public}
+    def card(self, name: str, ref: PolicyRef | None) -> dict[str, Any]:
+        """A model as `/v1/models` shows it; `root` is the version that answers, null where that was lost."""
+        root = ref and ref.public
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "plumbline", "root": root}
 
 
 class Stream(StreamingResponse):
@@ -199,6 +207,8 @@ def build_app(endpoint: Endpoint) -> FastAPI:
             return endpoint.card(name, endpoint.catalog.resolve(name))
         except KeyError:
             raise unknown_model(name[:64]) from None
+        except ModelError:
+            return endpoint.card(name, None)
 
     @app.post("/v1/chat/completions", summary="Answer a conversation", **describe("chat", endpoint.limits))
     async def chat(request: Request) -> Response:

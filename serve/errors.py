@@ -28,6 +28,11 @@ def unknown_model(name: str) -> ApiError:
     return ApiError(404, f"The model `{name}` does not exist.", code="model_not_found", param="model")
 
 
+def lost_model(name: str) -> ApiError:
+    """There is such a name, and what it means is not there any more."""
+    return ApiError(503, f"The version that `{name}` means is not on this server; its operator must put it back.")
+
+
 def from_engine(status: int, body: str) -> ApiError:
     """What an engine refused, whose own fields are vLLM's."""
     said: dict[str, Any] = json.loads(body).get("error", {})

@@ -91,8 +91,7 @@ def _bounds(kind: Kind, fields: dict[str, Any], limits: Limits) -> None:
     key = "messages" if kind == "chat" else "prompt"
     asked = fields.get(key)
     if kind == "chat":
-        right = isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked)
-        if not right:
+        if not isinstance(asked, list) or not all(isinstance(turn, dict) for turn in asked):
             raise ApiError(400, "`messages` should be a list of turns, {role, content} each.", param=key)
         fields[key] = [_turn(i, turn) for i, turn in enumerate(asked)]
     elif not _is_prompt(asked):

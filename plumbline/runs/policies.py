@@ -34,6 +34,12 @@ def versions(run_dir: Path, policy: str) -> list[int]:
     return sorted(int(m[1]) for child in directory.iterdir() if (m := _NAME.fullmatch(child.name)))
 
 
+def proved_versions(run_dir: Path, policy: str) -> list[int]:
+    """Those of them that lie there with what proves them, which is written last."""
+    root = run_dir / "policies" / policy
+    return [v for v in versions(run_dir, policy) if (root / f"v{v:06d}" / PROOF).is_file()]
+
+
 def base_directory(config: Config, run_dir: Path) -> str:
     """Where a run's π0 lies: the config's model, or what the `sft` section made of it."""
     if config.sft:
@@ -109,10 +115,12 @@ def parse_ref(run_dir: Path, name: str) -> PolicyRef:
 def servable(run_dir: Path) -> list[str]:
     """Names of the policies whose versions generators can load: those that are kept with their proof."""
     found = sorted(p.name for p in (run_dir / "policies").glob("*") if p.is_dir())
-    return [name for name in found if (numbers := versions(run_dir, name)) and _proved(run_dir, name, numbers[-1])]
+    return [
+        name for name in found if (numbers := proved_versions(run_dir, name)) and _probed(run_dir, name, numbers[-1])
+    ]
 
 
-def _proved(run_dir: Path, policy: str, version: int) -> bool:
+def _probed(run_dir: Path, policy: str, version: int) -> bool:
     """A model that nobody was meant to load, such as a reward, has no probe to be proved on."""
     proof = version_directory(run_dir, PolicyRef(policy=policy, version=version)) / PROOF
-    return proof.exists() and bool(json.loads(proof.read_text("utf-8"))["probe_logps"])
+    return bool(json.loads(proof.read_text("utf-8"))["probe_logps"])

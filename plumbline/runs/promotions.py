@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from plumbline.errors import ModelError
 from plumbline.records import PolicyRef, public_name
-from plumbline.runs.policies import servable, versions
+from plumbline.runs.policies import proved_versions, servable
 
 LEDGER = "promotions.jsonl"
 By = Literal["gate", "proof", "hand", "rollback"]
@@ -39,10 +39,10 @@ def promote(run_dir: Path, promotion: Promotion) -> None:
     """Note that an alias moves.
 
     Raises:
-        ModelError: there is no such version.
+        ModelError: there is no such version, with what proves it.
     """
     ref = promotion.ref
-    there = versions(run_dir, ref.policy)
+    there = proved_versions(run_dir, ref.policy)
     if ref.version and ref.version not in there:
         known = f"{there[0]} to {there[-1]}" if there else "none"
         raise ModelError(f"{run_dir}: no version {ref} to promote; there are {known}")
@@ -66,7 +66,11 @@ def rollback(run_dir: Path, policy: str) -> PolicyRef:
 
 
 def promoted(run_dir: Path, policy: str) -> list[int]:
-    """Versions that the alias has meant, the present one last; one that was rolled back is left out."""
+    """Versions that the alias has meant, the present one last; one that was rolled back is left out.
+
+    Raises:
+        ModelError: a line of the ledger is none.
+    """
     return [version for version, _ in _promotions(run_dir, policy)]
 
 
@@ -82,16 +86,20 @@ def _promotions(run_dir: Path, policy: str) -> list[tuple[int, By]]:
     if not path.exists():
         return []
     stack: list[tuple[int, By]] = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
+    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):  # of a process that was killed while it wrote
             continue
-        entry = json.loads(line)
-        if entry["by"] == "rollback" and len(stack) > 1:
+        try:
+            entry = json.loads(line)
+            version, by = int(entry["version"]), entry["by"]
+        except (ValueError, KeyError, TypeError):
+            raise ModelError(f"{path}: line {number} is no promotion; remove it") from None
+        if by == "rollback" and len(stack) > 1:
             stack.pop()
-        elif not stack or stack[-1][0] != entry["version"]:
-            stack.append((entry["version"], entry["by"]))
+        elif not stack or stack[-1][0] != version:
+            stack.append((version, by))
         else:
-            stack[-1] = (entry["version"], entry["by"])  # by hand what a proof had promoted
+            stack[-1] = (version, by)  # by hand what a proof had promoted
     return stack
 
 
@@ -115,7 +123,8 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 class Catalog:
     """The model names that an endpoint answers to: `base`, an alias a policy, and `ple@12`.
 
-    Names are looked up among these and never become part of a path. ``self-contrast`` is ``self_contrast`` too.
+    Names are looked up among these and never become part of a path. ``self-contrast`` is ``self_contrast`` too. An
+    alias whose version is not here means nothing, never another version.
 
     Args:
         policies: those of a live run, whose aliases mean π0 until something is promoted; None: what `run_dir` holds,
@@ -129,7 +138,12 @@ class Catalog:
         self._policies = {public_name(policy): policy for policy in found}
 
     def resolve(self, name: str) -> PolicyRef:
-        """Which version answers to `name` now. Raises KeyError where none does."""
+        """Which version answers to `name` now.
+
+        Raises:
+            KeyError: there is no such name.
+            ModelError: there is, but what it means is not here; which is an operator's to mend.
+        """
         if name == "base":
             return PolicyRef()
         alias, at, number = name.partition("@")
@@ -142,9 +156,15 @@ class Catalog:
             raise KeyError(name)
         return PolicyRef(policy=policy, version=int(number))
 
-    def aliases(self) -> dict[str, PolicyRef]:
-        """Base and every alias, with what they mean now."""
-        return {"base": PolicyRef(), **{name: self.resolve(name) for name in self._policies}}
+    def aliases(self) -> dict[str, PolicyRef | None]:
+        """Base and every alias, with what they mean now; None where that is not here."""
+        found: dict[str, PolicyRef | None] = {"base": PolicyRef()}
+        for name in self._policies:
+            try:
+                found[name] = self.resolve(name)
+            except ModelError:
+                found[name] = None
+        return found
 
     def pinned(self) -> list[str]:
         """Names of all versions that there are."""
@@ -152,11 +172,15 @@ class Catalog:
 
     def _there(self, policy: str) -> list[int]:
         assert self._run_dir is not None
-        return versions(self._run_dir, policy)
+        return proved_versions(self._run_dir, policy)
 
     def _current(self, policy: str) -> int:
         assert self._run_dir is not None
-        past = promoted(self._run_dir, policy)
-        if past and past[-1] in (0, *self._there(policy)):
-            return past[-1]
-        return 0 if self._live else max(self._there(policy), default=0)
+        if not (self._run_dir / "config.yaml").is_file():
+            raise ModelError(f"{self._run_dir}: the run's directory is not on this machine, or not whole")
+        there, past = self._there(policy), promoted(self._run_dir, policy)
+        meant = past[-1] if past else 0 if self._live else max(there, default=None)
+        if meant is None or meant not in (0, *there):
+            what = f"the version {meant} that it means" if meant is not None else "any version"
+            raise ModelError(f"{self._run_dir}: {policy} has lost {what}: it is not there with its proof")
+        return meant

@@ -16,6 +16,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run's directory with four published versions of `ple`."""
+    (tmp_path / "config.yaml").touch()
     for version in range(1, 5):
         directory = tmp_path / "policies" / "ple" / f"v{version:06d}"
         directory.mkdir(parents=True)

@@ -46,3 +46,19 @@ def test_a_line_that_was_not_finished_is_not_a_promotion(run_dir: Path) -> None:
     with ledger_path(run_dir, "ple").open("a") as file:
         file.write('{"version": 2, "by": "ga')
     assert promoted(run_dir, "ple") == [1]
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"version": "new", "by": "hand"}', "not JSON", '{"version": 1}'])
+def test_a_line_that_is_none_is_named(run_dir: Path, line: str) -> None:
+    promote(run_dir, Promotion(ref=ref(1), by="gate"))
+    with ledger_path(run_dir, "ple").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ModelError, match=r"promotions.jsonl: line 2 is no promotion; remove it"):
+        promoted(run_dir, "ple")
+
+
+def test_what_was_not_proved_is_not_promoted(run_dir: Path) -> None:
+    (run_dir / "policies" / "ple" / "v000004" / "proof.json").unlink()
+    with pytest.raises(ModelError, match="no version ple@4 to promote; there are 1 to 3"):
+        promote(run_dir, Promotion(ref=ref(4), by="hand"))
+    assert Catalog(run_dir).resolve("ple") == ref(3)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Engine:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").touch()
     for version in (1, 2, 12):
         directory = tmp_path / "policies" / "self_contrast" / f"v{version:06d}"
         directory.mkdir(parents=True)
@@ -113,6 +115,36 @@ def test_an_alias_means_the_newest_version_until_one_is_promoted(run_dir: Path) 
         assert (await client.get("/v1/models/ple@1")).json()["root"] == "ple@1"
 
     talk(run_dir, work)
+
+
+@pytest.mark.parametrize("live", [None, ["ple", "self_contrast"]])
+@pytest.mark.parametrize("lost", ["the directory", "the policies", "the promoted version", "its proof", "the ledger"])
+def test_an_alias_whose_version_is_lost_means_nothing(run_dir: Path, live: list[str] | None, lost: str) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        promote(run_dir, Promotion(ref=PolicyRef(policy="ple", version=12), by="hand"))
+        assert (await client.post("/v1/chat/completions", json=HELLO)).json()["model"] == "ple@12"
+        newest = run_dir / "policies" / "ple" / "v000012"
+        if lost == "the directory":
+            (run_dir / "config.yaml").unlink()
+        elif lost == "the policies":
+            shutil.rmtree(run_dir / "policies")
+            if live:
+                return  # as before anything is published: it means π0
+        elif lost == "the promoted version":
+            shutil.rmtree(newest)
+        elif lost == "its proof":
+            (newest / "proof.json").unlink()
+        else:
+            (run_dir / "policies" / "ple" / "promotions.jsonl").write_text('{"version": "new"}\n')
+        answer = await client.post("/v1/chat/completions", json=HELLO)
+        assert answer.status_code == 503 and "operator" in answer.json()["error"]["message"]
+        listed = {card["id"]: card["root"] for card in (await client.get("/v1/models")).json()["data"]}
+        assert listed["ple"] is None and listed["base"] == "base"
+        assert (await client.get("/v1/models/ple")).json()["root"] is None
+        assert (await client.post("/v1/chat/completions", json={**HELLO, "model": "base"})).status_code == 200
+        assert endpoint.in_flight == 0
+
+    talk(run_dir, work, live=live)
 
 
 def test_in_a_live_run_an_alias_means_the_base_until_something_is_promoted(run_dir: Path) -> None:
@@ -265,7 +297,7 @@ def test_fields_that_ask_for_no_more_than_text_are_left_out(run_dir: Path, field
 
 def test_a_developers_turn_is_the_systems(run_dir: Path) -> None:
     async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
-        turns = [{"role": "developer", "content": "Be brief."}, *HELLO["messages"]]
+        turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
         assert (await client.post("/v1/chat/completions", json={**HELLO, "messages": turns})).status_code == 200
         assert engine.asked[0].body["messages"][0] == {"role": "system", "content": "Be brief."}
 
