@@ -10,7 +10,7 @@ from unittest import mock
 import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch import config as ray_config
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _held: TCPStore | None = None
 

@@ -299,7 +299,8 @@ def test_a_developers_turn_is_the_systems(run_dir: Path) -> None:
     async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
         turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
         assert (await client.post("/v1/chat/completions", json={**HELLO, "messages": turns})).status_code == 200
-        assert engine.asked[0].body["messages"][0] == {"role": "system", "content": "Be brief."}
+        asked: Any = engine.asked[0].body["messages"]
+        assert asked[0] == {"role": "system", "content": "Be brief."}
 
     talk(run_dir, work)
 
