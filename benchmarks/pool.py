@@ -80,7 +80,9 @@ class Setup:
     def settings(self) -> GeneratorFleet:
         """Of one generator; another engine has room beside it on the same card."""
         gpu = self.device == "cuda"
-        return GeneratorFleet(cpus=1, gpus=0.4 if gpu else 0, max_num_seqs=256 if gpu else 64, memory_share=0.4)
+        return GeneratorFleet(
+            replicas=1, cpus=1, gpus=0.4 if gpu else 0, max_num_seqs=256 if gpu else 64, memory_share=0.4
+        )
 
     @property
     def max_tokens(self) -> int:
