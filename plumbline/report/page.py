@@ -170,7 +170,7 @@ def _pipeline(
 def _setting(value: object) -> str:
     """A value on one line, a section as its keys with their values."""
     if isinstance(value, Mapping):
-        shown = {key: _setting(one) for key, one in value.items() if key not in LESSER and one != []}
+        shown = {key: _setting(one) for key, one in value.items() if key not in LESSER and one not in ([], {})}
         return ", ".join(text if key == "type" else f"{key} {text}" for key, text in shown.items())
     if isinstance(value, list):
         return f"[{', '.join(map(_setting, value))}]"
