@@ -30,7 +30,7 @@ class Generator:
         choice: which engine.
         spec: how to start it. Without room for adapters, versions are whole weights.
         probe: token groups that versions are proved on.
-        tolerance: nats (`actors.weights.TOLERANCE`).
+        tolerance: nats (`actors.proof.tolerance_of`).
         fetch: gets a published version with its files.
         keep, pinned: see `actors.versions.AdapterVersions`.
     """

@@ -20,7 +20,6 @@ TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2.5e-1}
 """Nats a token by which a probe response's log-prob may differ between learner and engine. Measured: 1e-6 in float32,
 near 1e-2 in bfloat16 (STACK.md 7); the margin covers unlike kernels. The sharper tests scale with what is seen."""
 
-
 FALSE_ALARM = 1e-8
 """How rarely noise alone may look like a step that was not taken."""
 NOISE_GROWTH = 6

@@ -53,7 +53,7 @@ class Prober:
     Args:
         name: what errors call the engine.
         dtype: that the engine computes in, which says in what form its tensors are.
-        tolerance: nats (`actors.proof.TOLERANCE`).
+        tolerance: nats (`actors.proof.tolerance_of`).
     """
 
     def __init__(self, name: str, engine: Engine, probe: Sequence[TokenGroup], dtype: str, tolerance: float) -> None:

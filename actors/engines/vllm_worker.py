@@ -36,6 +36,7 @@ class ReadsBack:
         return there is not None
 
     def plumbline_files(self: Any) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the model's directory."""
         from vllm.model_executor.model_loader import get_model_loader
 
         runner = self.model_runner

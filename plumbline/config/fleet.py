@@ -89,7 +89,9 @@ class Fleet(Section):
     scorer: ScorerFleet = ScorerFleet()
     reference: ReferenceFleet = ReferenceFleet()
     sync_tolerance: float | None = Field(
-        default=None, gt=0, description="nats a probe token may differ; default: by dtype"
+        default=None,
+        gt=0,
+        description="nats a probe token may differ; default: by dtype, under `learner.quantize` that of bfloat16",
     )
 
     @model_validator(mode="after")
