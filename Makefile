@@ -9,7 +9,7 @@ STAMP   := .venv/.installed-$(SET)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-cluster check bench clean lock help
+.PHONY: setup quickstart test test-cluster test-faults check bench clean lock help
 
 help:
 	@echo "make quickstart   set up, three methods at once in the miniature world, a report, a served model"
@@ -38,6 +38,9 @@ test: setup
 
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster
+
+test-faults: setup
+	@$(BIN)/python -m pytest -m faults
 
 check: setup
 	@$(BIN)/ruff check .

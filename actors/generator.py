@@ -2,9 +2,13 @@
 
 Pipelines send it batches of requests that name a version. A version that it does not hold yet it fetches, loads and
 proves; so a request ends on the version it began with.
+
+A generator lives as long as its engine. Where that has a process of its own, which died, this one ends too: Ray starts
+both anew, what was asked is asked of another, and nothing is asked of it again before it has proved its versions.
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
@@ -20,6 +24,8 @@ from actors.versions import AdapterVersions, Fetch, Prober, Versions, WholeVersi
 from plumbline.records import GenerateRequest, Generation, Head, PolicyRef, TokenGroup, UserRequest
 
 T = TypeVar("T")
+LOOK_EVERY_S = 1.0
+"""Seconds between two looks at an engine that nobody may be asking."""
 
 
 class Generator:
@@ -81,6 +87,12 @@ class Generator:
         else:
             self._versions = WholeVersions(engine, prober, self._fetch, self._spec.model_path)
         self._engine = engine
+        self._watch = asyncio.create_task(self._end_with(engine))
+
+    async def _end_with(self, engine: Engine) -> None:
+        while not engine.dead:
+            await asyncio.sleep(LOOK_EVERY_S)
+        end_process(f"{self._name}: its engine's process died")
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Sample all requests together; answers in the order of the requests. Raises SyncError (see `load`)."""
@@ -118,7 +130,8 @@ class Generator:
             SyncError: the engine does not answer as that version; it will not be served.
         """
         await self.start()
-        return await self._versions.load(ref)
+        async with self._answering():
+            return await self._versions.load(ref)
 
     async def busy_seconds(self) -> float:
         """Seconds, since the start, in which at least one request was being worked on."""
@@ -136,6 +149,7 @@ class Generator:
     async def close(self) -> None:
         """Stop the engine's processes and remove its files."""
         if self._engine is not None:
+            self._watch.cancel()
             await self._engine.close()
             self._versions.close()
 
@@ -143,18 +157,35 @@ class Generator:
     async def _serving(self, ref: PolicyRef, *, pin: bool = False) -> AsyncIterator[tuple[Engine, Adapter | None]]:
         """The engine, which holds `ref` until the end; every request that was begun must have ended by then."""
         await self.start()
+        async with self._answering() as engine:
+            adapter = await self._versions.acquire(ref, pin=pin)
+            try:
+                yield engine, adapter
+            finally:
+                self._versions.release(ref)
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[Engine]:
+        """The engine; where it died over what was asked, nobody hears of that as if the question had been wrong."""
         assert self._engine is not None
-        adapter = await self._versions.acquire(ref, pin=pin)
         try:
-            yield self._engine, adapter
-        finally:
-            self._versions.release(ref)
+            yield self._engine
+        except Exception:
+            if self._engine.dead:
+                end_process(f"{self._name}: its engine's process died while it was asked something")
+            raise
 
     async def _one(self, engine: Engine, adapter: Adapter | None, request: GenerateRequest) -> Generation:
         completions = await engine.generate(
             request.prompt_ids, request.sampling, seed=request.seed, n=request.n, adapter=adapter
         )
         return Generation(key=request.key, ref=request.ref, engine=self._name, completions=tuple(completions))
+
+
+def end_process(reason: str) -> None:
+    """End this process, so that Ray starts it anew; `reason` stays in its log."""
+    logging.getLogger(__name__).critical(reason)
+    os._exit(1)
 
 
 async def together(work: Iterable[Awaitable[T]]) -> list[T]:

@@ -5,7 +5,9 @@ The only file with `ray.remote`. A driver calls `start_ray`, fills a `Fleet`, an
 
 import asyncio
 import contextlib
+import logging
 import os
+import re
 import signal
 import uuid
 from collections import Counter
@@ -16,7 +18,9 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError
+from ray._private import worker as ray_worker
+from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
@@ -82,6 +86,7 @@ def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
         "env_vars": {"PYTHONPATH": paths, **settings},
         "worker_process_setup_hook": importing.worker_hook(),
     }
+    ray_worker.print_to_stdstream = _note
     cloudpickle.register_pickle_by_value(importing)  # the hook comes before a worker can import anything of ours
     if os.environ.get("RAY_ADDRESS"):
         # These variables come from this process, which has those of a job's own runtime_env: no conflict is one.
@@ -89,9 +94,31 @@ def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
         ray.init(**common)
     else:
         common["resources"] = dict.fromkeys(resources, _PLENTY)
+        make_token()
         ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **common)
     # Ray's subreaper ignores SIGCHLD in this process too, and then every `subprocess` here would return 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _note(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """In place of Ray's own printing of its errors: they are of calls that were pending when a run ended, of actors
+    that are started anew; what a run says itself tells its user more."""
+    logging.getLogger("ray.errors").info("%s", "\n".join(data["lines"]))
+
+
+def make_token() -> None:
+    """Ray's token of this user, where there is none. Ray makes it too, but of two that start at once one may read a
+    file that the other has yet to fill."""
+    path = Path.home() / ".ray" / "auth_token"
+    if path.exists() or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".auth_token.{uuid.uuid4().hex}")
+    aside.touch(mode=0o600)
+    aside.write_text(generate_new_authentication_token(), encoding="utf-8")
+    with contextlib.suppress(FileExistsError):  # another's was there first
+        os.link(aside, path)
+    aside.unlink()
 
 
 def look_at_cluster() -> Machine:
@@ -270,7 +297,8 @@ class Fleet:
         """The actor from which all learners' Ray Train runs are started."""
         if self._trainer is None:
             # Ray Train puts the controllers of its runs where this actor is.
-            self._trainer = ray.remote(Trainer).options(name=self._name("trainer"), **beside_driver()).remote()
+            options = {"name": self._name("trainer"), "max_restarts": -1, **beside_driver()}
+            self._trainer = ray.remote(Trainer).options(**options).remote(self.label)
             self.others.append(self._trainer)
         return self._trainer
 
@@ -319,10 +347,10 @@ def fetcher(store_name: str | None, run_dir: Path | None) -> Fetch:
             # By name: a handle among the arguments would put them where a restart may not find them.
             store: Any = ray.get_actor(store_name)
             with contextlib.suppress(KeyError):
-                held: Publication = await store.fetch.remote(ref)
+                held: Publication = await store.fetch.options(max_task_retries=-1).remote(ref)
                 if held.files or (held.directory and Path(held.directory).is_dir()):
                     return held
-                if box := await store.box.remote(ref):
+                if box := await store.box.options(max_task_retries=-1).remote(ref):
                     with contextlib.suppress(ObjectLostError):  # its learner died since
                         return replace(held, files=await box.ref, directory=None)
         if run_dir is None or not version_directory(run_dir, ref).is_dir():
@@ -340,7 +368,8 @@ def start_fleet(keep: int, run: str = "plumbline") -> Fleet:
     """
     label = f"{run}-{uuid.uuid4().hex[:8]}"
     name = f"{label}/policy-store"
-    store = ray.remote(PolicyStore).options(name=name, **beside_driver()).remote(keep)
+    # One that died begins empty: pipelines that wait for it go on from their checkpoints, and publish anew.
+    store = ray.remote(PolicyStore).options(name=name, max_restarts=-1, **beside_driver()).remote(keep)
     return Fleet(label=label, store=store, store_name=name)
 
 
@@ -380,8 +409,16 @@ def unwrap(error: RayError) -> BaseException:
     if isinstance(cause, PlumblineError):
         return cause
     if isinstance(error, RayActorError | ObjectLostError | NodeDiedError):
-        return LostError(in_one_line(error))
+        return LostError(who_was_lost(error))
     return RunError(in_one_line(cause if isinstance(cause, Exception) else error))
+
+
+def who_was_lost(error: RayError) -> str:
+    """Which process died, as Ray's own lines of it say, and its reason where they do not."""
+    told = dict(re.findall(r"^\t(\w+): (.*)$", str(error), re.MULTILINE))
+    if isinstance(error, ActorDiedError) and (who := told.get("name") or told.get("class_name")):
+        return f"the process {who} died"
+    return in_one_line(error)
 
 
 def stop_ray() -> None:

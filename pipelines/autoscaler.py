@@ -7,6 +7,8 @@ ends what it was asked. Each change is an event of its own kind (`FLEET`), so th
 """
 
 import asyncio
+import contextlib
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ FLEET = "fleet"
 """What these events say in place of a pipeline."""
 EVERY = 0.5
 """Seconds between two looks at the pool."""
+LISTED_EVERY = 10
+"""Looks after which the store is told again who may be asked: one that died knows nobody."""
 
 
 async def autoscale(context: Context) -> None:
@@ -31,8 +35,10 @@ async def autoscale(context: Context) -> None:
     scaler = Scaler(low=low, high=high, up_after=settings.scale_up_after, down_after=settings.scale_down_after)
     try:
         async with Autoscaler(context, scaler) as autoscaler:
-            while True:
+            for looks in itertools.count(1):
                 autoscaler.tend()
+                if looks % LISTED_EVERY == 0:
+                    await autoscaler.list_members()
                 await asyncio.sleep(EVERY)
     except Exception as error:  # whoever waits for the pool would wait for ever
         context.pool.fail(error)
@@ -85,7 +91,7 @@ class Autoscaler:
         self._leaving: dict[Any, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> "Autoscaler":
-        await self._list()
+        await self.list_members()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -132,7 +138,7 @@ class Autoscaler:
     async def _bring(self, generator: Any, since: float) -> None:
         """Wait until it is loaded and has proved all current versions; then the pool asks it too."""
         name, pool = self._context.fleet.generator_names[generator], self._context.pool
-        await self._list()  # without it, where it is lost
+        await self.list_members()  # without it, where it is lost
         await self._started(generator)
         proved: set[PolicyRef] = set()
         while missing := set(pool.current.values()) - proved:  # more may have come while it proved others
@@ -146,7 +152,7 @@ class Autoscaler:
         seconds = time.monotonic() - since
         event = {"joined": name, "proved": sorted(map(str, proved)), "seconds": seconds}
         self._note(event, f"{name} has joined the pool after {seconds:.0f} s")
-        await self._list()
+        await self.list_members()
 
     async def _started(self, generator: Any) -> None:
         """Raises RunError where Ray starts it no more."""
@@ -161,12 +167,14 @@ class Autoscaler:
         name = fleet.generator_names[generator]
         self._note({"leaving": name})
         await self._context.pool.leave(generator)
-        await self._list()
+        await self.list_members()
         await fleet.remove_generator(generator)
         self._note({"left": name}, f"{name} has left the pool, where there is less to do")
 
-    async def _list(self) -> None:
-        await self._context.fleet.enlist(self._context.pool.generators)
+    async def list_members(self) -> None:
+        """Tell an endpoint beside the run, through the store, who may be asked."""
+        with contextlib.suppress(LostError):  # the next time
+            await self._context.fleet.enlist(self._context.pool.generators)
 
     def _note(self, event: dict[str, Any], message: str = "") -> None:
         """A line in the events, with how many the pool asks now, and one on the screen."""

@@ -13,7 +13,7 @@ bound how far generation runs ahead of the learner, and its later epochs read th
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ import ray
 from actors.channel import Box
 from actors.gpu import mean_use
 from actors.learning.worker import LearnerSpec
-from actors.spawn import ask, gather, start_learner
+from actors.spawn import ask, start_learner
 from pipelines.context import Context
 from pipelines.method import Method, Rollout
 from pipelines.monitor import busy_seconds, busy_share, gpu_use, memory
-from plumbline.config.pipelines import Frozen, MethodSection
+from plumbline.config.pipelines import Frozen, MethodSection, Pipeline
 from plumbline.errors import LostError, RunError
 from plumbline.records import PolicyRef, Sample
 from plumbline.runs.mirror import prune_versions
 from plumbline.runs.policies import PROOF, version_directory
+
+LEARNER_ENDS_S = 60
+"""Seconds that a learner may take to end once its channel has failed: it ends the update that it is at."""
 
 
 @dataclass(slots=True)
@@ -56,11 +59,34 @@ async def run_method(context: Context, method: Method, section: MethodSection) -
         LossError: the loss became NaN or infinite.
         RunError: the learner or an actor ended beyond repair.
     """
-    method.rejected.keep_steps(method.parts.steps())
     if isinstance(section, Frozen) and not section.train:
+        method.rejected.keep_steps(method.parts.steps())
         await make_parts(context, method)
         return
     spec = context.learner_spec(section, method.total, serves=True)
+    await mended(context, section, lambda: make_and_learn(context, method, spec))
+
+
+async def mended(context: Context, section: Pipeline, attempt: Callable[[], Awaitable[None]]) -> None:
+    """Make an `attempt`, which goes on from the newest checkpoint; and again, where a process was lost that holds what
+    is under way: a channel, a desk, the policy store, Ray Train's controller, or the process that started that.
+
+    Raises:
+        LostError: `max_failures` were not enough.
+    """
+    for left in range(section.learner.max_failures, -1, -1):
+        try:
+            return await attempt()
+        except LostError as error:
+            if not left:
+                raise
+            context.events.say(f"{section.name} goes on from its newest checkpoint: {error}")
+
+
+async def make_and_learn(context: Context, method: Method, spec: LearnerSpec) -> None:
+    """From where a method's checkpoints stand to its last step; see `run_method`."""
+    await asyncio.gather(*method.commits, return_exceptions=True)  # of an attempt before this one
+    method.rejected.keep_steps(method.parts.steps())
     done = await asyncio.to_thread(spec.saved_step)
     logged = context.events.keep(method.name, done)
     undrawn = method.part_count - len(method.parts.steps())
@@ -70,17 +96,27 @@ async def run_method(context: Context, method: Method, section: MethodSection) -
     channel = context.fleet.add_channel(method.slots, method.name)
     desk = context.fleet.add_desk(method.name) if spec.frozen else None
     learner = start_learner(context.fleet, spec, channel, desk)
+    stages = (produce(context, method, channel, progress), advance(context, method, channel, progress))
+    await beside_learner(learner, [one for one in (channel, desk) if one], *stages)
+
+
+async def beside_learner(learner: "asyncio.Future[None]", asked: Sequence[Any], *stages: Any) -> None:
+    """Run a learner and the stages that feed it; see `first_of`.
+
+    The other pipelines of the run go on: where this one ends early, its learner must not wait for what never comes.
+
+    Args:
+        asked: the actors that the learner waits for.
+    """
     try:
-        await first_of(
-            learner,
-            produce(context, method, channel, progress),
-            advance(context, method, channel, progress),
-        )
+        await first_of(learner, *stages)
     except Exception as error:
-        # The other pipelines of the run go on: this one's learner must not wait for parts that never come.
-        ended = RunError(f"{method.name} has ended: {error}")
-        with contextlib.suppress(RunError):
-            await gather(*(one.fail.remote(ended) for one in (channel, desk) if one))
+        for one in asked:
+            with contextlib.suppress(RunError):  # it may be what was lost
+                await ask(one.fail.remote(RunError(f"the pipeline has ended: {error}")))
+        # Whoever tries again starts another, and there are never two.
+        if isinstance(error, LostError) and not (await asyncio.wait([learner], timeout=LEARNER_ENDS_S))[0]:
+            raise RunError(f"its learner did not end after this: {error}") from None
         raise
 
 
@@ -172,10 +208,18 @@ async def produce(context: Context, method: Method, channel: Any, progress: Prog
 
 
 async def commit(context: Context, method: Method, part: int, rollout: Rollout) -> None:
-    """The one write of a part. The part comes last: rejected rows without their part are dropped on resume.
+    """The one write of a part, which is not interrupted once it has begun.
 
-    So it is in the storage, whose copy of the rejected rows is as new as any part that is there.
+    The part comes last: rejected rows without their part are dropped on resume. So it is in the storage, whose copy of
+    the rejected rows is as new as any part that is there.
     """
+    writing = asyncio.create_task(_write(context, method, part, rollout))
+    method.commits.add(writing)
+    writing.add_done_callback(method.commits.discard)
+    await asyncio.shield(writing)
+
+
+async def _write(context: Context, method: Method, part: int, rollout: Rollout) -> None:
     if rollout.rejected:
         await asyncio.to_thread(method.rejected.add, part, rollout.rejected)
     await asyncio.to_thread(method.parts.write, part, rollout.rows)
@@ -291,6 +335,13 @@ async def train_on(
     Args:
         begun: called after the first step, when all workers have their places.
     """
+    await mended(context, spec.section, lambda: learn_from(context, spec, batches, begun))
+
+
+async def learn_from(
+    context: Context, spec: LearnerSpec, batches: Sequence[Sequence[Sample]], begun: Callable[[], None]
+) -> None:
+    """From where its checkpoint stands to the last batch; see `train_on`."""
     done, name = await asyncio.to_thread(spec.saved_step), spec.section.name
     context.events.keep(name, done)
     if done >= len(batches):
@@ -324,4 +375,4 @@ async def train_on(
                 }
             )
 
-    await first_of(learner, feed(), follow())
+    await beside_learner(learner, [channel], feed(), follow())

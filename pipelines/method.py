@@ -63,6 +63,7 @@ class Method(ABC):
         self.keep_versions = section.keep_versions
         self.parts = Parts(str(directory), schema)
         self.rejected = Rejected(str(directory / "rejected.parquet"))
+        self.commits: set[asyncio.Task[None]] = set()  # that are being written
         self._prompts = list(prompts)
         self._orders: dict[int, list[int]] = {}
         if not self.rejected.rows():

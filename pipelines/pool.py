@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from actors.metrics import POOL_TOKENS
-from plumbline.errors import LostError
+from plumbline.errors import LostError, RunError
 from plumbline.records import PolicyRef
 
 T = TypeVar("T")
+
+ASKED = 8
+"""Generators that are asked the same, one after another lost over it, before it is to blame itself."""
 
 
 @dataclass(slots=True, eq=False)
@@ -104,15 +107,17 @@ class Pool:
         That is in the turn that the batch had: before what its pipeline asked later.
 
         Raises:
+            RunError: `ASKED` generators were lost over it, which is no chance any more.
             Exception: what the question raised, or `fail` was given.
         """
         start = self._start(pipeline, tokens, share)
-        while True:
+        for _ in range(ASKED):
             async with self._admitted(pipeline, answers, start) as member:
                 try:
                     return await question(member.generator)
                 except LostError:
                     self._remove(member)
+        raise RunError(f"{ASKED} generators died one after another over the same {answers} answers")
 
     def count(self, pipeline: str, tokens: int) -> None:
         """Note `tokens` that were sampled for a pipeline."""

@@ -7,6 +7,7 @@ import asyncio
 import math
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,11 @@ def run(
         UserError: before anything is written, where the config cannot be run.
         RunError: the run ended early; what `run_dir` holds is whole, and the same call continues it.
     """
-    open_run_dir(config, run_dir)
-    storage = open_storage(config, run_dir)
-    saving = pushed_at_end(storage, run_dir, lambda message: listen({"message": message}))
-    with saving, start_trackers(config, run_dir, listen) as trackers:
+    with ExitStack() as ending:
+        ending.enter_context(open_run_dir(config, run_dir))
+        storage = open_storage(config, run_dir)
+        ending.enter_context(pushed_at_end(storage, run_dir, lambda message: listen({"message": message})))
+        trackers = ending.enter_context(start_trackers(config, run_dir, listen))
         events = EventLog(run_dir / "events.jsonl", listen, trackers)
         # The run directory keeps what the user gave: another machine places a resumed run anew.
         placed = checked.placed.plan.config

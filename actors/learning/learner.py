@@ -3,6 +3,7 @@
 Ray Train places and restarts the workers; `actors.learning.worker` is what each does.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
 
 from actors.channel import Box, Lease
 from actors.desk import Question
+from actors.learning.lean import LeanTrainer, NamesPlaces, free_places
 from actors.learning.meeting import HeldPort
 from actors.learning.worker import LearnerSpec, train
 from actors.weights import BOXES_KEPT
@@ -101,11 +103,20 @@ def worker_loop(config: dict[str, Any]) -> None:
     """The `train_loop_per_worker` of Ray Train."""
     context = ray.train.get_context()
     feed = RayFeed(config["channel"], config["store"], config["desk"])
-    train(config["spec"], feed, context.get_world_rank(), context.get_world_size())
+    # Without its channel, its desk or the store it has nothing more to do: the pipeline that lost them starts another.
+    with contextlib.suppress(RayActorError):
+        train(config["spec"], feed, context.get_world_rank(), context.get_world_size())
 
 
 class Trainer:
-    """Where the Ray Train runs of all learners of a fleet are started and waited for, each in a thread."""
+    """Where the Ray Train runs of all learners of a fleet are started and waited for, each in a thread.
+
+    Args:
+        label: what the fleet's names begin with.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
 
     def run(self, spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
         """Train until the channel closes. Blocks.
@@ -113,20 +124,22 @@ class Trainer:
         Raises:
             RunError: a worker failed, or died more often than `max_failures`.
         """
+        place = f"{self._label}/learner-{spec.section.name}"
+        free_places(place)  # of one whose controller, or whose trainer, died
         try:
-            fit(spec, channel, store, desk)
+            fit(spec, channel, store, desk, place)
         except TrainingFailedError as error:
             raise RunError(f"the learner of {spec.section.name} ended: {in_one_line(error)}") from None
 
 
-def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
-    """The run itself. Raises TrainingFailedError."""
+def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None, place: str = "learner") -> None:
+    """The run itself, on resources that are reserved under the name of `place`. Raises TrainingFailedError."""
     learner = spec.section.learner
     gpus = planned(learner.gpus)
     resources: dict[str, float] = {"CPU": planned(learner.cpus), **learner.resources}
     if gpus:
         resources["GPU"] = gpus
-    TorchTrainer(
+    LeanTrainer(
         worker_loop,
         train_loop_config={"spec": spec, "channel": channel, "store": store, "desk": desk},
         # A worker may wait for its next part as long as generation takes.
@@ -140,5 +153,6 @@ def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
             name=spec.section.name,
             storage_path=str(spec.run_dir / ".train"),
             failure_config=FailureConfig(max_failures=learner.max_failures),
+            callbacks=[NamesPlaces(place)],  # pyright: ignore[reportArgumentType]  # Ray Train calls those of workers too
         ),
     ).fit()

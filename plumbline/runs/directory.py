@@ -1,17 +1,22 @@
 """A run's directory: opened for a new run, or for the one that it holds."""
 
+import fcntl
 import os
+import socket
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from plumbline.config.file import dump_config, load_config
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 from plumbline.runs.storage import LOCK
 
-LEARNERS = {"checkpoints", "policies", "rollouts", LOCK}
-"""All that the directory holds on a machine where only a learner of the run has worked."""
+RUN_LOCK = ".run.lock"
+"""Held by the process that runs there, and says which that is."""
+LEARNERS = {"checkpoints", "policies", "rollouts", LOCK, RUN_LOCK}
+"""All that the directory holds on a machine where only a learner of the run has worked, or that was just made."""
 
 
 def check_run_dir(config: Config, run_dir: Path) -> None:
@@ -30,22 +35,40 @@ def check_run_dir(config: Config, run_dir: Path) -> None:
         raise ConfigError(f"{run_dir}: {file} is a file, no directory; name another with --run-dir")
 
 
-def open_run_dir(config: Config, run_dir: Path) -> None:
-    """Make the directory and keep the config in it, for a run that `check_run_dir` let pass.
+@contextmanager
+def open_run_dir(config: Config, run_dir: Path) -> Iterator[None]:
+    """Make the directory and keep the config in it, for a run that `check_run_dir` let pass; it has it to itself.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or another process runs there.
     """
     kept = run_dir / "config.yaml"
-    if kept.exists():
-        return
+    with ExitStack() as held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((run_dir / RUN_LOCK).open("a+", encoding="utf-8"))
+            _take(lock, run_dir)
+            if not kept.exists():
+                aside = run_dir / f".config.{os.getpid()}"
+                aside.write_text(dump_config(config), encoding="utf-8")
+                aside.replace(kept)
+        except OSError as error:
+            raise ConfigError(f"{run_dir}: cannot be written ({error.strerror}); name another with --run-dir") from None
+        yield
+
+
+def _take(lock: TextIO, run_dir: Path) -> None:
+    """Lock an open file until it is closed, which the end of a process does, however it ends."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        aside = run_dir / f".config.{os.getpid()}"
-        aside.write_text(dump_config(config), encoding="utf-8")
-        aside.replace(kept)
-    except OSError as error:
-        raise ConfigError(f"{run_dir}: cannot be written ({error.strerror}); name another with --run-dir") from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ConfigError(
+            f"{run_dir}: {lock.read() or 'another process'} runs there; wait for it, or name another with --run-dir"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
 
 
 def check_same(there: Config, here: Config, where: str, remedy: str) -> None:

@@ -42,6 +42,7 @@ class FakeEngine:
         self.allowed.set()
         self.slow_removal = 0
         self.closed = False
+        self.dead = False
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None

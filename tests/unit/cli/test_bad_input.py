@@ -492,7 +492,8 @@ def test_a_run_directory_that_holds_another_config(world: World, refused: Refuse
     from plumbline.config.file import load_config
     from plumbline.runs.directory import open_run_dir
 
-    open_run_dir(load_config(world.write()), world.run_dir)
+    with open_run_dir(load_config(world.write()), world.run_dir):
+        pass
     line = run(world, refused, "--set", "pipelines.0.learner.lr=0.5")
     assert line == (
         f"{world.run_dir}: holds another config (`pipelines.0.learner.lr` is 0.001 there, 0.5 here); "
@@ -539,7 +540,8 @@ def finished(world: World) -> World:
     from plumbline.config.file import load_config
     from plumbline.runs.directory import open_run_dir
 
-    open_run_dir(load_config(world.write()), world.run_dir)
+    with open_run_dir(load_config(world.write()), world.run_dir):
+        pass
     for version in (1, 12):
         (world.run_dir / "policies" / "ple" / f"v{version:06d}").mkdir(parents=True)
     return world

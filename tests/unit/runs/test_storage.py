@@ -290,7 +290,8 @@ def begin(config: Config, run_dir: Path) -> Storage:
     """What a run does before Ray starts."""
     check_storage(config, run_dir)
     check_run_dir(config, run_dir)
-    open_run_dir(config, run_dir)
+    with open_run_dir(config, run_dir):
+        pass
     return open_storage(config, run_dir)
 
 

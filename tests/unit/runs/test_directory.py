@@ -1,0 +1,52 @@
+"""A run directory is one process's at a time, and whoever comes second is told which."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plumbline.config.file import parse_config
+from plumbline.config.tree import Config
+from plumbline.errors import ConfigError
+from plumbline.runs.directory import check_run_dir, open_run_dir
+from tests.tiny import tiny_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return parse_config(tiny_config(tmp_path), origin="test")
+
+
+def test_a_second_run_is_told_who_is_there(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with open_run_dir(config, run_dir):
+        with pytest.raises(ConfigError) as told, open_run_dir(config, run_dir):
+            pass
+        assert str(told.value) == (
+            f"{run_dir}: process {os.getpid()} on {socket.gethostname()} runs there; "
+            "wait for it, or name another with --run-dir"
+        )
+    with open_run_dir(config, run_dir):  # it has ended
+        pass
+
+
+def test_a_killed_process_holds_nothing(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with open_run_dir(config, run_dir):
+        pass
+    code = (
+        f"import fcntl, os; f = open({str(run_dir / '.run.lock')!r}, 'a'); fcntl.flock(f, 2); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    with open_run_dir(config, run_dir):
+        pass
+
+
+def test_a_directory_in_which_nothing_but_the_lock_was_made_is_new(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".run.lock").touch()
+    check_run_dir(config, run_dir)
