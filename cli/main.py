@@ -147,6 +147,7 @@ def _run(config: Any, run_dir: Path) -> int:
     checked = check(config, run_dir, check_engine, find_machine)
 
     from cli.display import Display, duration, result_text
+    from cli.guard import guarded
     from pipelines.run import run
     from plumbline.report.balance import balance
     from plumbline.report.files import read_events
@@ -157,7 +158,7 @@ def _run(config: Any, run_dir: Path) -> int:
         from serve.live import LiveEndpoint
 
         endpoint = LiveEndpoint(checked.placed.plan.config)
-    with Display() as display:
+    with guarded(run_dir), Display() as display:
         result = run(config, run_dir, display, checked, endpoint)
     print(result_text(result))
     if said := balance(read_events(run_dir / "events.jsonl")[0]):

@@ -163,6 +163,64 @@ def test_it_starts_once_however_often_it_is_asked(play: Play) -> None:
     play(scenario)
 
 
+class EndedError(BaseException):
+    """In place of the end of this process."""
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The reasons for which the process would have ended."""
+    reasons: list[str] = []
+
+    def end(reason: str) -> None:
+        reasons.append(reason)
+        raise EndedError
+
+    monkeypatch.setattr(module, "end_process", end)
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    return reasons
+
+
+def test_it_ends_with_its_engine_though_nobody_asks(play: Play, ended: list[str]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.start()
+        await asyncio.sleep(0.05)
+        assert ended == []
+        bench.engine.dead = True
+        await asyncio.sleep(0.05)
+        assert ended == ["generator-0: its engine's process died"]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("question", ["generate", "load"])
+def test_nobody_hears_of_a_dead_engine_as_of_a_wrong_question(play: Play, ended: list[str], question: str) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.start()
+
+        async def fails(*_: object, **__: object) -> None:
+            bench.engine.dead = True
+            raise RuntimeError("EngineCore encountered an issue")
+
+        bench.engine.generate = bench.engine.add_adapter = fails  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(EndedError):
+            await (bench.generator.load(ple(1)) if question == "load" else bench.generator.generate([request(0)]))
+        assert ended == ["generator-0: its engine's process died while it was asked something"]
+        bench.engine.dead = False
+
+    play(scenario)
+
+
+def test_a_wrong_question_ends_nothing(play: Play, ended: list[str]) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.arrives = lambda version: 5.0
+        with pytest.raises(SyncError):
+            await bench.generator.load(ple(1))
+        assert ended == []
+
+    play(scenario)
+
+
 def test_the_base_needs_no_version(play: Play) -> None:
     async def scenario(bench: Bench) -> None:
         [generation] = await bench.generator.generate([request(0)])

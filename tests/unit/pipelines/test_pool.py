@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from pipelines.pool import Pool
+from pipelines.pool import ASKED, Pool
 from plumbline.errors import LostError, RunError
 
 
@@ -281,5 +281,19 @@ def test_a_failed_pool_tells_everyone() -> None:
             with pytest.raises(RunError, match="died too often"):
                 await one
         assert (order, pool.queue) == ([], 0)
+
+    run(work())
+
+
+def test_what_kills_one_after_another_is_to_blame_itself() -> None:
+    async def work() -> None:
+        pool = Pool(["g"], capacity=4)
+
+        async def question(generator: str) -> None:
+            pool.join(generator)  # Ray starts it again
+            raise LostError("died")
+
+        with pytest.raises(RunError, match=f"{ASKED} generators died one after another over the same 2 answers"):
+            await pool.ask("a", 2, 10, question)
 
     run(work())
