@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import signal
 import uuid
 from collections import Counter
@@ -20,7 +19,7 @@ import ray
 from ray import cloudpickle
 from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
-from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayActorError, RayError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
@@ -30,6 +29,7 @@ from actors.engines.seam import EngineKind, EngineSpec
 from actors.generator import Generator
 from actors.learning.learner import Trainer
 from actors.learning.worker import LearnerSpec
+from actors.lost import who_was_lost
 from actors.metrics import RUN_VARIABLE
 from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
@@ -319,6 +319,11 @@ class Fleet:
         waits += [one.ready.remote() for one in [*self.scorer, *self.judge, *self.reference, *self.embedder]]
         await gather(*waits)
 
+    async def restored(self) -> None:
+        """Wait until Ray has started anew what of the store and the trainer died."""
+        asked = [self.store.generators, *([self._trainer.ready] if self._trainer else [])]
+        await gather(*(one.options(max_task_retries=-1).remote() for one in asked))
+
     async def enlist(self, generators: Sequence[Any]) -> None:
         """Tell the store which generators may be asked: an endpoint reads it there."""
         await ask(self.store.enlist.remote(list(generators)))
@@ -412,14 +417,6 @@ def unwrap(error: RayError) -> BaseException:
     if isinstance(error, RayActorError | ObjectLostError | NodeDiedError):
         return LostError(who_was_lost(error))
     return RunError(in_one_line(cause if isinstance(cause, Exception) else error))
-
-
-def who_was_lost(error: RayError) -> str:
-    """Which process died, as Ray's own lines of it say, and its reason where they do not."""
-    told = dict(re.findall(r"^\t(\w+): (.*)$", str(error), re.MULTILINE))
-    if isinstance(error, ActorDiedError) and (who := told.get("name") or told.get("class_name")):
-        return f"the process {who} died"
-    return in_one_line(error)
 
 
 def stop_ray() -> None:

@@ -33,8 +33,8 @@ from plumbline.records import PolicyRef, Sample
 from plumbline.runs.mirror import prune_versions
 from plumbline.runs.policies import PROOF, version_directory
 
-LEARNER_ENDS_S = 60
-"""Seconds that a learner may take to end once its channel has failed: it ends the update that it is at."""
+LEARNER_ENDS_S = 600
+"""Seconds that a learner may take to end once its channel has failed: it ends its start, or the update it is at."""
 
 
 @dataclass(slots=True)
@@ -81,6 +81,7 @@ async def mended(context: Context, section: Pipeline, attempt: Callable[[], Awai
             if not left:
                 raise
             context.events.say(f"{section.name} goes on from its newest checkpoint: {error}")
+            await context.fleet.restored()
 
 
 async def make_and_learn(context: Context, method: Method, spec: LearnerSpec) -> None:
@@ -111,9 +112,10 @@ async def beside_learner(learner: "asyncio.Future[None]", asked: Sequence[Any], 
     try:
         await first_of(learner, *stages)
     except Exception as error:
+        kind = LostError if isinstance(error, LostError) else RunError
         for one in asked:
             with contextlib.suppress(RunError):  # it may be what was lost
-                await ask(one.fail.remote(RunError(f"the pipeline has ended: {error}")))
+                await ask(one.fail.remote(kind(f"the pipeline has ended: {error}")))
         # Whoever tries again starts another, and there are never two.
         if isinstance(error, LostError) and not (await asyncio.wait([learner], timeout=LEARNER_ENDS_S))[0]:
             raise RunError(f"its learner did not end after this: {error}") from None

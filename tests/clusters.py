@@ -82,6 +82,22 @@ def own_environment() -> Iterator[dict[str, str]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def another_ray() -> Iterator[str]:
+    """`ray start --head` as a user of this machine does, beside whatever else runs there; its address."""
+    with own_environment() as environment:
+        port, dashboard, agent, metrics, client = free_ports(5)
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=1", f"--port={port}"]
+        command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"]
+        user = {key: value for key, value in environment.items() if not key.startswith("RAY_")}
+        with (Path(environment["RAY_TMPDIR"]) / "head.log").open("wb") as log:
+            starting = subprocess.Popen(command, env=user, stdout=log, stderr=log)
+        head = Head(address=f"http://127.0.0.1:{dashboard}", environment=user)
+        head.wait(starting, Path(log.name))
+        yield f"127.0.0.1:{port}"
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]

@@ -3,7 +3,6 @@
 Ray Train places and restarts the workers; `actors.learning.worker` is what each does.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,15 +18,25 @@ from actors.desk import Question
 from actors.learning.lean import LeanTrainer, NamesPlaces, free_places
 from actors.learning.meeting import HeldPort
 from actors.learning.worker import LearnerSpec, train
+from actors.lost import who_was_lost
 from actors.weights import BOXES_KEPT
 from plumbline.config.section import planned
-from plumbline.errors import PlumblineError, RunError, in_one_line
+from plumbline.errors import LostError, PlumblineError, RunError, in_one_line
 from plumbline.records import Publication, Sample
 from plumbline.runs.policies import read_files
 
 
+def _get(refs: Any) -> Any:
+    """What `ray.get` gives; raises LostError where who was asked has died."""
+    try:
+        return ray.get(refs)
+    except RayActorError as error:
+        raise LostError(who_was_lost(error)) from None
+
+
 class RayFeed:
     """The calls of a channel, a policy store and a desk (where there is one), made blocking, from inside a worker.
+    They raise LostError where that has died.
 
     A lease and a question that were asked for stay under way until they are there: both are waited for at once.
     """
@@ -40,14 +49,14 @@ class RayFeed:
 
     def attach(self, holder: str, done: int) -> None:
         calls = [self._channel.attach.remote(holder, done)]
-        ray.get([*calls, self._desk.attach.remote(holder)] if self._desk else calls)
+        _get([*calls, self._desk.attach.remote(holder)] if self._desk else calls)
 
     def lease(self, holder: str) -> Lease | Question | None:
         self._leasing = self._leasing or self._channel.lease.remote(holder)
         while True:
             ready, _ = ray.wait([self._leasing, *self._next_question(holder)])
             if self._leasing in ready:
-                lease: Any = ray.get(self._leasing)
+                lease: Any = _get(self._leasing)
                 self._leasing = None
                 return lease
             if question := self._taken():
@@ -59,11 +68,11 @@ class RayFeed:
 
     def answer(self, number: int, holder: str, answer: Any, counts: Mapping[str, int]) -> None:
         if self._desk:
-            ray.get(self._desk.answer.remote(number, holder, answer, counts))
+            _get(self._desk.answer.remote(number, holder, answer, counts))
 
     def close(self, holder: str) -> None:
         if self._desk:
-            ray.get(self._desk.close.remote(holder))
+            _get(self._desk.close.remote(holder))
 
     def _next_question(self, holder: str) -> list[Any]:
         """The call that takes it; none where nothing can be asked."""
@@ -72,40 +81,42 @@ class RayFeed:
         return [self._taking] if self._desk else []
 
     def _taken(self) -> Question | None:
-        question: Any = ray.get(self._taking)
+        question: Any = _get(self._taking)
         self._taking = None
         if question is None:  # another holder is asked now
             self._desk = None
         return question
 
     def peek(self, step: int) -> Box:
-        return ray.get(self._channel.peek.remote(step))
+        return _get(self._channel.peek.remote(step))
 
     def read(self, box: Box) -> list[Sample]:
-        return ray.get(box.ref)
+        return _get(box.ref)
 
     def ack(self, step: int, holder: str) -> None:
-        ray.get(self._channel.ack.remote(step, holder))
+        _get(self._channel.ack.remote(step, holder))
 
     def publish(self, publication: Publication) -> None:
         box = None
         if publication.directory and len([node for node in ray.nodes() if node["Alive"]]) > 1:
             box = Box(ref=ray.put(read_files(Path(publication.directory))))
             self._boxes.append(box)
-        ray.get(self._store.publish.remote(publication, box))
+        _get(self._store.publish.remote(publication, box))
 
     def fail(self, policy: str, error: PlumblineError) -> None:
         calls = [self._store.fail.remote(policy, error), self._channel.fail.remote(error)]
-        ray.get([*calls, self._desk.fail.remote(error)] if self._desk else calls)
+        _get([*calls, self._desk.fail.remote(error)] if self._desk else calls)
 
 
-def worker_loop(config: dict[str, Any]) -> None:
-    """The `train_loop_per_worker` of Ray Train."""
+def worker_loop(config: dict[str, Any]) -> str | None:
+    """The `train_loop_per_worker` of Ray Train. Returns which of its feed's processes it lost, where it ended by that:
+    Ray Train would start a worker that raises again, with the same feed."""
     context = ray.train.get_context()
     feed = RayFeed(config["channel"], config["store"], config["desk"])
-    # Without its channel, its desk or the store it has nothing more to do: the pipeline that lost them starts another.
-    with contextlib.suppress(RayActorError):
+    try:
         train(config["spec"], feed, context.get_world_rank(), context.get_world_size())
+    except LostError as error:
+        return str(error)
 
 
 class Trainer:
@@ -118,28 +129,38 @@ class Trainer:
     def __init__(self, label: str) -> None:
         self._label = label
 
+    def ready(self) -> None:
+        """Returns once this process has started."""
+
     def run(self, spec: LearnerSpec, channel: Any, store: Any, desk: Any = None) -> None:
         """Train until the channel closes. Blocks.
 
         Raises:
+            LostError: its channel, its desk or the store died.
             RunError: a worker failed, or died more often than `max_failures`.
         """
         place = f"{self._label}/learner-{spec.section.name}"
         free_places(place)  # of one whose controller, or whose trainer, died
         try:
-            fit(spec, channel, store, desk, place)
+            lost = fit(spec, channel, store, desk, place)
         except TrainingFailedError as error:
             raise RunError(f"the learner of {spec.section.name} ended: {in_one_line(error)}") from None
+        if lost:
+            raise LostError(lost)
 
 
-def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None, place: str = "learner") -> None:
-    """The run itself, on resources that are reserved under the name of `place`. Raises TrainingFailedError."""
+def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None, place: str = "learner") -> str | None:
+    """The run itself, on resources that are reserved under the name of `place`; see `worker_loop`.
+
+    Raises:
+        TrainingFailedError: a worker failed too often.
+    """
     learner = spec.section.learner
     gpus = planned(learner.gpus)
     resources: dict[str, float] = {"CPU": planned(learner.cpus), **learner.resources}
     if gpus:
         resources["GPU"] = gpus
-    LeanTrainer(
+    trainer = LeanTrainer(
         worker_loop,
         train_loop_config={"spec": spec, "channel": channel, "store": store, "desk": desk},
         # A worker may wait for its next part as long as generation takes.
@@ -155,4 +176,5 @@ def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None, place: st
             failure_config=FailureConfig(max_failures=learner.max_failures),
             callbacks=[NamesPlaces(place)],  # pyright: ignore[reportArgumentType]  # Ray Train calls those of workers too
         ),
-    ).fit()
+    )
+    return trainer.fit().return_value

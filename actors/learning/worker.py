@@ -32,7 +32,7 @@ from plumbline.config.data import Model
 from plumbline.config.learner import FullPolicy, Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
 from plumbline.config.section import planned
-from plumbline.errors import ConfigError, LossError, PlumblineError, RunError
+from plumbline.errors import ConfigError, LossError, LostError, PlumblineError, RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.models.ipc import Shelf
 from plumbline.models.loading import first_not_finite
@@ -119,9 +119,14 @@ def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
 
     A failure that trying again would not mend, such as a loss that is not finite (LossError), is told to whoever waits
     by `feed.fail`, and ends the training without raising: Ray Train would only start it again.
+
+    Raises:
+        LostError: the channel, the desk or the store died. Nobody else is told: who started this starts another.
     """
     try:
         Worker(spec, feed, rank, world).run()
+    except LostError:
+        raise
     except PlumblineError as error:
         feed.fail(spec.section.name, error)
     except Exception as error:

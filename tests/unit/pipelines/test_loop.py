@@ -66,6 +66,10 @@ class Screen:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.events = SimpleNamespace(say=self.said.append)
+        self.fleet = SimpleNamespace(restored=self._restored)
+
+    async def _restored(self) -> None:
+        self.said.append("restored")
 
 
 def attempts(failures: list[Exception], max_failures: int = 2) -> tuple[int, list[str]]:
@@ -87,7 +91,7 @@ def attempts(failures: list[Exception], max_failures: int = 2) -> tuple[int, lis
 def test_a_lost_process_is_mended_from_the_checkpoint_and_told() -> None:
     made, said = attempts([LostError("the process run/channel-ple-0 died")])
     assert made == 2
-    assert said == ["ple goes on from its newest checkpoint: the process run/channel-ple-0 died"]
+    assert said == ["ple goes on from its newest checkpoint: the process run/channel-ple-0 died", "restored"]
 
 
 def test_it_is_mended_no_more_often_than_max_failures() -> None:

@@ -21,7 +21,7 @@ from actors.learning.worker import LearnerSpec, Worker, shares_weights, train
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner
 from plumbline.config.pipelines import Ple, RewardModel, Sft
-from plumbline.errors import LossError, RunError
+from plumbline.errors import LossError, LostError, RunError
 from plumbline.models.digest import digest
 from plumbline.models.ipc import open_shared
 from plumbline.records import Completion, Message, PolicyRef, Prompt, Sample, TokenGroup
@@ -420,6 +420,19 @@ def test_a_worker_whose_peer_went_away_leaves_it_to_ray_train(
     with pytest.raises(RuntimeError):
         train(spec(run_dir, tiny_model), feed, rank=0, world=1)
     assert feed.failures == []
+
+
+def test_a_worker_that_lost_its_channel_tells_nobody_but_who_started_it(
+    run_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(worker: Worker) -> None:
+        raise LostError("the process run/channel-ple-0 died")
+
+    monkeypatch.setattr(Worker, "run", lose)
+    feed = MemoryFeed(parts_of(run_dir))
+    with pytest.raises(LostError):
+        train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    assert feed.failures == []  # a store that heard of it would tell the pipeline's next learner's versions so
 
 
 def test_sft_trains_all_weights_and_publishes_a_model_at_the_end(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,0 +1,52 @@
+"""What is said, and swept, after a run whose own process was killed."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def guarded(ending: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A process that is watched over, starts what Ray would, and ends by `ending`."""
+    code = f"""
+import os, signal, subprocess, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from cli.guard import guarded
+session = f"/tmp/ray/session_2026-11-27_05-30-00_123456_{{os.getpid()}}/logs"
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", session])
+print(left.pid, flush=True)
+try:
+    with guarded(Path("runs/a")):
+        {ending}
+finally:
+    left.kill()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, text=True, capture_output=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(1)"])
+def test_nothing_is_said_of_a_run_that_ended_itself(tmp_path: Path, ending: str) -> None:
+    assert guarded(ending, tmp_path).stderr == ""
+
+
+def test_a_killed_run_is_told_how_to_go_on_and_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "cli").mkdir()  # a user's own package of our name
+    (tmp_path / "cli" / "__init__.py").write_text("raise RuntimeError")
+    ended = guarded("os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    assert ended.returncode == -9
+    assert ended.stderr == (
+        "plumbline: the run was killed, or Ray under it; all steps that are done are saved\n"
+        "plumbline: continue with: plumbline resume runs/a\n"
+    )
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(ended.stdout)) and psutil.Process(int(ended.stdout)).status() != "zombie":
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.1)
