@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
 from plumbline.errors import ConfigError
-from plumbline.models.classifier import Reads, classifier_logits, packs_texts, reward_ids
+from plumbline.models.classifier import Reads, RewardText, classifier_logits, packs_texts, reward_text
 from plumbline.records import Generation, Message, ScoreRequest
 
 RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
@@ -121,23 +121,24 @@ class ClassifierReward:
         """One score a request, computed in batches of at most `batch_tokens` tokens, padding included."""
         import torch
 
-        ids = [self._encode(request) for request in requests]
-        scores = [0.0] * len(ids)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        texts = [self._encode(request) for request in requests]
+        lengths = [len(text.ids) for text in texts]
+        scores = [0.0] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: lengths[i])
         with torch.inference_mode():
-            for batch in _batches(order, [len(i) for i in ids], self._spec.batch_tokens, pads=self._pads):
-                logits = classifier_logits(self._model, [ids[i] for i in batch])
+            for batch in _batches(order, lengths, self._spec.batch_tokens, pads=self._pads):
+                logits = classifier_logits(self._model, [texts[i].ids for i in batch], [texts[i].beside for i in batch])
                 values = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
                 for i, value in zip(batch, values.tolist(), strict=True):
                     scores[i] = value
         return scores
 
-    def _encode(self, request: ScoreRequest) -> list[int]:
-        ids, cut = reward_ids(
+    def _encode(self, request: ScoreRequest) -> RewardText:
+        text = reward_text(
             self._tokenizer, request.messages, request.response, reads=self._spec.reads, max_len=self._spec.max_len
         )
-        self.truncated += cut
-        return ids
+        self.truncated += text.cut
+        return text
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], budget: int, *, pads: bool) -> list[list[int]]:
