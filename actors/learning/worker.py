@@ -46,7 +46,14 @@ from plumbline.runs.checkpoint import (
     write_manifest,
     write_pieces,
 )
-from plumbline.runs.mirror import pull_checkpoint, pull_parts, saved_step, seal_checkpoint
+from plumbline.runs.mirror import (
+    made_versions,
+    pull_checkpoint,
+    pull_parts,
+    saved_step,
+    seal_checkpoint,
+    settle_version,
+)
 from plumbline.runs.policies import PROOF, read_publication, version_directory, versions
 from plumbline.runs.storage import Storage
 
@@ -171,6 +178,9 @@ class Worker:
         self._answering_s = 0.0
         self._updates = 0
         self._done = spec.saved_step()
+        # A version that no checkpoint holds is made again, by other sums: under its number the first one stays.
+        made = made_versions(self._storage, spec.run_dir, spec.section.name, self._done) if rank == 0 else set()
+        self._made = self._everyones(made)[0]
         self._base_probe = self._measure()
         self._probe = self._previous_probe = self._base_probe
         self._metrics: dict[str, float] = {}
@@ -363,10 +373,10 @@ class Worker:
         self._probe = self._measure()
 
     def _publish(self) -> None:
-        """Write the version to the run directory and hand it to the store."""
-        served, adapter = self._spec.publishes != "final", self._spec.publishes == "adapter"
+        """Write the version to the run directory and hand it to the store; one that is there already stays as it is."""
+        served, made = self._spec.publishes != "final", self._done in self._made
         written = served or self._done == self._spec.total
-        weights = self._strategy.weights(trainable=self._through_adapter) if written else iter(())
+        weights = self._strategy.weights(trainable=self._through_adapter) if written and not made else iter(())
         if self._rank != 0:
             for _ in weights:  # they are gathered from all workers, one at a time
                 pass
@@ -380,16 +390,22 @@ class Worker:
             metrics=self._metrics,
         )
         if written:
-            directory = version_directory(self._spec.run_dir, publication.ref)
-            self._policy.save(directory, publication, weights, adapter=adapter)
-            self._storage.push_directory(directory, PROOF)
-            self._forget_versions()
+            if made:
+                settle_version(self._storage, self._spec.run_dir, publication.ref)
+            else:
+                self._write(publication, weights)
             if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
-            if self._shelf:
+            if self._shelf and not made:
                 shared = self._shelf.lay(self._strategy.weights(trainable=False))
                 publication = replace(publication, shared=shared)
         self._feed.publish(publication)
+
+    def _write(self, publication: Publication, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        directory = version_directory(self._spec.run_dir, publication.ref)
+        self._policy.save(directory, publication, weights, adapter=self._spec.publishes == "adapter")
+        self._storage.push_directory(directory, PROOF)
+        self._forget_versions()
 
     def _forget_versions(self) -> None:
         """Where only learners of the run work, its own process prunes the storage alone: the copies here are no use."""

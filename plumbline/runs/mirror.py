@@ -17,7 +17,7 @@ from plumbline.errors import ConfigError, RunError, in_one_line
 from plumbline.records import PolicyRef
 from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest_step, listed
 from plumbline.runs.directory import check_same
-from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, version_directory, versions
+from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, proved_versions, version_directory, versions
 from plumbline.runs.promotions import spared
 from plumbline.runs.storage import Storage, redacted
 
@@ -156,6 +156,24 @@ def pull_versions(storage: Storage, run_dir: Path) -> None:
         for number, directory in complete.items():
             if number == max(complete) or f"{policy}/{directory.name}/{ADAPTER_CONFIG}" in names:
                 storage.pull_directory(directory, PROOF)
+
+
+def made_versions(storage: Storage, run_dir: Path, policy: str, since: int) -> set[int]:
+    """Versions of a policy from `since` on that are whole, here or in the storage."""
+    there = storage.complete(run_dir / "policies" / policy, PROOF)
+    return {version for version in {*proved_versions(run_dir, policy), *there} if version >= since}
+
+
+def settle_version(storage: Storage, run_dir: Path, ref: PolicyRef) -> None:
+    """Have here and the storage hold the same of a version that either has whole: the storage's, where it has it,
+    for that is what others saw."""
+    directory = version_directory(run_dir, ref)
+    proof = storage.read_text(directory / PROOF)
+    if proof is None:
+        storage.push_directory(directory, PROOF)
+    elif not directory.is_dir() or (directory / PROOF).read_text("utf-8") != proof:
+        shutil.rmtree(directory, ignore_errors=True)
+        storage.pull_directory(directory, PROOF)
 
 
 def prune_versions(

@@ -249,6 +249,55 @@ def test_parts_are_acknowledged_only_once_they_are_saved(run_dir: Path, tiny_mod
     assert [p.ref.version for p in feed.published] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_version_that_no_checkpoint_holds_means_the_same_weights_after_a_death(
+    run_dir: Path, tiny_model: Path, tmp_path: Path, stored: bool
+) -> None:
+    """Its step is done again, a little otherwise than before, and another version comes of the next one alone."""
+
+    def learner(directory: Path, **settings: Any) -> LearnerSpec:
+        every = spec(directory, tiny_model, checkpoint_every=2, **settings)
+        return replace(every, storage=str(tmp_path / "store") if stored else None)
+
+    if stored:
+        Storage(run_dir, str(tmp_path / "store")).push(*sorted((run_dir / "rollouts" / "ple").iterdir()))
+    first = MemoryFeed(parts_of(run_dir), dies_at=4)
+    first.parts.pop(4)  # it dies in the midst of step 4, whose checkpoint would be the next
+    train(learner(run_dir), first, rank=0, world=1)
+    assert (first.acked, [p.ref.version for p in first.published]) == ([2], [1, 2, 3])
+    if stored:  # on another machine
+        run_dir = tmp_path / "other"
+    again = MemoryFeed(parts_of(new_run(tmp_path / "parts")))
+    train(learner(run_dir, micro_tokens=40), again, rank=0, world=1)
+    assert again.attached == [2] and again.acked == [4]
+    assert [p.ref.version for p in again.published] == [2, 3, 4]
+    for one, two in zip(first.published[1:], again.published, strict=False):
+        assert (two.files, two.probe_logps, two.digests) == (one.files, one.probe_logps, one.digests)
+        assert read_publication(run_dir, one.ref).files == one.files
+        directory = version_directory(run_dir, one.ref)
+        there = Storage(run_dir, learner(run_dir).storage)
+        assert not stored or there.read_text(directory / "proof.json") == (directory / "proof.json").read_text()
+    assert again.published[-1].previous_probe_logps != first.published[-1].probe_logps, "it was done otherwise"
+    assert again.published[1].metrics["updates"] == first.published[2].metrics["updates"]
+
+
+def test_a_version_that_was_here_alone_gives_way_to_the_storages(
+    run_dir: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its learner died before it had pushed it, and another one published another under its number."""
+    stored = replace(spec(run_dir, tiny_model, checkpoint_every=4), storage=str(tmp_path / "store"))
+    elsewhere = replace(stored, run_dir=new_run(tmp_path / "elsewhere"))
+    Storage(run_dir, stored.storage).push(*sorted((run_dir / "rollouts" / "ple").iterdir()))
+    train(replace(stored, storage=None), MemoryFeed(parts_of(run_dir, 1)), rank=0, world=1)
+    rates = elsewhere.section.learner.model_copy(update={"lr": 1e-3})
+    other = MemoryFeed(parts_of(elsewhere.run_dir, 1))
+    train(replace(elsewhere, section=elsewhere.section.model_copy(update={"learner": rates})), other, rank=0, world=1)
+    feed = MemoryFeed(parts_of(run_dir, 2))
+    train(stored, feed, rank=0, world=1)
+    assert feed.published[0].files == other.published[0].files
+    assert read_publication(run_dir, other.published[0].ref).files == other.published[0].files
+
+
 def test_a_part_without_rows_makes_a_version_too(run_dir: Path, tiny_model: Path) -> None:
     """All its prompts were rejected: the policy stays, and the run goes on."""
     feed = MemoryFeed({1: [], 2: parts_of(run_dir)[2]})
