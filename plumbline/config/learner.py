@@ -73,7 +73,7 @@ class Learner(Section):
     checkpoint_every: Count | None = Field(default=None, description="parts; default: 1, or 50 for one whole model")
     keep_versions: Count | None = Field(
         default=None,
-        description="versions that stay on disk, and those since a checkpoint; default: all adapters, of whole models 3",
+        description="versions kept on disk, and those since a checkpoint; default: all adapters, of whole models 3",
     )
     max_failures: int = Field(default=3, ge=0, description="dead workers that Ray Train replaces")
 
