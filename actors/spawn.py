@@ -94,8 +94,11 @@ def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def look_at_cluster() -> Machine:
+def look_at_cluster(run_dir: Path | None = None) -> Machine:
     """The nodes of the cluster of RAY_ADDRESS, as they are now; joins it and leaves it again where need be.
+
+    Args:
+        run_dir: a directory, or one to be, that nodes are asked whether they see.
 
     Raises:
         ConfigError: it does not answer, or torch sees no GPU on a node that offers some.
@@ -111,6 +114,7 @@ def look_at_cluster() -> Machine:
         # Without a GPU of its own a task sees all of them, also those that are taken.
         places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in gpus]
         seen = ray.get([look.options(num_cpus=0, scheduling_strategy=place).remote() for place in places])
+        blind = [node["Resources"] for node in nodes if run_dir and not _sees(node["NodeID"], run_dir)]
     except (ConnectionError, RayError) as error:
         raise ConfigError(f"RAY_ADDRESS: the cluster does not answer ({in_one_line(error)})") from None
     finally:
@@ -125,7 +129,25 @@ def look_at_cluster() -> Machine:
         ram_gib=0.0,
         per_node=min(gpus.values(), default=0),
         cluster=True,
+        blind=tuple(blind),
     )
+
+
+def _sees(node: str, directory: Path) -> bool:
+    """Whether a node sees what this process writes where `directory` is, or will be."""
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    sign = place / f".plumbline-{uuid.uuid4().hex}"
+    try:
+        sign.touch()
+    except OSError:
+        return True  # what cannot be written is refused by itself
+    try:
+        there = ray.remote(Path.exists).options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        )
+        return ray.get(there.remote(sign))
+    finally:
+        sign.unlink()
 
 
 def is_job() -> bool:
@@ -252,10 +274,10 @@ class Fleet:
         where = {"num_cpus": cpus, "num_gpus": planned(settings.gpus), "resources": settings.resources, **_REPLACED}
         return [actor.options(name=self._name(role), **where).remote(spec) for _ in range(count)]
 
-    def add_channel(self, slots: int, learner: str) -> Any:
-        """A channel for one learner."""
+    def add_channel(self, slots: int, learner: str, done: int = 0) -> Any:
+        """A channel for one learner, which goes on after step `done`."""
         actor = ray.remote(Channel).options(name=self._name(f"channel-{learner}"), **beside_driver())
-        channel = actor.remote(slots, learner)
+        channel = actor.remote(slots, learner, done)
         self.others.append(channel)
         return channel
 

@@ -67,7 +67,7 @@ async def run_method(context: Context, method: Method, section: MethodSection) -
     progress = Progress(resumed=done, logged=logged, proved=done, undrawn=undrawn)
     if progress.logged >= method.total:
         return
-    channel = context.fleet.add_channel(method.slots, method.name)
+    channel = context.fleet.add_channel(method.slots, method.name, done)
     desk = context.fleet.add_desk(method.name) if spec.frozen else None
     learner = start_learner(context.fleet, spec, channel, desk)
     try:
@@ -295,7 +295,7 @@ async def train_on(
     context.events.keep(name, done)
     if done >= len(batches):
         return
-    channel = context.fleet.add_channel(slots=8, learner=name)
+    channel = context.fleet.add_channel(slots=8, learner=name, done=done)
     learner = start_learner(context.fleet, spec, channel)
 
     async def feed() -> None:

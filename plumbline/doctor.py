@@ -7,14 +7,14 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
-from plumbline.config.demand import demand, named
-from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, Sft
+from plumbline.config.demand import demand, named, one_of
+from plumbline.config.pipelines import Dlma, Frozen, MethodSection, Preference, RewardModel, Sft
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import check_targets, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
@@ -91,6 +91,8 @@ def check(
     _devices(config, machine, run_device(config, machine))
     placed = place(config, machine, part)
     check_fits(placed)
+    if part == "run":
+        _seen(placed, run_dir)
     _room(config, rows, tokenizer)
     _engine(placed, engine)
     return Checked(prompts=rows.prompts, tokenizer=tokenizer, placed=placed)
@@ -114,7 +116,7 @@ def examine(
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
         ("storage", lambda: check_storage(config, run_dir)),
-        ("run directory", lambda: _run_dir(config, run_dir)),
+        ("run directory", lambda: _run_dir(config, run_dir) + (_seen(placed, run_dir) if placed else "")),
         ("tracking", lambda: check_tracking(config.tracking)),
         ("ports", _ports),
         ("placement", lambda: check_fits(placed) if placed else "not made, for what is wrong above"),
@@ -367,6 +369,25 @@ def _run_dir(config: Config, run_dir: Path) -> str:
     if free < 1:
         raise ConfigError(f"{place}: {free:.2f} GiB free, a run needs at least 1; name another place with --run-dir")
     return f"{free:.1f} GiB free in {place}"
+
+
+def _seen(placed: Placed, run_dir: Path) -> str:
+    """Who needs the run's directory is placed on nodes that see it. Raises ConfigError."""
+    config, blind = placed.plan.config, placed.machine.blind
+    roles: list[tuple[str, Mapping[str, float]]] = []
+    if config.storage_path is None:  # checkpoints go through it
+        learn = [p for p in (config.sft, *config.pipelines) if p and not (isinstance(p, Frozen) and not p.train)]
+        roles += [(f"the learner of {one.name}", one_of(one.learner)) for one in learn]
+    if config.sft and config.methods:  # π0 lies in it
+        roles.append(("a generator", one_of(config.fleet.generator)))
+    for role, asked in roles:
+        if count := sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in blind):
+            stores = ", or give `storage_path`" if role != "a generator" else ""
+            raise ConfigError(
+                f"{run_dir}: {count} of the cluster's nodes, on which {role} may be placed, do not see it; name a "
+                f"place that all nodes see with --run-dir{stores}"
+            )
+    return f"; not seen by {len(blind)} nodes, which need not" if blind else ""
 
 
 def _ports() -> str:

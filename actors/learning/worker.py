@@ -58,6 +58,8 @@ from plumbline.runs.policies import PROOF, read_publication, version_directory, 
 from plumbline.runs.storage import Storage
 
 T = TypeVar("T")
+SHOWS_S = 60.0
+"""Seconds after which a shared directory shows what another machine wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,10 @@ class LearnerSpec:
 class Feed(Protocol):
     """Where parts and questions come from, and where versions go; the calls of a channel, a policy store and a desk,
     made blocking."""
+
+    def acknowledged(self) -> int:
+        """The step up to which no part comes again."""
+        ...
 
     def attach(self, holder: str, done: int) -> None: ...
 
@@ -177,7 +183,7 @@ class Worker:
         self._holder = uuid.uuid4().hex
         self._answering_s = 0.0
         self._updates = 0
-        self._done = spec.saved_step()
+        self._done = self._newest_step()
         # A version that no checkpoint holds is made again, by other sums: under its number the first one stays.
         made = made_versions(self._storage, spec.run_dir, spec.section.name, self._done) if rank == 0 else set()
         self._made = self._everyones(made)[0]
@@ -189,6 +195,30 @@ class Worker:
                 pull_parts(self._storage, spec.run_dir, parts)
             self._restore()
         self._objective.restore(self._done)
+
+    def _newest_step(self) -> int:
+        """Step of the newest checkpoint, the same for all workers: the one that rank 0 sees.
+
+        Raises:
+            RunError: one of them does not see it, or it is older than what was acknowledged.
+        """
+        needed = self._everyones(self._feed.acknowledged() if self._rank == 0 else 0)[0]
+        step = max(needed, self._everyones(self._wait_for(needed))[0])
+        newest = min(self._everyones(self._wait_for(step)))
+        if newest < step:
+            raise RunError(
+                f"{self._spec.checkpoints}: there is no checkpoint of step {step} to be seen on this machine, though "
+                f"it was saved (the newest is of step {newest}); a learner's machines need a run directory that all "
+                "of them see, or `storage_path`"
+            )
+        return step
+
+    def _wait_for(self, step: int) -> int:
+        """The newest checkpoint's step, waiting a while for one of `step` or later."""
+        until = time.monotonic() + SHOWS_S
+        while (newest := self._spec.saved_step()) < step and time.monotonic() < until:
+            time.sleep(0.5)
+        return newest
 
     def run(self) -> None:
         """Take parts until there are no more."""

@@ -1,6 +1,7 @@
 """What a plan places processes on: the GPUs, processors and memory of this machine, or of a cluster's nodes."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -14,6 +15,7 @@ class Machine:
         per_node: GPUs of the smallest node that has any: no engine goes over more.
         ram_gib: free memory; of a cluster it is not asked.
         cluster: nodes of a Ray that runs already, which may grow.
+        blind: what each of those nodes offers that do not see the run's directory.
     """
 
     gpus: int
@@ -22,6 +24,7 @@ class Machine:
     ram_gib: float
     per_node: int
     cluster: bool = False
+    blind: tuple[Mapping[str, float], ...] = ()
 
 
 def this_machine() -> Machine:

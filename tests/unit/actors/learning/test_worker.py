@@ -261,8 +261,7 @@ def test_a_version_that_no_checkpoint_holds_means_the_same_weights_after_a_death
 
     if stored:
         Storage(run_dir, str(tmp_path / "store")).push(*sorted((run_dir / "rollouts" / "ple").iterdir()))
-    first = MemoryFeed(parts_of(run_dir), dies_at=4)
-    first.parts.pop(4)  # it dies in the midst of step 4, whose checkpoint would be the next
+    first = MemoryFeed(parts_of(run_dir, 3))  # it dies before step 4, whose checkpoint would be the next
     train(learner(run_dir), first, rank=0, world=1)
     assert (first.acked, [p.ref.version for p in first.published]) == ([2], [1, 2, 3])
     if stored:  # on another machine
@@ -307,6 +306,37 @@ def test_a_part_without_rows_makes_a_version_too(run_dir: Path, tiny_model: Path
     assert first.metrics["updates"] == 0
     assert first.probe_logps == first.base_probe_logps
     assert second.probe_logps != first.probe_logps
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_learner_that_does_not_see_what_was_acknowledged(
+    run_dir: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """On another machine, or in a directory that shows late what another machine wrote: it waits, then refuses."""
+    parts = parts_of(run_dir)
+    train(spec(run_dir, tiny_model), MemoryFeed(parts_of(run_dir, 3)), rank=0, world=1)
+    hidden = (run_dir / "checkpoints" / "ple" / "step-000003").rename(tmp_path / "hidden")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if late and len(waited) == 3:
+            hidden.rename(run_dir / "checkpoints" / "ple" / "step-000003")
+
+    monkeypatch.setattr(worker, "SHOWS_S", 0.05 if not late else 60)
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    feed = MemoryFeed(parts)
+    feed.acked = [3]
+    train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    if late:
+        assert (feed.failures, feed.attached, feed.acked) == ([], [3], [3, 4])
+        return
+    [(_, error)] = feed.failures
+    assert type(error) is RunError and feed.attached == [] and waited
+    assert str(error) == (
+        f"{run_dir}/checkpoints/ple: there is no checkpoint of step 3 to be seen on this machine, though it was saved "
+        "(the newest is of step 2); a learner's machines need a run directory that all of them see, or `storage_path`"
+    )
 
 
 # A storage
