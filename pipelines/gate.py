@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pipelines.context import Context
 from pipelines.evaluate import Answers, answers_of, evaluation_principle, finite, heldout_prompts
 from plumbline.config.serving import Gate
-from plumbline.errors import RunError
+from plumbline.errors import PlumblineError
 from plumbline.records import PolicyRef, Prompt
 from plumbline.runs.promotions import Promotion, promote, promoted
 
@@ -56,7 +56,7 @@ class Gatekeeper:
             try:
                 if self._waiting.get(ref.policy) == ref:
                     await self._look(gate, ref)
-            except RunError as error:
+            except PlumblineError as error:
                 self._context.events.say(f"not promoted {ref}: it could not be looked at ({error})")
             finally:
                 self._undecided.discard(ref)

@@ -206,6 +206,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         now, now_busy, now_gpus = time.monotonic(), await busy_seconds(context), await gpu_use(context)
         seconds = now - clock
         metrics = publication.metrics
+        tell_skipped(context, method.name, step, metrics)
         wait, work = metrics.get("learner_wait_s", 0.0), metrics.get("learner_work_s", 0.0)
         context.events.write(
             {
@@ -252,6 +253,16 @@ async def step_event(
         **described,
         "rejected": sum(row["step"] == part for row in method.rejected.rows()),
     }
+
+
+def tell_skipped(context: Context, pipeline: str, step: int, metrics: Mapping[str, float]) -> None:
+    """A line on the screen where a step's optimiser steps were left out; its event has their number."""
+    if skipped := metrics.get("skipped_updates"):
+        of = skipped + metrics["updates"]
+        context.events.say(
+            f"{pipeline}: step {step} left out {skipped:g} of {of:g} optimiser steps, whose loss or gradient was not "
+            "finite; the weights are as they were before"
+        )
 
 
 async def prove_everywhere(context: Context, ref: PolicyRef) -> list[Any]:
@@ -309,6 +320,7 @@ async def train_on(
         for step in range(done + 1, len(batches) + 1):
             publication = await ask(context.fleet.store.wait.remote(PolicyRef(policy=name, version=step)))
             await ask(channel.release.remote())
+            tell_skipped(context, name, step, publication.metrics)
             await prune(context, name, spec.section.keep_versions, step)
             if step == done + 1:
                 begun()

@@ -14,6 +14,7 @@ from plumbline.config.pipelines import RewardModel
 from plumbline.data.dataset import read_labelled, read_preferences
 from plumbline.models.classifier import reward_text
 from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
+from plumbline.runs.disk import write_text
 from plumbline.runs.policies import PROOF, version_directory
 
 
@@ -35,7 +36,7 @@ async def run_reward(context: Context, section: RewardModel) -> Path:
     await asyncio.to_thread(context.storage.pull_directory, directory, PROOF)  # the learner may be elsewhere
     accuracy = await heldout_accuracy(context, section, directory, heldout)
     figures = {"heldout_accuracy": accuracy, "heldout": len(heldout), "trained_on": len(train)}
-    (directory / "accuracy.json").write_text(json.dumps(figures), encoding="utf-8")
+    write_text(directory / "accuracy.json", json.dumps(figures))
     await asyncio.to_thread(context.storage.push, directory / "accuracy.json")
     context.events.write({"pipeline": section.name, **figures})
     context.events.say(f"{section.name}: held-out accuracy {accuracy:.4f} on {len(heldout)} rows; model in {directory}")

@@ -364,10 +364,13 @@ def _run_dir(config: Config, run_dir: Path) -> str:
     check_run_dir(config, run_dir)
     place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free / 2**30
+    holds_run = (run_dir / "config.yaml").exists()
     if not os.access(place, os.W_OK):
-        raise ConfigError(f"{place}: not writable; name another place with --run-dir")
+        remedy = "make it so, and the same command goes on" if holds_run else "name another place with --run-dir"
+        raise ConfigError(f"{place}: not writable; {remedy}")
     if free < 1:
-        raise ConfigError(f"{place}: {free:.2f} GiB free, a run needs at least 1; name another place with --run-dir")
+        remedy = "make room, and the same command goes on" if holds_run else "name another place with --run-dir"
+        raise ConfigError(f"{place}: {free:.2f} GiB free, a run needs at least 1; {remedy}")
     return f"{free:.1f} GiB free in {place}"
 
 

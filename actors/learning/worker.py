@@ -183,6 +183,7 @@ class Worker:
         self._holder = uuid.uuid4().hex
         self._answering_s = 0.0
         self._updates = 0
+        self._skipped = 0  # in a row
         self._done = self._newest_step()
         # A version that no checkpoint holds is made again, by other sums: under its number the first one stays.
         made = made_versions(self._storage, spec.run_dir, spec.section.name, self._done) if rank == 0 else set()
@@ -288,9 +289,14 @@ class Worker:
         sums: dict[str, float] = {}
         groups: list[TokenGroup] = []
         norms: list[float] = []
+        skipped = 0
         started = time.monotonic()
         for batch in self._objective.updates(step, samples):
-            norms.append(self._update(step, batch, sums))
+            norm = self._update(step, batch, sums)
+            if norm is None:
+                skipped += 1
+                continue
+            norms.append(norm)
             groups += [sample.group for sample in batch]
         seconds = time.monotonic() - started
         gathered = self._gathered(sums)
@@ -299,22 +305,37 @@ class Worker:
         metrics |= {key: value / self._world for key, value in self._gathered(self._pace.gpu()).items()}
         metrics |= self._pace.figures(groups, seconds) if groups else {}
         metrics["updates"] = float(len(norms))
+        if skipped:
+            metrics["skipped_updates"] = float(skipped)
         if self._rank == 0:
             count_part(self._spec.section.name, metrics, groups, seconds)
         return metrics | {"grad_norm": sum(norms) / len(norms) if norms else 0.0, "lr": self._lr(step)}
 
-    def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float:
-        """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm."""
+    def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float | None:
+        """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm.
+
+        None where that is no finite number, as on all workers where one of them has such a loss: then there was no
+        step, and weights and optimiser are as they were.
+
+        Raises:
+            LossError: it happened more often in a row than `max_skipped`.
+        """
         portion = portion_of(batch, self._world, self._rank, self._settings.micro_tokens)
         self._updates += 1
         update = self._strategy.update(Between(self._objective, self._answer_one), portion, self._lr(step))
+        if not math.isfinite(update.grad_norm):
+            self._updates -= 1
+            self._skipped += 1
+            if self._skipped > self._settings.max_skipped:
+                losses = [loss for one in update.results if not math.isfinite(loss := one.loss.item())]
+                what = f"the loss became {losses[0]}" if losses else f"the gradient became {update.grad_norm}"
+                times = f" in {self._skipped} optimiser steps in a row, the last" if self._skipped > 1 else ""
+                raise LossError(self._failure(step, what + times))
+            return None
+        self._skipped = 0
         for result in update.results:
-            if not math.isfinite(result.loss.item()):
-                raise LossError(self._failure(step, f"the loss became {result.loss.item()}"))
             for key, value in {"loss": result.loss, **result.metrics}.items():
                 sums[key] = sums.get(key, 0.0) + float(value) * result.share * len(batch)
-        if not math.isfinite(update.grad_norm):  # on all workers, where one of them had such a loss
-            raise LossError(self._failure(step, f"the gradient became {update.grad_norm}"))
         return update.grad_norm
 
     def _refuse_damage(self, step: int) -> None:
@@ -376,6 +397,7 @@ class Worker:
             meta = {
                 "optimizer": self._settings.optimizer,
                 "updates": self._updates,
+                "skipped": self._skipped,
                 "previous_probe": self._previous_probe,
                 "metrics": self._metrics,
             }
@@ -397,7 +419,7 @@ class Worker:
             torch.set_rng_state(saved.whole("rng.torch"))
             if self._spec.device == "cuda":
                 torch.cuda.set_rng_state(saved.whole("rng.cuda"))
-        self._updates = int(saved.meta["updates"])
+        self._updates, self._skipped = int(saved.meta["updates"]), int(saved.meta["skipped"])
         self._metrics = saved.meta["metrics"]
         self._previous_probe = saved.meta["previous_probe"]
         self._probe = self._measure()

@@ -75,6 +75,9 @@ class Learner(Section):
         default=None,
         description="versions kept on disk, and those since a checkpoint; default: all adapters, of whole models 3",
     )
+    max_skipped: int = Field(
+        default=3, ge=0, description="optimiser steps in a row left out for a loss or gradient that is not finite"
+    )
     max_failures: int = Field(default=3, ge=0, description="dead workers that Ray Train replaces")
 
     @model_validator(mode="after")

@@ -205,7 +205,8 @@ def _exchange_parts(storage: Storage, run_dir: Path) -> None:
         first = min(unlike or new)
         raise ConfigError(
             f"{run_dir} and {storage.url} have gone apart (the first to differ is {first}): another run continued the "
-            f"storage's; `--run-dir DIR` with a new directory goes on from there, another `name` keeps both"
+            f"storage's; `plumbline run CONFIG --run-dir DIR` with a new directory goes on from there, another `name` "
+            "keeps both"
         )
     # Rejections go before their parts, in both directions: without their part they are dropped on resume.
     rejected = [n for n in sorted(there) if _REJECTED.fullmatch(n) and (new or n not in here)]

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from plumbline.errors import DataError
+from plumbline.runs.disk import writing
 
 Row = dict[str, object]
 
@@ -187,15 +188,16 @@ def _write_aside(files: fs.FileSystem, path: str, table: pa.Table) -> None:
     """Write a temporary beside `path`, then move it there: a rename on a disk, an atomic copy on object storage."""
     directory, _, name = path.rpartition("/")
     aside = f"{directory}/.{name}.tmp-{uuid.uuid4().hex}"
-    try:
-        pq.write_table(table, aside, filesystem=files)
-        if isinstance(files, fs.LocalFileSystem):
-            _sync(aside)  # or a power cut could keep the new name and lose what it names
-        files.move(aside, path)
-    except BaseException:
-        if files.get_file_info(aside).type != fs.FileType.NotFound:
-            files.delete_file(aside)
-        raise
+    with writing(path):
+        try:
+            pq.write_table(table, aside, filesystem=files)
+            if isinstance(files, fs.LocalFileSystem):
+                _sync(aside)  # or a power cut could keep the new name and lose what it names
+            files.move(aside, path)
+        except BaseException:
+            if files.get_file_info(aside).type != fs.FileType.NotFound:
+                files.delete_file(aside)
+            raise
     if isinstance(files, fs.LocalFileSystem):
         _sync(directory)
 

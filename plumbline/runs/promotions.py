@@ -6,7 +6,6 @@ A version is published by its learner, proved by engines, and promoted by a gate
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from plumbline.errors import ModelError
 from plumbline.records import PolicyRef, public_name
+from plumbline.runs.disk import append_line
 from plumbline.runs.policies import proved_versions, servable
 
 LEDGER = "promotions.jsonl"
@@ -40,6 +40,7 @@ def promote(run_dir: Path, promotion: Promotion) -> None:
 
     Raises:
         ModelError: there is no such version, with what proves it.
+        DiskError: it cannot be noted.
     """
     ref = promotion.ref
     there = proved_versions(run_dir, ref.policy)
@@ -47,8 +48,9 @@ def promote(run_dir: Path, promotion: Promotion) -> None:
         known = f"{there[0]} to {there[-1]}" if there else "none"
         raise ModelError(f"{run_dir}: no version {ref} to promote; there are {known}")
     line = {"time": time.time(), "version": ref.version, "by": promotion.by, "figures": dict(promotion.figures)}
-    _append(ledger_path(run_dir, ref.policy), line)
-    _append(run_dir / "events.jsonl", {"pipeline": "serve", "policy": ref.policy, **line})
+    append_line(ledger_path(run_dir, ref.policy), json.dumps(line), sync=True)
+    event = {"pipeline": "serve", "policy": ref.policy, **line}
+    append_line(run_dir / "events.jsonl", json.dumps(event), sync=True)
 
 
 def rollback(run_dir: Path, policy: str) -> PolicyRef:
@@ -110,14 +112,6 @@ def policy_named(run_dir: Path, name: str) -> str:
         known = ", ".join(there) or "none yet"
         raise ModelError(f"{run_dir}: no policy {name!r}; there are: {known}")
     return there[public_name(name)]
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """One short line in append mode: it is there whole or not at all, whoever else writes."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Catalog:

@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from plumbline.errors import ConfigError, PlumblineError, RunError, in_one_line
 from plumbline.runs.checkpoint import write_directory
+from plumbline.runs.disk import writing
 
 LOCK = ".pull.lock"
 _NUMBERED = re.compile(r"(?:step-|v)(\d{6,})")
@@ -126,8 +127,12 @@ class Storage:
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
             aside = file.with_name(f".{file.name}.tmp-{os.getpid():x}")
-            self._download(file, aside)
-            aside.replace(file)
+            with writing(file):
+                try:
+                    self._download(file, aside)
+                    aside.replace(file)
+                finally:
+                    aside.unlink(missing_ok=True)
             self._stamps[file] = _stamp(file)
 
     def pull_directory(self, directory: Path, marker: str) -> None:

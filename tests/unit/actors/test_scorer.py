@@ -19,7 +19,7 @@ from transformers import (
 
 from actors.scorer import Query, Scorer, ScorerSpec, _batches, load_function
 from plumbline.data.prompting import read_tokenizer
-from plumbline.errors import ConfigError
+from plumbline.errors import ConfigError, RunError
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.models.classifier import reward_text
 from plumbline.records import Completion, Generation, Message, PolicyRef, ScoreRequest
@@ -77,8 +77,41 @@ def test_a_score_that_is_no_finite_number_is_passed_on(module: str) -> None:
     "module", ["def score(requests):\n    return [1.0] * (len(requests) - 1)\n"], ids=["body"], indirect=True
 )
 def test_another_number_of_scores_is_refused(module: str) -> None:
-    with pytest.raises(ConfigError, match="returned 1 scores for 2 requests; it must be one each"):
+    with pytest.raises(RunError, match="returned 1 scores for 2 requests; it must be one each"):
         Scorer(ScorerSpec(function=f"{module}:score")).score(asked("a", "b"))
+
+
+FAILS = """
+def score(requests):
+    CALLS.append(len(requests))
+    if len(CALLS) <= {times}:
+        raise KeyError("weight")
+    return [1.0] * len(requests)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "failure"),
+    [(FAILS.format(times=1), ""), (FAILS.format(times=2), "KeyError: 'weight'")],
+    indirect=["module"],
+)
+def test_a_reward_that_fails_is_asked_once_more(module: str, failure: str) -> None:
+    scorer = Scorer(ScorerSpec(function=f"{module}:score"))
+    query = Query(messages=QUESTION, extra={})
+    scores = scorer.score_answers([query, query], [["a", " "], ["b"]])
+    assert scores.failure == failure
+    assert [len(one) for one in scores.values] == [2, 1]
+    assert all(map(math.isnan, scores.values[0])) if failure else scores.values[0][0] == 1.0
+    assert importlib.import_module(module).CALLS == [2, 2], "the blank one is not asked about"
+    assert scorer.score_answers([query], [["c"]]).values == [[1.0]], "it goes on"
+
+
+@pytest.mark.parametrize(
+    "module", ["def score(requests):\n    return [None for _ in requests]\n"], ids=["body"], indirect=True
+)
+def test_what_is_no_score_is_a_failure(module: str) -> None:
+    scores = Scorer(ScorerSpec(function=f"{module}:score")).score_answers([Query(messages=QUESTION, extra={})], [["a"]])
+    assert scores.failure.startswith("TypeError: float() argument must be")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +129,7 @@ def test_a_generation_is_scored_with_its_query_one_list_a_generation(module: str
     scores = Scorer(ScorerSpec(function=f"{module}:score")).score_generations(
         queries, [generation("a", "b"), generation("c")]
     )
-    assert scores == [[2.0, 2.0], [20.0]]
+    assert (scores.values, scores.failure) == ([[2.0, 2.0], [20.0]], "")
 
 
 @pytest.mark.parametrize("module", ["score = 3\n"], ids=["body"], indirect=True)

@@ -415,7 +415,7 @@ def test_a_nan_loss_stops_it_and_says_what_is_saved(run_dir: Path, tiny_model: P
     broken = parts[3][2]
     parts[3][2] = Sample(group=broken.group, rewards=(math.nan, 0.5), step=3)
     feed = MemoryFeed(parts)
-    train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    train(spec(run_dir, tiny_model, max_skipped=0), feed, rank=0, world=1)
     [(policy, error)] = feed.failures
     assert policy == "ple"
     assert type(error) is LossError
@@ -446,7 +446,7 @@ def test_another_optimizer_does_not_go_on(run_dir: Path, tiny_model: Path) -> No
 def test_a_nan_in_the_first_step(run_dir: Path, tiny_model: Path) -> None:
     broken = parts_of(run_dir)[1][0]
     feed = MemoryFeed({1: [Sample(group=broken.group, rewards=(math.nan, 0.5), step=1)]})
-    train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    train(spec(run_dir, tiny_model, max_skipped=0), feed, rank=0, world=1)
     assert "no step was saved yet" in str(feed.failures[0][1])
 
 
@@ -456,8 +456,56 @@ def test_a_gradient_that_is_not_finite(run_dir: Path, tiny_model: Path, monkeypa
     train(spec(run_dir, tiny_model), feed, rank=0, world=1)
     [(_, error)] = feed.failures
     assert type(error) is LossError
-    assert "the gradient became inf in step 1" in str(error)
-    assert feed.published == []
+    assert "the gradient became inf in 4 optimiser steps in a row, the last in step 2" in str(error)
+    assert [p.ref.version for p in feed.published] == [1], "of 2 updates, both left out; step 2 has 3"
+
+
+def test_an_optimiser_step_that_is_not_finite_is_left_out_and_told(run_dir: Path, tiny_model: Path) -> None:
+    """One of a part's two; the part is done, its version has what the other learnt."""
+    parts = parts_of(run_dir)
+    parts[4][0] = replace(parts[4][0], rewards=(math.nan, 0.5))
+    feed = MemoryFeed(parts)
+    section = Ple.model_validate({"type": "ple", "replay_window": 1, "learner": {"lr": 1e-2, "batch_size": 4}})
+    train(replace(spec(run_dir, tiny_model, section), probe=PROBE, publishes="adapter"), feed, rank=0, world=1)
+    assert (feed.failures, feed.acked) == ([], [1, 2, 3, 4])
+    third, fourth = feed.published[-2:]
+    assert "skipped_updates" not in third.metrics
+    assert (fourth.metrics["updates"], fourth.metrics["skipped_updates"]) == (1, 1)
+    assert all(map(math.isfinite, fourth.metrics.values()))
+    assert fourth.probe_logps != third.probe_logps
+
+
+def test_a_part_whose_steps_are_all_left_out_changes_nothing(run_dir: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Neither weights nor the optimiser: what follows learns as it would have without the part."""
+    parts = parts_of(run_dir)
+    without = {**parts, 2: []}
+    broken = {**parts, 2: [replace(one, rewards=(math.nan, 0.5)) for one in parts[2]]}
+    learner = {"lr": 1e-2, "batch_size": 4, "warmup": 5}
+    section = Ple.model_validate({"type": "ple", "replay_window": 1, "learner": learner})
+    feeds = []
+    for directory, given in ((run_dir, broken), (new_run(tmp_path / "other"), without)):
+        feeds.append(MemoryFeed(given))
+        one = replace(spec(directory, tiny_model, section), probe=PROBE, publishes="adapter")
+        train(one, feeds[-1], rank=0, world=1)
+        assert feeds[-1].failures == []
+    first, second, *_ = feeds[0].published
+    assert (second.metrics["updates"], second.metrics["skipped_updates"]) == (0, 2)
+    assert second.files == first.files and second.probe_logps == first.probe_logps
+    assert_same(weights(run_dir), weights(tmp_path / "other"))
+    assert [p.metrics["lr"] for p in feeds[0].published[2:]] == [p.metrics["lr"] for p in feeds[1].published[2:]]
+
+
+def test_steps_left_out_in_a_row_count_over_parts_and_over_a_restart(run_dir: Path, tiny_model: Path) -> None:
+    parts = {step: [replace(one, rewards=(math.nan, 0.5)) for one in part] for step, part in parts_of(run_dir).items()}
+    section = Ple.model_validate({"type": "ple", "replay_window": 1, "learner": {"batch_size": 4, "max_skipped": 4}})
+    given = replace(spec(run_dir, tiny_model, section), probe=PROBE, publishes="adapter")
+    train(given, MemoryFeed({1: parts[1]}), rank=0, world=1)
+    feed = MemoryFeed(parts)
+    train(given, feed, rank=0, world=1)
+    [(_, error)] = feed.failures
+    assert "the loss became nan in 5 optimiser steps in a row, the last in step 3; the checkpoint of step 2" in str(
+        error
+    )
 
 
 def test_an_unforeseen_failure_is_told_and_raised(run_dir: Path, tiny_model: Path) -> None:
