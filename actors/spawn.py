@@ -36,7 +36,7 @@ from plumbline.config.fleet import Embedder as EmbedderFleet
 from plumbline.config.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.config.section import bounds, planned
 from plumbline.errors import ConfigError, LostError, PlumblineError, RunError, in_one_line
-from plumbline.placement.machine import Machine, this_machine
+from plumbline.placement.machine import Machine, sign_in, this_machine
 from plumbline.records import PolicyRef, Publication, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
 
@@ -114,7 +114,11 @@ def look_at_cluster(run_dir: Path | None = None) -> Machine:
         # Without a GPU of its own a task sees all of them, also those that are taken.
         places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in gpus]
         seen = ray.get([look.options(num_cpus=0, scheduling_strategy=place).remote() for place in places])
-        blind = [node["Resources"] for node in nodes if run_dir and not _sees(node["NodeID"], run_dir)]
+        with sign_in(run_dir) as sign:
+            places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes if sign]
+            sees = ray.remote(Path.exists)
+            there = ray.get([sees.options(num_cpus=0, scheduling_strategy=p).remote(sign) for p in places])
+        blind = [node["Resources"] for node, one in zip(nodes, there, strict=False) if not one]
     except (ConnectionError, RayError) as error:
         raise ConfigError(f"RAY_ADDRESS: the cluster does not answer ({in_one_line(error)})") from None
     finally:
@@ -131,23 +135,6 @@ def look_at_cluster(run_dir: Path | None = None) -> Machine:
         cluster=True,
         blind=tuple(blind),
     )
-
-
-def _sees(node: str, directory: Path) -> bool:
-    """Whether a node sees what this process writes where `directory` is, or will be."""
-    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    sign = place / f".plumbline-{uuid.uuid4().hex}"
-    try:
-        sign.touch()
-    except OSError:
-        return True  # what cannot be written is refused by itself
-    try:
-        there = ray.remote(Path.exists).options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        )
-        return ray.get(there.remote(sign))
-    finally:
-        sign.unlink()
 
 
 def is_job() -> bool:

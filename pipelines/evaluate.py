@@ -207,7 +207,9 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
 def reward_columns(prefix: str, rewards: Sequence[float], guided: Sequence[float]) -> dict[str, Interval]:
     """Mean of plain answers, and gap to guided ones where there are any, with 95 % intervals."""
     scored = [a for a in rewards if finite(a)]
-    if scored and not guided:
+    if not scored:
+        return {}
+    if not guided:
         return {f"{prefix}reward": mean_interval(scored)}
     pairs = [(a, b) for a, b in zip(rewards, guided, strict=True) if finite(a, b)]
     if not pairs:

@@ -146,13 +146,15 @@ async def produce(context: Context, method: Method, channel: Any, progress: Prog
     if progress.resumed and not (method.displaces_base and progress.undrawn):
         await prove_everywhere(context, PolicyRef(policy=method.name, version=progress.resumed))
     committed = set(method.parts.steps())
-    drawn: dict[int, asyncio.Task[None]] = {}
+    drawn: dict[int, asyncio.Task[None]] = {}  # those that are under way
 
     async def draw(part: int, ref: PolicyRef) -> None:
         rollout = await method.roll_out(part, ref)
         await commit(context, method, part, rollout)
         progress.tokens[part] = rollout.tokens
         progress.undrawn -= 1
+        committed.add(part)
+        del drawn[part]
 
     async def one(step: int, part: int) -> None:
         if part in drawn:
@@ -251,7 +253,7 @@ async def step_event(
         "steps": method.total,
         **metrics,
         **described,
-        "rejected": sum(row["step"] == part for row in method.rejected.rows()),
+        "rejected": method.rejected.count(part),
     }
 
 

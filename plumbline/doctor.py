@@ -4,17 +4,16 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
-from plumbline.config.demand import demand, named, one_of
-from plumbline.config.pipelines import Dlma, Frozen, MethodSection, Preference, RewardModel, Sft
+from plumbline.config.demand import demand, named
+from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, Sft
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import check_targets, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
@@ -22,10 +21,10 @@ from plumbline.importing import PACKAGES
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.plan import without_gpus
 from plumbline.placement.roles import Part
+from plumbline.placement.sight import check_place, check_seen
 from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
 from plumbline.records import Prompt
-from plumbline.runs.directory import check_run_dir
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.policies import model_path
 from plumbline.tracking.feed import check_tracking
@@ -82,7 +81,7 @@ def check(
         UserError: the first thing that does not hold. Nothing was loaded, started or written.
     """
     check_storage(config, run_dir)
-    _run_dir(config, run_dir)
+    check_place(config, run_dir)
     check_tracking(config.tracking)
     rows = _read(config)
     _, tokenizer = _model(config)
@@ -92,7 +91,7 @@ def check(
     placed = place(config, machine, part)
     check_fits(placed)
     if part == "run":
-        _seen(placed, run_dir)
+        check_seen(placed, run_dir)
     _room(config, rows, tokenizer)
     _engine(placed, engine)
     return Checked(prompts=rows.prompts, tokenizer=tokenizer, placed=placed)
@@ -116,7 +115,7 @@ def examine(
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
         ("storage", lambda: check_storage(config, run_dir)),
-        ("run directory", lambda: _run_dir(config, run_dir) + (_seen(placed, run_dir) if placed else "")),
+        ("run directory", lambda: check_place(config, run_dir) + (check_seen(placed, run_dir) if placed else "")),
         ("tracking", lambda: check_tracking(config.tracking)),
         ("ports", _ports),
         ("placement", lambda: check_fits(placed) if placed else "not made, for what is wrong above"),
@@ -358,39 +357,6 @@ def check_fits(placed: Placed) -> str:
     if placed.plan.problems:
         raise ConfigError(f"placement: {'; '.join(placed.plan.problems)}; {placed.remedy}")
     return f"{len(placed.plan.rows)} roles find room, by estimates"
-
-
-def _run_dir(config: Config, run_dir: Path) -> str:
-    check_run_dir(config, run_dir)
-    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free / 2**30
-    holds_run = (run_dir / "config.yaml").exists()
-    if not os.access(place, os.W_OK):
-        remedy = "make it so, and the same command goes on" if holds_run else "name another place with --run-dir"
-        raise ConfigError(f"{place}: not writable; {remedy}")
-    if free < 1:
-        remedy = "make room, and the same command goes on" if holds_run else "name another place with --run-dir"
-        raise ConfigError(f"{place}: {free:.2f} GiB free, a run needs at least 1; {remedy}")
-    return f"{free:.1f} GiB free in {place}"
-
-
-def _seen(placed: Placed, run_dir: Path) -> str:
-    """Who needs the run's directory is placed on nodes that see it. Raises ConfigError."""
-    config, blind = placed.plan.config, placed.machine.blind
-    roles: list[tuple[str, Mapping[str, float]]] = []
-    if config.storage_path is None:  # checkpoints go through it
-        learn = [p for p in (config.sft, *config.pipelines) if p and not (isinstance(p, Frozen) and not p.train)]
-        roles += [(f"the learner of {one.name}", one_of(one.learner)) for one in learn]
-    if config.sft and config.methods:  # π0 lies in it
-        roles.append(("a generator", one_of(config.fleet.generator)))
-    for role, asked in roles:
-        if count := sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in blind):
-            stores = ", or give `storage_path`" if role != "a generator" else ""
-            raise ConfigError(
-                f"{run_dir}: {count} of the cluster's nodes, on which {role} may be placed, do not see it; name a "
-                f"place that all nodes see with --run-dir{stores}"
-            )
-    return f"; not seen by {len(blind)} nodes, which need not" if blind else ""
 
 
 def _ports() -> str:

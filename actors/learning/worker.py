@@ -11,21 +11,23 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from actors.channel import Box, Lease
+from actors.channel import Lease
 from actors.desk import Question
+from actors.learning.feed import Feed
 from actors.learning.frozen import Between, FrozenBase, FrozenSpec
 from actors.learning.make_strategy import make_cut, make_strategy
 from actors.learning.objectives import build_objective
 from actors.learning.pace import Pace, count_part
 from actors.learning.policy import LearnedPolicy, probe_logps
+from actors.learning.resuming import lost_peer, newest_step
 from actors.learning.strategy import portion_of
 from actors.metrics import LEARNER_WAIT
 from plumbline.config.data import Model
@@ -46,20 +48,12 @@ from plumbline.runs.checkpoint import (
     write_manifest,
     write_pieces,
 )
-from plumbline.runs.mirror import (
-    made_versions,
-    pull_checkpoint,
-    pull_parts,
-    saved_step,
-    seal_checkpoint,
-    settle_version,
-)
+from plumbline.runs.mirror import made_versions, pull_checkpoint, pull_parts, saved_step, settle_version
+from plumbline.runs.mirror import seal_checkpoint as seal
 from plumbline.runs.policies import PROOF, read_publication, version_directory, versions
 from plumbline.runs.storage import Storage
 
 T = TypeVar("T")
-SHOWS_S = 60.0
-"""Seconds after which a shared directory shows what another machine wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,41 +86,6 @@ class LearnerSpec:
         return saved_step(Storage(self.run_dir, self.storage), self.checkpoints)
 
 
-class Feed(Protocol):
-    """Where parts and questions come from, and where versions go; the calls of a channel, a policy store and a desk,
-    made blocking."""
-
-    def acknowledged(self) -> int:
-        """The step up to which no part comes again."""
-        ...
-
-    def attach(self, holder: str, done: int) -> None: ...
-
-    def lease(self, holder: str) -> Lease | Question | None:
-        """The next part, or what is asked of π0 before that is there; None after the last part."""
-        ...
-
-    def question(self, holder: str) -> Question | None:
-        """What is asked of π0 now; returns at once."""
-        ...
-
-    def answer(self, number: int, holder: str, answer: Any, counts: Mapping[str, int]) -> None: ...
-
-    def close(self, holder: str) -> None:
-        """Nothing more can be asked of π0."""
-        ...
-
-    def peek(self, step: int) -> Box: ...
-
-    def read(self, box: Box) -> list[Sample]: ...
-
-    def ack(self, step: int, holder: str) -> None: ...
-
-    def publish(self, publication: Publication) -> None: ...
-
-    def fail(self, policy: str, error: PlumblineError) -> None: ...
-
-
 def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
     """Train until the channel closes.
 
@@ -151,11 +110,6 @@ def shares_weights(spec: LearnerSpec, model: Any, world: int) -> bool:
     whole = isinstance(getattr(spec.section, "policy", None), FullPolicy) and spec.publishes == "full"
     beside = spec.device == "cuda" and planned(spec.section.learner.gpus) < 1
     return whole and beside and world == 1 and not getattr(model, "_weight_conversions", None)
-
-
-def lost_peer(error: Exception) -> bool:
-    """Whether another worker went away in the middle of an exchange; Ray Train then starts all of them anew."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class Worker:
@@ -184,7 +138,7 @@ class Worker:
         self._answering_s = 0.0
         self._updates = 0
         self._skipped = 0  # in a row
-        self._done = self._newest_step()
+        self._done = newest_step(spec, feed.acknowledged() if rank == 0 else 0, self._everyones)
         # A version that no checkpoint holds is made again, by other sums: under its number the first one stays.
         made = made_versions(self._storage, spec.run_dir, spec.section.name, self._done) if rank == 0 else set()
         self._made = self._everyones(made)[0]
@@ -196,30 +150,6 @@ class Worker:
                 pull_parts(self._storage, spec.run_dir, parts)
             self._restore()
         self._objective.restore(self._done)
-
-    def _newest_step(self) -> int:
-        """Step of the newest checkpoint, the same for all workers: the one that rank 0 sees.
-
-        Raises:
-            RunError: one of them does not see it, or it is older than what was acknowledged.
-        """
-        needed = self._everyones(self._feed.acknowledged() if self._rank == 0 else 0)[0]
-        step = max(needed, self._everyones(self._wait_for(needed))[0])
-        newest = min(self._everyones(self._wait_for(step)))
-        if newest < step:
-            raise RunError(
-                f"{self._spec.checkpoints}: there is no checkpoint of step {step} to be seen on this machine, though "
-                f"it was saved (the newest is of step {newest}); a learner's machines need a run directory that all "
-                "of them see, or `storage_path`"
-            )
-        return step
-
-    def _wait_for(self, step: int) -> int:
-        """The newest checkpoint's step, waiting a while for one of `step` or later."""
-        until = time.monotonic() + SHOWS_S
-        while (newest := self._spec.saved_step()) < step and time.monotonic() < until:
-            time.sleep(0.5)
-        return newest
 
     def run(self) -> None:
         """Take parts until there are no more."""
@@ -327,8 +257,8 @@ class Worker:
             self._updates -= 1
             self._skipped += 1
             if self._skipped > self._settings.max_skipped:
-                losses = [loss for one in update.results if not math.isfinite(loss := one.loss.item())]
-                what = f"the loss became {losses[0]}" if losses else f"the gradient became {update.grad_norm}"
+                losses = (f"the loss became {one.loss.item()}" for one in update.results if not one.loss.isfinite())
+                what = next(losses, f"the gradient became {update.grad_norm}")
                 times = f" in {self._skipped} optimiser steps in a row, the last" if self._skipped > 1 else ""
                 raise LossError(self._failure(step, what + times))
             return None
@@ -402,7 +332,7 @@ class Worker:
                 "metrics": self._metrics,
             }
             write_manifest(root, self._done, files, meta)
-            seal_checkpoint(self._storage, root, self._done)
+            seal(self._storage, root, self._done)
         if self._world > 1:
             dist.barrier()
         remove_old(root, self._done)
@@ -442,10 +372,7 @@ class Worker:
             metrics=self._metrics,
         )
         if written:
-            if made:
-                settle_version(self._storage, self._spec.run_dir, publication.ref)
-            else:
-                self._write(publication, weights)
+            self._write(publication, None if made else weights)
             if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
             if self._shelf and not made:
@@ -453,7 +380,9 @@ class Worker:
                 publication = replace(publication, shared=shared)
         self._feed.publish(publication)
 
-    def _write(self, publication: Publication, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def _write(self, publication: Publication, weights: Iterator[tuple[str, torch.Tensor]] | None) -> None:
+        if weights is None:
+            return settle_version(self._storage, self._spec.run_dir, publication.ref)
         directory = version_directory(self._spec.run_dir, publication.ref)
         self._policy.save(directory, publication, weights, adapter=self._spec.publishes == "adapter")
         self._storage.push_directory(directory, PROOF)

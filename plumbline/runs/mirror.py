@@ -18,7 +18,7 @@ from plumbline.records import PolicyRef
 from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest_step, listed
 from plumbline.runs.directory import check_same
 from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, proved_versions, version_directory, versions
-from plumbline.runs.promotions import spared
+from plumbline.runs.promotions import LEDGER, spared
 from plumbline.runs.storage import Storage, redacted
 
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
@@ -103,7 +103,7 @@ def pushed_at_end(storage: Storage, run_dir: Path, say: Callable[[str], None]) -
 
 def push_logs(storage: Storage, run_dir: Path) -> None:
     """Push what has changed of the files that are no parts, checkpoints or versions."""
-    files = sorted([*run_dir.glob("*"), *run_dir.glob("policies/*/*")])
+    files = sorted([*run_dir.glob("*"), *run_dir.glob(f"policies/*/{LEDGER}")])
     names = [file.relative_to(run_dir).as_posix() for file in files]
     storage.push(*(run_dir / name for name in names if _LOG.fullmatch(name) or _RESULT.fullmatch(name)))
 

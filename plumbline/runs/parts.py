@@ -117,6 +117,7 @@ class Rejected:
         self._adding = threading.Lock()  # steps that are committed at the same time share the one file
         exists = self._files.get_file_info(self._path).type != fs.FileType.NotFound
         self._rows = _read(self._files, self._path, "remove it to forget the rejections") if exists else []
+        self._by_step = Counter(row["step"] for row in self._rows)
 
     def add(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Add a step's rejections (``prompt_id, prompt, reason, detail``); step 0 is before the first step.
@@ -140,6 +141,10 @@ class Rejected:
         """All rejections, in the order they were added."""
         return [dict(row) for row in self._rows]
 
+    def count(self, step: int) -> int:
+        """Rejections of one step."""
+        return self._by_step[step]
+
     def counts(self) -> dict[str, int]:
         """Rejections by reason, the commonest first."""
         return dict(Counter(str(row["reason"]) for row in self._rows).most_common())
@@ -148,6 +153,7 @@ class Rejected:
         assert not self._read_only, "opened to read"
         _write_aside(self._files, self._path, _table(rows, REJECTED_SCHEMA))
         self._rows = rows  # after the write, so that a failed one leaves memory and file agreeing
+        self._by_step = Counter(row["step"] for row in rows)
 
 
 def _open(root: str, filesystem: fs.FileSystem | None) -> tuple[fs.FileSystem, str]:

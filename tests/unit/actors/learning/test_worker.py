@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
-from actors.learning import worker
+from actors.learning import resuming, worker
 from actors.learning.worker import LearnerSpec, Worker, shares_weights, train
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner
@@ -323,8 +323,8 @@ def test_a_learner_that_does_not_see_what_was_acknowledged(
         if late and len(waited) == 3:
             hidden.rename(run_dir / "checkpoints" / "ple" / "step-000003")
 
-    monkeypatch.setattr(worker, "SHOWS_S", 0.05 if not late else 60)
-    monkeypatch.setattr(worker.time, "sleep", sleep)
+    monkeypatch.setattr(resuming, "SHOWS_S", 0.05 if not late else 60)
+    monkeypatch.setattr(resuming.time, "sleep", sleep)
     feed = MemoryFeed(parts)
     feed.acked = [3]
     train(spec(run_dir, tiny_model), feed, rank=0, world=1)
