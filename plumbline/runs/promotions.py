@@ -7,6 +7,7 @@ A version is published by its learner, proved by engines, and promoted by a gate
 
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,9 +89,7 @@ def _promotions(run_dir: Path, policy: str) -> list[tuple[int, By]]:
     path = ledger_path(run_dir, policy)
     if not path.exists():
         return []
-    ledger = _LEDGERS.setdefault(path, _Ledger(path))
-    ledger.read_on()
-    return ledger.stack
+    return _LEDGERS.setdefault(path, _Ledger(path)).read_on()
 
 
 class _Ledger:
@@ -98,11 +97,12 @@ class _Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._reading = threading.Lock()
         self._forget()
 
-    def read_on(self) -> None:
-        """Raises ModelError: a line of it is none."""
-        with self._path.open("rb") as file:
+    def read_on(self) -> list[tuple[int, By]]:
+        """What it says now: versions, the present one last. Raises ModelError: a line of it is none."""
+        with self._reading, self._path.open("rb") as file:
             file.seek(max(0, self._read - len(self._end)))
             if os.fstat(file.fileno()).st_ino != self._file or file.read(len(self._end)) != self._end:
                 self._forget()  # it is another one, or was written anew
@@ -115,9 +115,10 @@ class _Ledger:
                 self._read += len(line)
                 self._lines += 1
                 self._end = line[-64:]
+            return list(self._stack)
 
     def _forget(self) -> None:
-        self.stack: list[tuple[int, By]] = []
+        self._stack: list[tuple[int, By]] = []
         self._read, self._lines, self._file, self._end = 0, 0, 0, b""
 
     def _add(self, line: bytes) -> None:
@@ -126,7 +127,7 @@ class _Ledger:
             version, by = int(entry["version"]), entry["by"]
         except (ValueError, KeyError, TypeError):
             raise ModelError(f"{self._path}: line {self._lines + 1} is no promotion; remove it") from None
-        stack = self.stack
+        stack = self._stack
         if by == "rollback" and len(stack) > 1:
             stack.pop()
         elif not stack or stack[-1][0] != version:
