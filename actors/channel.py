@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.metrics import CHANNEL_LEASED, CHANNEL_QUEUED
-from plumbline.errors import PlumblineError
+from plumbline.errors import PlumblineError, RunError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +36,14 @@ class Channel:
     Args:
         slots: parts that may be between `reserve` and `release`.
         pipeline: whose parts these are, for the metrics.
+        done: the step after which the producer goes on.
     """
 
-    def __init__(self, slots: int, pipeline: str = "") -> None:
+    def __init__(self, slots: int, pipeline: str = "", done: int = 0) -> None:
         self._pipeline = pipeline
         self._free = slots
-        self._next = 1
+        self._acknowledged = done
+        self._next = done + 1
         self._holder: str | None = None
         self._boxes: dict[int, Box] = {}
         self._closed = False
@@ -68,9 +70,23 @@ class Channel:
             self._count()
             self._changed.notify_all()
 
+    async def acknowledged(self) -> int:
+        """The step up to which all is done for good: no part of it is here any more."""
+        return self._acknowledged
+
     async def attach(self, holder: str, done: int) -> None:
-        """A consumer (re)starts after step `done`: it alone leases from now on, beginning with the next step."""
+        """A consumer (re)starts after step `done`: it alone leases from now on, beginning with the next step.
+
+        Raises:
+            RunError: the next step is not here any more, or was never to come from here.
+        """
         async with self._changed:
+            if not self._acknowledged <= done < self._next:
+                raise RunError(
+                    f"the learner of {self._pipeline} goes on after step {done}, but up to step {self._acknowledged} "
+                    f"its parts are done for good, and step {self._next} is the next; resume the run, from a run "
+                    "directory that all machines see or with `storage_path`"
+                )
             self._holder = holder
             self._boxes = {step: box for step, box in self._boxes.items() if step > done}
             self._next = done + 1
@@ -103,6 +119,7 @@ class Channel:
         """All parts up to `step` are done for good. From anybody but the present holder it is late, and ignored."""
         async with self._changed:
             if holder == self._holder:
+                self._acknowledged = max(self._acknowledged, step)
                 self._boxes = {s: box for s, box in self._boxes.items() if s > step}
                 self._count()
                 self._changed.notify_all()

@@ -1,7 +1,8 @@
 """Rewards: a Hugging Face sequence classifier, or a Python function named in the config. Larger is better.
 
 Pipelines pass a generator's answer on unread; the scorer reads it where it is. A blank response is not scored and a
-score that is not a finite number stays one: the pipeline's commit counts and rejects both (METHODS.md §4).
+score that is not a finite number stays one: the pipeline's commit counts and rejects both (METHODS.md §4). A reward
+that fails is asked once more; then its batch has no scores, and the reason goes with it.
 """
 
 import importlib
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
-from plumbline.errors import ConfigError
-from plumbline.models.classifier import Reads, classifier_logits, packs_texts, reward_ids
+from plumbline.errors import ConfigError, RunError, in_one_line
+from plumbline.models.classifier import Reads, RewardText, classifier_logits, packs_texts, reward_text
 from plumbline.records import Generation, Message, ScoreRequest
 
 RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
@@ -41,6 +42,15 @@ class Query:
     extra: dict[str, object]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """One list of floats a generation, one a completion, nan for a blank one; all nan where the reward failed, and
+    `failure` says how."""
+
+    values: list[list[float]]
+    failure: str = ""
+
+
 class Scorer:
     """One reward. Scores are Python floats, nan for a blank response."""
 
@@ -52,29 +62,43 @@ class Scorer:
         return os.getpid()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
-        """One score a request."""
+        """One score a request. Raises whatever the reward raises, and RunError where it answers with no such scores."""
         asked = [i for i, request in enumerate(requests) if request.response.strip()]
         scores = [math.nan] * len(requests)
         with SCORER_SECONDS.timing():
             answered = self._reward([requests[i] for i in asked]) if asked else []
         SCORER_ITEMS.inc(len(asked))
         if len(answered) != len(asked):
-            raise ConfigError(
-                f"the reward returned {len(answered)} scores for {len(asked)} requests; it must be one each"
-            )
+            raise RunError(f"it returned {len(answered)} scores for {len(asked)} requests; it must be one each")
         for i, score in zip(asked, answered, strict=True):
             scores[i] = float(score)
         return scores
 
-    def score_generations(self, queries: Sequence[Query], generations: Sequence[Generation]) -> list[list[float]]:
+    def score_generations(self, queries: Sequence[Query], generations: Sequence[Generation]) -> Scores:
         """Scores of every completion: one list a generation, whose query stands at the same place."""
+        texts = [[completion.text for completion in generation.completions] for generation in generations]
+        return self.score_answers(queries, texts)
+
+    def score_answers(self, queries: Sequence[Query], answers: Sequence[Sequence[str]]) -> Scores:
+        """Scores of every answer: one list a query."""
         requests = [
-            ScoreRequest(messages=query.messages, response=completion.text, extra=query.extra)
-            for query, generation in zip(queries, generations, strict=True)
-            for completion in generation.completions
+            ScoreRequest(messages=query.messages, response=text, extra=query.extra)
+            for query, texts in zip(queries, answers, strict=True)
+            for text in texts
         ]
-        scores = iter(self.score(requests))
-        return [[next(scores) for _ in generation.completions] for generation in generations]
+        found, failure = self._try(requests)
+        scores = iter(found)
+        return Scores(values=[[next(scores) for _ in texts] for texts in answers], failure=failure)
+
+    def _try(self, requests: Sequence[ScoreRequest]) -> tuple[list[float], str]:
+        """Scores, asked for a second time where that fails; nan for all and why where it fails again."""
+        for last in (False, True):
+            try:
+                return self.score(requests), ""
+            except Exception as error:  # the user's code can fail as any code can
+                if last:
+                    return [math.nan] * len(requests), in_one_line(error)
+        raise AssertionError("it returns in the second round")
 
 
 def load_function(name: str) -> RewardFunction:
@@ -121,23 +145,24 @@ class ClassifierReward:
         """One score a request, computed in batches of at most `batch_tokens` tokens, padding included."""
         import torch
 
-        ids = [self._encode(request) for request in requests]
-        scores = [0.0] * len(ids)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        texts = [self._encode(request) for request in requests]
+        lengths = [len(text.ids) for text in texts]
+        scores = [0.0] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: lengths[i])
         with torch.inference_mode():
-            for batch in _batches(order, [len(i) for i in ids], self._spec.batch_tokens, pads=self._pads):
-                logits = classifier_logits(self._model, [ids[i] for i in batch])
+            for batch in _batches(order, lengths, self._spec.batch_tokens, pads=self._pads):
+                logits = classifier_logits(self._model, [texts[i].ids for i in batch], [texts[i].beside for i in batch])
                 values = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
                 for i, value in zip(batch, values.tolist(), strict=True):
                     scores[i] = value
         return scores
 
-    def _encode(self, request: ScoreRequest) -> list[int]:
-        ids, cut = reward_ids(
+    def _encode(self, request: ScoreRequest) -> RewardText:
+        text = reward_text(
             self._tokenizer, request.messages, request.response, reads=self._spec.reads, max_len=self._spec.max_len
         )
-        self.truncated += cut
-        return ids
+        self.truncated += text.cut
+        return text
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], budget: int, *, pads: bool) -> list[list[int]]:

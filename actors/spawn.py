@@ -40,7 +40,7 @@ from plumbline.config.fleet import Embedder as EmbedderFleet
 from plumbline.config.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.config.section import bounds, planned
 from plumbline.errors import ConfigError, LostError, PlumblineError, RunError, in_one_line
-from plumbline.placement.machine import Machine, this_machine
+from plumbline.placement.machine import Machine, sign_in, this_machine
 from plumbline.records import PolicyRef, Publication, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
 
@@ -122,8 +122,11 @@ def make_token() -> None:
     aside.unlink()
 
 
-def look_at_cluster() -> Machine:
+def look_at_cluster(run_dir: Path | None = None) -> Machine:
     """The nodes of the cluster of RAY_ADDRESS, as they are now; joins it and leaves it again where need be.
+
+    Args:
+        run_dir: a directory, or one to be, that nodes are asked whether they see.
 
     Raises:
         ConfigError: it does not answer, or torch sees no GPU on a node that offers some.
@@ -139,6 +142,11 @@ def look_at_cluster() -> Machine:
         # Without a GPU of its own a task sees all of them, also those that are taken.
         places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in gpus]
         seen = ray.get([look.options(num_cpus=0, scheduling_strategy=place).remote() for place in places])
+        with sign_in(run_dir) as sign:
+            places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes if sign]
+            sees = ray.remote(Path.exists)
+            there = ray.get([sees.options(num_cpus=0, scheduling_strategy=p).remote(sign) for p in places])
+        blind = [node["Resources"] for node, one in zip(nodes, there, strict=False) if not one]
     except (ConnectionError, RayError) as error:
         raise ConfigError(f"RAY_ADDRESS: the cluster does not answer ({in_one_line(error)})") from None
     finally:
@@ -153,6 +161,7 @@ def look_at_cluster() -> Machine:
         ram_gib=0.0,
         per_node=min(gpus.values(), default=0),
         cluster=True,
+        blind=tuple(blind),
     )
 
 
@@ -280,10 +289,10 @@ class Fleet:
         where = {"num_cpus": cpus, "num_gpus": planned(settings.gpus), "resources": settings.resources, **_REPLACED}
         return [actor.options(name=self._name(role), **where).remote(spec) for _ in range(count)]
 
-    def add_channel(self, slots: int, learner: str) -> Any:
-        """A channel for one learner."""
+    def add_channel(self, slots: int, learner: str, done: int = 0) -> Any:
+        """A channel for one learner, which goes on after step `done`."""
         actor = ray.remote(Channel).options(name=self._name(f"channel-{learner}"), **beside_driver())
-        channel = actor.remote(slots, learner)
+        channel = actor.remote(slots, learner, done)
         self.others.append(channel)
         return channel
 

@@ -33,7 +33,7 @@ class PolicyStore:
         self._changed = asyncio.Condition()
 
     async def publish(self, publication: Publication, box: Box | None = None) -> None:
-        """Add a version. The same version again, from a restarted learner, is the same checkpoint: the first stays.
+        """Add a version. The same version again, from a restarted learner, is the same weights: the first stays.
 
         Args:
             box: with the files of a whole model, for who does not see its directory.

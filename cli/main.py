@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _run(config: Any, run_dir: Path) -> int:
     from plumbline.doctor import check
 
     # Before Ray and vLLM are even imported: wrong input is told at once.
-    checked = check(config, run_dir, check_engine, find_machine)
+    checked = check(config, run_dir, check_engine, partial(find_machine, run_dir))
 
     from cli.display import Display, duration, result_text
     from cli.guard import guarded
@@ -202,7 +203,8 @@ def doctor_command(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     errors = 0
-    for finding in examine(config, options.run_dir or Path("runs") / config.name, check_engine, find_machine):
+    run_dir = options.run_dir or Path("runs") / config.name
+    for finding in examine(config, run_dir, check_engine, partial(find_machine, run_dir)):
         errors += finding.error is not None
         stream = sys.stderr if finding.error else sys.stdout
         print(f"{'FAIL' if finding.error else 'ok  '} {finding.what}: {finding.note}", file=stream)

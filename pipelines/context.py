@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Pipeline, Preference
 from plumbline.config.tree import Config
 from plumbline.records import PolicyRef, Prompt, TokenGroup
+from plumbline.runs.disk import append_line, write_text
 from plumbline.runs.endpoint import LiveRun
 from plumbline.runs.storage import Storage
 from plumbline.tracking.feed import Trackers
@@ -46,9 +46,7 @@ class EventLog:
         text = self._path.read_text("utf-8") if self._path.exists() else ""
         lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
         kept = [e for e in lines if e.get("pipeline") != pipeline or e.get("step", 0) <= done]
-        aside = self._path.with_suffix(".aside")
-        aside.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
-        os.replace(aside, self._path)
+        write_text(self._path, "".join(json.dumps(e) + "\n" for e in kept))
         last = max((e["step"] for e in kept if e.get("pipeline") == pipeline and "step" in e), default=0)
         self._trackers.rewind(pipeline, last)
         return last
@@ -56,8 +54,7 @@ class EventLog:
     def write(self, event: Event) -> None:
         """Add a line and show it. What is no finite number, such as a drift that drowned in noise, becomes null."""
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), **event}) + "\n")
+        append_line(self._path, json.dumps({"time": time.time(), **event}))
         self._listen(event)
         self._trackers(event)
 

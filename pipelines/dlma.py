@@ -44,7 +44,8 @@ class DlmaMethod(Method):
         if context.fleet.scorer:
             scorer = context.pick(context.fleet.scorer)
             then.append(lambda drawn: scorer.score_generations.remote(queries, drawn))
-        answers, logps, *scored = await self._generated(asked, *then)
+        answers, logps, *found = await self._generated(asked, *then)
+        scored = [self.watch.look(one) for one in found]
         rows, rejected = [], []
         for i, prompt in enumerate(prompts):
             chosen, other = answers[2 * i].completions[0], answers[2 * i + 1].completions[0]

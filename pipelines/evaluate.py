@@ -13,14 +13,19 @@ from typing import Any
 from actors.scorer import Query
 from actors.spawn import ask, gather
 from pipelines.context import Context
+from pipelines.rewarding import RewardWatch
 from plumbline.config.pipelines import Generation as Settings
 from plumbline.config.tree import Config
 from plumbline.data.dataset import read_prompts
 from plumbline.data.length_filter import section_lengths
 from plumbline.data.prompting import encode_response, render, steerings
+from plumbline.errors import PlumblineError
 from plumbline.methods.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
+from plumbline.runs.disk import write_text
 
+JUDGED_AT_ONCE = 64
+"""Answers that a reward is asked about at a time: what it fails on is lost together."""
 TURN = "evaluation"
 """What the pool calls these requests, beside the pipelines: they take turns at weight 1."""
 
@@ -64,10 +69,15 @@ async def answers_by_name(
     config = context.config
     assert config.evaluation is not None
     settings = config.evaluation.generation or config.methods[0].generation
-    answers = {}
+    answers: dict[str, Answers] = {}
     for name, ref in candidates.items():
         context.events.say(f"evaluating {name} on {len(prompts)} held-out prompts")
-        answers[name] = await answers_of(context, ref, prompts, settings, evaluation_principle(config))
+        try:
+            answers[name] = await answers_of(context, ref, prompts, settings, evaluation_principle(config))
+        except PlumblineError:
+            if answers:  # what was measured stays
+                write_comparison(context, answers, prompts)
+            raise
     return answers
 
 
@@ -95,8 +105,11 @@ async def answers_of(
     ]
     generations = await generated(context, requests)
     queries = [Query(messages=p.messages, extra=dict(p.extra)) for _ in kinds for p in prompts]
-    rewards = await scores_of(context.fleet.scorer, queries, generations)
-    judged = await scores_of(context.fleet.judge, queries, generations)
+    judge = context.config.evaluation.judge if context.config.evaluation else None
+    watch = RewardWatch(context, TURN, context.config.reward)
+    judging = RewardWatch(context, TURN, judge, "evaluation.judge")
+    rewards = await scores_of(context.fleet.scorer, queries, generations, watch)
+    judged = await scores_of(context.fleet.judge, queries, generations, judging)
     n = len(prompts)
     texts = [g.completions[0].text for g in generations]
     plain = [g.completions[0] for g in generations[:n]]
@@ -128,12 +141,15 @@ async def generated(context: Context, requests: Sequence[GenerateRequest]) -> li
     return generations
 
 
-async def scores_of(scorers: Sequence[Any], queries: Sequence[Query], generations: Sequence[Any]) -> list[float]:
-    """The first replica's score of each answer; nothing where there is no such reward."""
+async def scores_of(
+    scorers: Sequence[Any], queries: Sequence[Query], generations: Sequence[Any], watch: RewardWatch
+) -> list[float]:
+    """The first replica's score of each answer; nothing where there is no such reward. Raises RunError: see `watch`."""
     if not scorers:
         return []
-    [scored] = await gather(scorers[0].score_generations.remote(list(queries), list(generations)))
-    return [one[0] for one in scored]
+    pieces = [slice(i, i + JUDGED_AT_ONCE) for i in range(0, len(queries), JUDGED_AT_ONCE)]
+    asked = [scorers[0].score_generations.remote(list(queries[i]), list(generations[i])) for i in pieces]
+    return [one[0] for scored in await gather(*asked) for one in watch.look(scored)]
 
 
 async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]) -> float | None:
@@ -177,13 +193,9 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
         row["tokens"] = sum(one.lengths) / len(one.lengths)
         row["finished"] = one.finished
         row["blank"] = sum(not text.strip() for text in one.plain)
-        if name != first and one.rewards:
-            row["win rate"] = reward_win_rate(
-                *zip(
-                    *[(a, b) for a, b in zip(one.rewards, answers[first].rewards, strict=True) if finite(a, b)],
-                    strict=True,
-                )
-            )
+        both = [(a, b) for a, b in zip(one.rewards, answers[first].rewards, strict=True) if finite(a, b)]
+        if name != first and both:
+            row["win rate"] = reward_win_rate(*zip(*both, strict=True))
         rows.append(row)
     for i, prompt in enumerate(prompts[:samples]):
         shown.append({"prompt": prompt.query, **{name: one.plain[i] for name, one in answers.items()}})
@@ -194,14 +206,17 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
 
 def reward_columns(prefix: str, rewards: Sequence[float], guided: Sequence[float]) -> dict[str, Interval]:
     """Mean of plain answers, and gap to guided ones where there are any, with 95 % intervals."""
-    if rewards and not guided:
-        return {f"{prefix}reward": mean_interval([a for a in rewards if finite(a)])}
+    scored = [a for a in rewards if finite(a)]
+    if not scored:
+        return {}
+    if not guided:
+        return {f"{prefix}reward": mean_interval(scored)}
     pairs = [(a, b) for a, b in zip(rewards, guided, strict=True) if finite(a, b)]
     if not pairs:
         return {}
     figures: Gap = gap([a for a, _ in pairs], [b for _, b in pairs])
     return {
-        f"{prefix}reward": mean_interval([a for a in rewards if finite(a)]),
+        f"{prefix}reward": mean_interval(scored),
         f"{prefix}guided": figures.guided,
         f"{prefix}gap": figures.gap,
     }
@@ -212,7 +227,7 @@ def write_comparison(context: Context, answers: Mapping[str, Answers], prompts: 
     assert context.config.evaluation is not None
     result = summarize(answers, prompts, context.config.evaluation.samples)
     text = json.dumps(result, ensure_ascii=False, indent=1)
-    (context.run_dir / "evaluation.json").write_text(text, encoding="utf-8")
+    write_text(context.run_dir / "evaluation.json", text)
     return result
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pipelines.context import Context
 from pipelines.evaluate import Answers, answers_of, evaluation_principle, finite, heldout_prompts
 from plumbline.config.serving import Gate
-from plumbline.errors import RunError
+from plumbline.errors import PlumblineError
 from plumbline.records import PolicyRef, Prompt
 from plumbline.runs.promotions import Promotion, promote, promoted
 
@@ -31,7 +31,7 @@ class Gatekeeper:
         self._waiting: dict[str, PolicyRef] = {}
         self._prompts: list[Prompt] = []
         self._seen: dict[PolicyRef, Figures] = {}
-        self._looks: list[asyncio.Task[None]] = []
+        self._looks: set[asyncio.Task[None]] = set()
         self._undecided: set[PolicyRef] = set()
 
     def offer(self, ref: PolicyRef, *, last: bool) -> None:
@@ -41,7 +41,9 @@ class Gatekeeper:
         elif ref.version % self._gate.every == 0 or last:
             self._waiting[ref.policy] = ref
             self._undecided.add(ref)
-            self._looks.append(asyncio.create_task(self._turn(self._gate, ref)))
+            look = asyncio.create_task(self._turn(self._gate, ref))
+            self._looks.add(look)
+            look.add_done_callback(self._looks.discard)
 
     def looks_at(self, policy: str) -> set[int]:
         """See `pipelines.context.Promoter`."""
@@ -56,7 +58,7 @@ class Gatekeeper:
             try:
                 if self._waiting.get(ref.policy) == ref:
                     await self._look(gate, ref)
-            except RunError as error:
+            except PlumblineError as error:
                 self._context.events.say(f"not promoted {ref}: it could not be looked at ({error})")
             finally:
                 self._undecided.discard(ref)
@@ -64,7 +66,9 @@ class Gatekeeper:
     async def _look(self, gate: Gate, ref: PolicyRef) -> None:
         past = promoted(self._context.run_dir, ref.policy)
         before = PolicyRef(policy=ref.policy, version=past[-1]) if past and past[-1] else PolicyRef()
-        base, present, new = [await self._figures(gate, one) for one in (PolicyRef(), before, ref)]
+        compared = (PolicyRef(), before, ref)
+        base, present, new = [await self._figures(gate, one) for one in compared]
+        self._seen = {one: seen for one, seen in self._seen.items() if one in compared or one.policy != ref.policy}
         reason = refusal(gate, new, present, base)
         figures = {"new": new, "promoted": present, "base": base}
         if reason is None:

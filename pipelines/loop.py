@@ -94,7 +94,7 @@ async def make_and_learn(context: Context, method: Method, spec: LearnerSpec) ->
     progress = Progress(resumed=done, logged=logged, proved=done, undrawn=undrawn)
     if progress.logged >= method.total:
         return
-    channel = context.fleet.add_channel(method.slots, method.name)
+    channel = context.fleet.add_channel(method.slots, method.name, done)
     desk = context.fleet.add_desk(method.name) if spec.frozen else None
     learner = start_learner(context.fleet, spec, channel, desk)
     stages = (produce(context, method, channel, progress), advance(context, method, channel, progress))
@@ -184,13 +184,15 @@ async def produce(context: Context, method: Method, channel: Any, progress: Prog
     if progress.resumed and not (method.displaces_base and progress.undrawn):
         await prove_everywhere(context, PolicyRef(policy=method.name, version=progress.resumed))
     committed = set(method.parts.steps())
-    drawn: dict[int, asyncio.Task[None]] = {}
+    drawn: dict[int, asyncio.Task[None]] = {}  # those that are under way
 
     async def draw(part: int, ref: PolicyRef) -> None:
         rollout = await method.roll_out(part, ref)
         await commit(context, method, part, rollout)
         progress.tokens[part] = rollout.tokens
         progress.undrawn -= 1
+        committed.add(part)
+        del drawn[part]
 
     async def one(step: int, part: int) -> None:
         if part in drawn:
@@ -252,6 +254,7 @@ async def advance(context: Context, method: Method, channel: Any, progress: Prog
         now, now_busy, now_gpus = time.monotonic(), await busy_seconds(context), await gpu_use(context)
         seconds = now - clock
         metrics = publication.metrics
+        tell_skipped(context, method.name, step, metrics)
         wait, work = metrics.get("learner_wait_s", 0.0), metrics.get("learner_work_s", 0.0)
         context.events.write(
             {
@@ -296,8 +299,18 @@ async def step_event(
         "steps": method.total,
         **metrics,
         **described,
-        "rejected": sum(row["step"] == part for row in method.rejected.rows()),
+        "rejected": method.rejected.count(part),
     }
+
+
+def tell_skipped(context: Context, pipeline: str, step: int, metrics: Mapping[str, float]) -> None:
+    """A line on the screen where a step's optimiser steps were left out; its event has their number."""
+    if skipped := metrics.get("skipped_updates"):
+        of = skipped + metrics["updates"]
+        context.events.say(
+            f"{pipeline}: step {step} left out {skipped:g} of {of:g} optimiser steps, whose loss or gradient was not "
+            "finite; the weights are as they were before"
+        )
 
 
 async def prove_everywhere(context: Context, ref: PolicyRef) -> list[Any]:
@@ -348,7 +361,7 @@ async def learn_from(
     context.events.keep(name, done)
     if done >= len(batches):
         return
-    channel = context.fleet.add_channel(slots=8, learner=name)
+    channel = context.fleet.add_channel(slots=8, learner=name, done=done)
     learner = start_learner(context.fleet, spec, channel)
 
     async def feed() -> None:
@@ -362,6 +375,7 @@ async def learn_from(
         for step in range(done + 1, len(batches) + 1):
             publication = await ask(context.fleet.store.wait.remote(PolicyRef(policy=name, version=step)))
             await ask(channel.release.remote())
+            tell_skipped(context, name, step, publication.metrics)
             await prune(context, name, spec.section.keep_versions, step)
             if step == done + 1:
                 begun()

@@ -17,6 +17,7 @@ import pyarrow as pa
 from actors.scorer import Query
 from actors.spawn import ask
 from pipelines.context import Context
+from pipelines.rewarding import RewardWatch
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Frozen, MethodSection
 from plumbline.data.length_filter import section_lengths, sft_group
@@ -61,6 +62,7 @@ class Method(ABC):
         directory = self.directory = context.run_dir / room / section.name
         self.name = section.name
         self.keep_versions = section.keep_versions
+        self.watch = RewardWatch(context, section.name, context.config.reward)
         self.parts = Parts(str(directory), schema)
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self.commits: set[asyncio.Task[None]] = set()  # that are being written

@@ -17,12 +17,15 @@ from plumbline.errors import LostError, RunError
 from plumbline.runs.mirror import push_logs
 
 EVERY = 5.0
-"""Seconds between two lines of the pool."""
+"""Seconds between two looks at the pool, and at first between two of its lines."""
+SHARE = 2000
+"""Later they come after this part of the time since the start, so that a month has some ten thousand, not 500,000."""
 
 
 async def monitor_pool(context: Context, ended: asyncio.Event) -> None:
     """Write a line of the pool now and then, and a last one once `ended` is set: its totals are the whole run's."""
     clock, busy, sampled = time.monotonic(), await busy_seconds(context), 0
+    begun = written = clock
     while True:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(ended.wait(), EVERY)
@@ -33,6 +36,9 @@ async def monitor_pool(context: Context, ended: asyncio.Event) -> None:
         POOL_QUEUE.set(pool.queue)
         POOL_OUTSTANDING.set(pool.outstanding)
         POOL_UTILISATION.set(utilisation)
+        if not ended.is_set() and now - written < (now - begun) / SHARE:
+            continue
+        written = now
         context.events.write(
             {
                 "pipeline": "pool",

@@ -33,13 +33,14 @@ class PleMethod(Method):
         asked = self._requests(step, prompts, ref, {"plain": None, "guided": self._principle})
         queries = [query for query in self._queries(prompts) for _ in range(2)]
         scorer = self._context.pick(self._context.fleet.scorer)
-        answers, scores = await self._generated(asked, lambda drawn: scorer.score_generations.remote(queries, drawn))
+        answers, scored = await self._generated(asked, lambda drawn: scorer.score_generations.remote(queries, drawn))
+        scores = self.watch.look(scored)
         rows, rejected = [], []
         for i, prompt in enumerate(prompts):
             plain, guided = answers[2 * i], answers[2 * i + 1]
             rewards = (scores[2 * i][0], scores[2 * i + 1][0])
             # A pair goes into the part, or into the rejected with a reason (METHODS.md §4).
-            if reason := unusable((plain.completions[0], guided.completions[0]), rewards):
+            if reason := unusable((plain.completions[0], guided.completions[0]), rewards, scored.failure):
                 rejected.append(rejected_row(step, prompt, *reason))
                 continue
             rows.append(
@@ -76,11 +77,19 @@ class PleMethod(Method):
         }
 
 
-def unusable(answers: tuple[Completion, Completion], rewards: tuple[float, float]) -> tuple[str, str] | None:
-    """Why a pair of answers cannot be learnt from, and a detail; None where it can (METHODS.md §4)."""
+def unusable(
+    answers: tuple[Completion, Completion], rewards: tuple[float, float], failure: str = ""
+) -> tuple[str, str] | None:
+    """Why a pair of answers cannot be learnt from, and a detail; None where it can (METHODS.md §4).
+
+    Args:
+        failure: why the reward scored neither.
+    """
     for kind, answer, reward in zip(("plain", "guided"), answers, rewards, strict=True):
         if not answer.text.strip():
             return "blank answer", kind
+        if failure:
+            return "reward failed", failure
         if not math.isfinite(reward):
             return "reward not finite", f"{kind}: {reward}"
     return ("identical answers", "") if answers[0].ids == answers[1].ids else None

@@ -21,12 +21,14 @@ class RaftMethod(Method):
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
         asked = self._requests(step, prompts, ref, {"sample": None}, n=self._samples)
         scorer, queries = self._context.pick(self._context.fleet.scorer), self._queries(prompts)
-        drawn, scores = await self._generated(asked, lambda answers: scorer.score_generations.remote(queries, answers))
+        drawn, scored = await self._generated(asked, lambda answers: scorer.score_generations.remote(queries, answers))
+        scores = self.watch.look(scored)
         rows, rejected = [], []
         for request, prompt, generation, own in zip(asked, prompts, drawn, scores, strict=True):
             usable = [i for i, score in enumerate(own) if math.isfinite(score)]  # a blank answer's is not
             if not usable:
-                rejected.append(rejected_row(step, prompt, "no answer with a finite reward"))
+                reason = ("reward failed", scored.failure) if scored.failure else ("no answer with a finite reward",)
+                rejected.append(rejected_row(step, prompt, *reason))
                 continue
             best = max(usable, key=lambda i: own[i])
             rows.append(

@@ -12,8 +12,9 @@ from pipelines.sft import shuffled_batches
 from plumbline.config.data import Source
 from plumbline.config.pipelines import RewardModel
 from plumbline.data.dataset import read_labelled, read_preferences
-from plumbline.models.classifier import reward_ids
+from plumbline.models.classifier import reward_text
 from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
+from plumbline.runs.disk import write_text
 from plumbline.runs.policies import PROOF, version_directory
 
 
@@ -35,7 +36,7 @@ async def run_reward(context: Context, section: RewardModel) -> Path:
     await asyncio.to_thread(context.storage.pull_directory, directory, PROOF)  # the learner may be elsewhere
     accuracy = await heldout_accuracy(context, section, directory, heldout)
     figures = {"heldout_accuracy": accuracy, "heldout": len(heldout), "trained_on": len(train)}
-    (directory / "accuracy.json").write_text(json.dumps(figures), encoding="utf-8")
+    write_text(directory / "accuracy.json", json.dumps(figures))
     await asyncio.to_thread(context.storage.push, directory / "accuracy.json")
     context.events.write({"pipeline": section.name, **figures})
     context.events.say(f"{section.name}: held-out accuracy {accuracy:.4f} on {len(heldout)} rows; model in {directory}")
@@ -61,10 +62,10 @@ def read_requests(source: Source, section: RewardModel) -> list[Labelled]:
 def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRequest], label: float) -> Sample:
     """A group without a prompt: its responses are what the classifier reads."""
     texts = [
-        reward_ids(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=section.max_len)[0]
+        reward_text(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=section.max_len)
         for r in requests
     ]
-    return Sample(group=TokenGroup([], texts), rewards=(label,))
+    return Sample(group=TokenGroup([], [t.ids for t in texts], [t.beside for t in texts]), rewards=(label,))
 
 
 async def heldout_accuracy(context: Context, section: RewardModel, directory: Path, rows: list[Labelled]) -> float:

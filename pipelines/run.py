@@ -6,7 +6,7 @@ check -> run directory -> Ray -> π0 (`sft`) -> fleet -> pipelines -> evaluation
 import asyncio
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -38,6 +38,7 @@ from plumbline.placement.start import place
 from plumbline.placement.table import line
 from plumbline.records import PolicyRef, Prompt, public_name
 from plumbline.runs.directory import open_run_dir
+from plumbline.runs.disk import writing
 from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
@@ -73,7 +74,8 @@ def run(
         events = EventLog(run_dir / "events.jsonl", listen, trackers)
         # The run directory keeps what the user gave: another machine places a resumed run anew.
         placed = checked.placed.plan.config
-        return asyncio.run(within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint)))
+        with writing(run_dir):
+            return asyncio.run(within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint)))
 
 
 def compare(
@@ -109,7 +111,8 @@ def compare(
     config = config.model_copy(update={"evaluation": settings})
     events = EventLog(run_dir / "events.jsonl", listen)
     work = partial(compare_policies, config, run_dir, checked, storage, events, named)
-    result = asyncio.run(within_ray(checked.placed.plan.config, work))
+    with writing(run_dir):
+        result = asyncio.run(within_ray(checked.placed.plan.config, work))
     push_logs(storage, run_dir)
     return result
 
@@ -171,10 +174,10 @@ async def run_pipelines(
         watching = asyncio.create_task(monitor_pool(context, ended)) if config.methods else None
         results = await asyncio.gather(*(run_one(context, p) for p in config.pipelines), return_exceptions=True)
         if context.promoter:
-            await context.promoter.finish()
+            await watched(context, context.promoter.finish())
         if watching:
             ended.set()
-            await watching
+            await watched(context, watching)
         failed = {p.name: e for p, e in zip(config.pipelines, results, strict=True) if isinstance(e, BaseException)}
         for name, error in failed.items():
             report_failure(context, name, error)
@@ -200,6 +203,14 @@ async def run_one(context: Context, section: Pipeline) -> None:
         # Its prompts are tokenised first, which would hold up the other pipelines.
         method = await asyncio.to_thread(METHODS[section.type], context, section)
         await run_method(context, method, section)
+
+
+async def watched(context: Context, watcher: Awaitable[None]) -> None:
+    """Wait for what looks on beside the pipelines. That it failed is said: what they made is evaluated all the same."""
+    try:
+        await watcher
+    except PlumblineError as error:
+        context.events.say(f"what looks on beside the pipelines failed: {error}")
 
 
 def report_failure(context: Context, name: str, error: BaseException) -> None:

@@ -17,7 +17,7 @@ from plumbline.config.pipelines import SelfContrast
 from plumbline.data.prompting import encode_response
 from plumbline.methods.evaluation import data_accuracy
 from plumbline.methods.selection import select_negatives
-from plumbline.records import Generation, PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
+from plumbline.records import Generation, PolicyRef, Prompt, Sample, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, prompts_of, values
 from plumbline.runs.preferences import is_parts, read_preference_file, usable_rejected
 
@@ -117,24 +117,21 @@ class SelfContrastMethod(Method):
         context = self._context
         wanted = [context.reference(self.name).logps.remote(groups)]
         if context.fleet.scorer:
-            requests = [
-                ScoreRequest(messages=prompt.messages, response=one.text, extra=dict(prompt.extra))
-                for prompt, answers in prompts
-                for one in answers
-            ]
-            wanted.append(context.pick(context.fleet.scorer).score.remote(requests))
-        logps, *scored = await gather(*wanted)
-        scores = iter(scored[0] if scored else [])
+            queries = self._queries([prompt for prompt, _ in prompts])
+            texts = [[one.text for one in answers] for _, answers in prompts]
+            wanted.append(context.pick(context.fleet.scorer).score_answers.remote(queries, texts))
+        logps, *found = await gather(*wanted)
+        scored = [self.watch.look(one) for one in found]
         return [
             row
-            for (prompt, answers), group, ref_logps in zip(prompts, groups, logps, strict=True)
+            for i, ((prompt, answers), group, ref_logps) in enumerate(zip(prompts, groups, logps, strict=True))
             for row in pair_rows(
                 step=step,
                 prompt=prompt,
                 prompt_ids=group.prompt_ids,
                 answers=answers,
                 ref_logps=ref_logps,
-                rewards=[next(scores) for _ in answers] if scored else None,
+                rewards=scored[0][i] if scored else None,
                 engine=engine,
                 model=self._context.fingerprint,
             )

@@ -4,7 +4,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from plumbline.importing import PACKAGES
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.plan import without_gpus
 from plumbline.placement.roles import Part
+from plumbline.placement.sight import check_place, check_seen
 from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
 from plumbline.records import Prompt
-from plumbline.runs.directory import check_run_dir
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.policies import model_path
 from plumbline.tracking.feed import check_tracking
@@ -82,7 +81,7 @@ def check(
         UserError: the first thing that does not hold. Nothing was loaded, started or written.
     """
     check_storage(config, run_dir)
-    _run_dir(config, run_dir)
+    check_place(config, run_dir)
     check_tracking(config.tracking)
     rows = _read(config)
     _, tokenizer = _model(config)
@@ -91,6 +90,8 @@ def check(
     _devices(config, machine, run_device(config, machine))
     placed = place(config, machine, part)
     check_fits(placed)
+    if part == "run":
+        check_seen(placed, run_dir)
     _room(config, rows, tokenizer)
     _engine(placed, engine)
     return Checked(prompts=rows.prompts, tokenizer=tokenizer, placed=placed)
@@ -114,7 +115,7 @@ def examine(
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
         ("storage", lambda: check_storage(config, run_dir)),
-        ("run directory", lambda: _run_dir(config, run_dir)),
+        ("run directory", lambda: check_place(config, run_dir) + (check_seen(placed, run_dir) if placed else "")),
         ("tracking", lambda: check_tracking(config.tracking)),
         ("ports", _ports),
         ("placement", lambda: check_fits(placed) if placed else "not made, for what is wrong above"),
@@ -356,17 +357,6 @@ def check_fits(placed: Placed) -> str:
     if placed.plan.problems:
         raise ConfigError(f"placement: {'; '.join(placed.plan.problems)}; {placed.remedy}")
     return f"{len(placed.plan.rows)} roles find room, by estimates"
-
-
-def _run_dir(config: Config, run_dir: Path) -> str:
-    check_run_dir(config, run_dir)
-    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free / 2**30
-    if not os.access(place, os.W_OK):
-        raise ConfigError(f"{place}: not writable; name another place with --run-dir")
-    if free < 1:
-        raise ConfigError(f"{place}: {free:.2f} GiB free, a run needs at least 1; name another place with --run-dir")
-    return f"{free:.1f} GiB free in {place}"
 
 
 def _ports() -> str:

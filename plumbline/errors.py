@@ -28,6 +28,10 @@ class RunError(PlumblineError):
     """A failure at run time; what was saved stays usable."""
 
 
+class DiskError(RunError):
+    """A disk is full, or may not be written."""
+
+
 class LostError(RunError):
     """A process or its node died before it answered; asking another may help."""
 

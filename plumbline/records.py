@@ -44,10 +44,14 @@ class TokenGroup:
     """One prompt with its K responses, as token ids: the only shape that the learner sees (METHODS.md §0).
 
     An EOS that the model produced itself is part of its response. Example: ``TokenGroup([5, 6], [[7, 2], [8, 9, 2]])``
+
+    `beside` is for classifiers: what their tokenizer returned of each response beside its ids, by name, a number a
+    token, such as which of two segments it is of. Empty where there is nothing.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
+    beside: Sequence[Mapping[str, list[int]]] = ()
 
     @property
     def tokens(self) -> int:

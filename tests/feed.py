@@ -38,6 +38,9 @@ class MemoryFeed:
         self.published: list[Publication] = []
         self.failures: list[tuple[str, PlumblineError]] = []
 
+    def acknowledged(self) -> int:
+        return max(self.acked, default=0)
+
     def attach(self, holder: str, done: int) -> None:
         self.attached.append(done)
         self.next = done + 1

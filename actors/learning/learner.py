@@ -47,6 +47,9 @@ class RayFeed:
         self._leasing: Any = None
         self._taking: Any = None
 
+    def acknowledged(self) -> int:
+        return ray.get(self._channel.acknowledged.remote())
+
     def attach(self, holder: str, done: int) -> None:
         calls = [self._channel.attach.remote(holder, done)]
         _get([*calls, self._desk.attach.remote(holder)] if self._desk else calls)

@@ -169,7 +169,7 @@ class RewardObjective(SftObjective):
     def forward(self, model: Any, groups: Sequence[TokenGroup]) -> Scores:
         """The one logit of each text; all groups have equally many."""
         texts = [ids for group in groups for ids in group.response_ids]
-        logits = classifier_logits(model, texts)[:, 0]
+        logits = classifier_logits(model, texts, [one for group in groups for one in group.beside])[:, 0]
         return logits.view(len(groups), -1), torch.tensor([len(ids) for ids in texts]).view(len(groups), -1)
 
     def loss(self, scores: Scores, samples: Sequence[Sample]) -> Result:

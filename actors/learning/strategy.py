@@ -6,6 +6,7 @@ that a learner resumes with another number of workers, or with the other strateg
 """
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,8 @@ class Strategy(Protocol):
     """All calls are collective: every worker makes them, in the same order."""
 
     def update(self, objective: Loss, portion: Portion, lr: float) -> Update:
-        """One optimiser step on the sum of ``share * loss`` over all workers. No step where the norm is not finite."""
+        """One optimiser step on the sum of ``share * loss`` over all workers. No step where the norm is not finite,
+        on any of them: weights and the optimiser's state are then as they were."""
         ...
 
     def forward(self, work: Callable[[Any], T]) -> T:
@@ -231,7 +233,8 @@ def backward_passes(
     def note(micro: MicroBatch, scores: Scores) -> Tensor:
         loss, metrics = objective.loss(scores, micro.samples)
         results.append(Result(share=micro.share, loss=loss.detach(), metrics=metrics))
-        return loss * micro.share
+        # A loss that is no finite number may have a gradient that is: it must not lead to a step.
+        return loss * (micro.share if loss.isfinite() else math.nan)
 
     def at_once(micro: MicroBatch, model: Any) -> Tensor:
         return note(micro, objective.forward(model, micro.passes[0]))

@@ -11,21 +11,23 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from actors.channel import Box, Lease
+from actors.channel import Lease
 from actors.desk import Question
+from actors.learning.feed import Feed
 from actors.learning.frozen import Between, FrozenBase, FrozenSpec
 from actors.learning.make_strategy import make_cut, make_strategy
 from actors.learning.objectives import build_objective
 from actors.learning.pace import Pace, count_part
 from actors.learning.policy import LearnedPolicy, probe_logps
+from actors.learning.resuming import lost_peer, newest_step
 from actors.learning.strategy import portion_of
 from actors.metrics import LEARNER_WAIT
 from plumbline.config.data import Model
@@ -46,7 +48,8 @@ from plumbline.runs.checkpoint import (
     write_manifest,
     write_pieces,
 )
-from plumbline.runs.mirror import pull_checkpoint, pull_parts, saved_step, seal_checkpoint
+from plumbline.runs.mirror import made_versions, pull_checkpoint, pull_parts, saved_step, settle_version
+from plumbline.runs.mirror import seal_checkpoint as seal
 from plumbline.runs.policies import PROOF, read_publication, version_directory, versions
 from plumbline.runs.storage import Storage
 
@@ -83,37 +86,6 @@ class LearnerSpec:
         return saved_step(Storage(self.run_dir, self.storage), self.checkpoints)
 
 
-class Feed(Protocol):
-    """Where parts and questions come from, and where versions go; the calls of a channel, a policy store and a desk,
-    made blocking."""
-
-    def attach(self, holder: str, done: int) -> None: ...
-
-    def lease(self, holder: str) -> Lease | Question | None:
-        """The next part, or what is asked of π0 before that is there; None after the last part."""
-        ...
-
-    def question(self, holder: str) -> Question | None:
-        """What is asked of π0 now; returns at once."""
-        ...
-
-    def answer(self, number: int, holder: str, answer: Any, counts: Mapping[str, int]) -> None: ...
-
-    def close(self, holder: str) -> None:
-        """Nothing more can be asked of π0."""
-        ...
-
-    def peek(self, step: int) -> Box: ...
-
-    def read(self, box: Box) -> list[Sample]: ...
-
-    def ack(self, step: int, holder: str) -> None: ...
-
-    def publish(self, publication: Publication) -> None: ...
-
-    def fail(self, policy: str, error: PlumblineError) -> None: ...
-
-
 def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
     """Train until the channel closes.
 
@@ -145,11 +117,6 @@ def shares_weights(spec: LearnerSpec, model: Any, world: int) -> bool:
     return whole and beside and world == 1 and not getattr(model, "_weight_conversions", None)
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether another worker went away in the middle of an exchange; Ray Train then starts all of them anew."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
 class Worker:
     """The state of one worker: strategy, counters, what the last part gave."""
 
@@ -175,7 +142,11 @@ class Worker:
         self._holder = uuid.uuid4().hex
         self._answering_s = 0.0
         self._updates = 0
-        self._done = spec.saved_step()
+        self._skipped = 0  # in a row
+        self._done = newest_step(spec, feed.acknowledged() if rank == 0 else 0, self._everyones)
+        # A version that no checkpoint holds is made again, by other sums: under its number the first one stays.
+        made = made_versions(self._storage, spec.run_dir, spec.section.name, self._done) if rank == 0 else set()
+        self._made = self._everyones(made)[0]
         self._base_probe = self._measure()
         self._probe = self._previous_probe = self._base_probe
         self._metrics: dict[str, float] = {}
@@ -253,9 +224,14 @@ class Worker:
         sums: dict[str, float] = {}
         groups: list[TokenGroup] = []
         norms: list[float] = []
+        skipped = 0
         started = time.monotonic()
         for batch in self._objective.updates(step, samples):
-            norms.append(self._update(step, batch, sums))
+            norm = self._update(step, batch, sums)
+            if norm is None:
+                skipped += 1
+                continue
+            norms.append(norm)
             groups += [sample.group for sample in batch]
         seconds = time.monotonic() - started
         gathered = self._gathered(sums)
@@ -264,22 +240,37 @@ class Worker:
         metrics |= {key: value / self._world for key, value in self._gathered(self._pace.gpu()).items()}
         metrics |= self._pace.figures(groups, seconds) if groups else {}
         metrics["updates"] = float(len(norms))
+        if skipped:
+            metrics["skipped_updates"] = float(skipped)
         if self._rank == 0:
             count_part(self._spec.section.name, metrics, groups, seconds)
         return metrics | {"grad_norm": sum(norms) / len(norms) if norms else 0.0, "lr": self._lr(step)}
 
-    def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float:
-        """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm."""
+    def _update(self, step: int, batch: Sequence[Sample], sums: dict[str, float]) -> float | None:
+        """One optimiser step over `batch`; adds its metrics to `sums`. Returns the gradient's norm.
+
+        None where that is no finite number, as on all workers where one of them has such a loss: then there was no
+        step, and weights and optimiser are as they were.
+
+        Raises:
+            LossError: it happened more often in a row than `max_skipped`.
+        """
         portion = portion_of(batch, self._world, self._rank, self._settings.micro_tokens)
         self._updates += 1
         update = self._strategy.update(Between(self._objective, self._answer_one), portion, self._lr(step))
+        if not math.isfinite(update.grad_norm):
+            self._updates -= 1
+            self._skipped += 1
+            if self._skipped > self._settings.max_skipped:
+                losses = (f"the loss became {one.loss.item()}" for one in update.results if not one.loss.isfinite())
+                what = next(losses, f"the gradient became {update.grad_norm}")
+                times = f" in {self._skipped} optimiser steps in a row, the last" if self._skipped > 1 else ""
+                raise LossError(self._failure(step, what + times))
+            return None
+        self._skipped = 0
         for result in update.results:
-            if not math.isfinite(result.loss.item()):
-                raise LossError(self._failure(step, f"the loss became {result.loss.item()}"))
             for key, value in {"loss": result.loss, **result.metrics}.items():
                 sums[key] = sums.get(key, 0.0) + float(value) * result.share * len(batch)
-        if not math.isfinite(update.grad_norm):  # on all workers, where one of them had such a loss
-            raise LossError(self._failure(step, f"the gradient became {update.grad_norm}"))
         return update.grad_norm
 
     def _refuse_damage(self, step: int) -> None:
@@ -341,11 +332,12 @@ class Worker:
             meta = {
                 "optimizer": self._settings.optimizer,
                 "updates": self._updates,
+                "skipped": self._skipped,
                 "previous_probe": self._previous_probe,
                 "metrics": self._metrics,
             }
             write_manifest(root, self._done, files, meta)
-            seal_checkpoint(self._storage, root, self._done)
+            seal(self._storage, root, self._done)
         if self._world > 1:
             dist.barrier()
         remove_old(root, self._done)
@@ -362,16 +354,16 @@ class Worker:
             torch.set_rng_state(saved.whole("rng.torch"))
             if self._spec.device == "cuda":
                 torch.cuda.set_rng_state(saved.whole("rng.cuda"))
-        self._updates = int(saved.meta["updates"])
+        self._updates, self._skipped = int(saved.meta["updates"]), int(saved.meta["skipped"])
         self._metrics = saved.meta["metrics"]
         self._previous_probe = saved.meta["previous_probe"]
         self._probe = self._measure()
 
     def _publish(self) -> None:
-        """Write the version to the run directory and hand it to the store."""
-        served, adapter = self._spec.publishes != "final", self._spec.publishes == "adapter"
+        """Write the version to the run directory and hand it to the store; one that is there already stays as it is."""
+        served, made = self._spec.publishes != "final", self._done in self._made
         written = served or self._done == self._spec.total
-        weights = self._strategy.weights(trainable=self._through_adapter) if written else iter(())
+        weights = self._strategy.weights(trainable=self._through_adapter) if written and not made else iter(())
         if self._rank != 0:
             for _ in weights:  # they are gathered from all workers, one at a time
                 pass
@@ -385,16 +377,21 @@ class Worker:
             metrics=self._metrics,
         )
         if written:
-            directory = version_directory(self._spec.run_dir, publication.ref)
-            self._policy.save(directory, publication, weights, adapter=adapter)
-            self._storage.push_directory(directory, PROOF)
-            self._forget_versions()
+            self._write(publication, None if made else weights)
             if served:
                 publication = replace(read_publication(self._spec.run_dir, publication.ref), metrics=self._metrics)
-            if self._shelf:
+            if self._shelf and not made:
                 shared = self._shelf.lay(self._strategy.weights(trainable=False))
                 publication = replace(publication, shared=shared)
         self._feed.publish(publication)
+
+    def _write(self, publication: Publication, weights: Iterator[tuple[str, torch.Tensor]] | None) -> None:
+        if weights is None:
+            return settle_version(self._storage, self._spec.run_dir, publication.ref)
+        directory = version_directory(self._spec.run_dir, publication.ref)
+        self._policy.save(directory, publication, weights, adapter=self._spec.publishes == "adapter")
+        self._storage.push_directory(directory, PROOF)
+        self._forget_versions()
 
     def _forget_versions(self) -> None:
         """Where only learners of the run work, its own process prunes the storage alone: the copies here are no use."""

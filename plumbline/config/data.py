@@ -69,7 +69,18 @@ class Data(Section):
     )
 
 
-class ClassifierReward(Section):
+class RewardBase(Section):
+    """What every reward has."""
+
+    max_failed: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of its last 100 batches that may fail twice, and be rejected; above it, the pipeline ends",
+    )
+
+
+class ClassifierReward(RewardBase):
     """A Hugging Face sequence classifier. Two labels: log-odds of the second; one label: its value."""
 
     type: Literal["classifier"]
@@ -82,7 +93,7 @@ class ClassifierReward(Section):
     batch_tokens: Count = Field(default=8192, description="tokens of one forward, padding included")
 
 
-class ProgramReward(Section):
+class ProgramReward(RewardBase):
     """A Python function ``(Sequence[ScoreRequest]) -> list[float]``, named `module:function`."""
 
     type: Literal["program"]

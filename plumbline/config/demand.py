@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.learner import Learner
 from plumbline.config.pipelines import Preference
 from plumbline.config.section import Auto, bounds, planned
@@ -63,6 +64,11 @@ def reference_replicas(config: Config) -> int:
 def named(config: Config) -> list[str]:
     """Names of the nodes' own resources that a run asks for."""
     return sorted(demand(config, most=True).keys() - {"CPU", "GPU"})
+
+
+def one_of(role: Learner | GeneratorFleet) -> Counter[str]:
+    """What one worker of a learner, or one generator, holds."""
+    return _held(1, role.cpus, role.gpus, role.resources)
 
 
 def _workers(learner: Learner, at: int) -> Counter[str]:

@@ -72,7 +72,11 @@ class Learner(Section):
     gradient_checkpointing: bool = Field(default=False, description="less memory, more time a step")
     checkpoint_every: Count | None = Field(default=None, description="parts; default: 1, or 50 for one whole model")
     keep_versions: Count | None = Field(
-        default=None, description="published versions that stay on disk; default: all adapters, of whole models 3"
+        default=None,
+        description="versions kept on disk, and those since a checkpoint; default: all adapters, of whole models 3",
+    )
+    max_skipped: int = Field(
+        default=3, ge=0, description="optimiser steps in a row left out for a loss or gradient that is not finite"
     )
     max_failures: int = Field(default=3, ge=0, description="dead workers that Ray Train replaces")
 

@@ -26,8 +26,12 @@ class PipelineBase(Section):
 
     @property
     def keep_versions(self) -> int | None:
-        """How many versions of its policy stay on disk, the newest; None: all."""
-        return self.learner.keep_versions or (3 if isinstance(getattr(self, "policy", None), FullPolicy) else None)
+        """How many versions of its policy stay on disk, the newest; None: all.
+
+        At least those since a checkpoint: a learner that goes on from there makes their steps again, not them.
+        """
+        keep = self.learner.keep_versions or (3 if isinstance(getattr(self, "policy", None), FullPolicy) else None)
+        return keep and max(keep, self.learner.checkpoint_every or 1)
 
     @model_validator(mode="after")
     def _quantized(self) -> "PipelineBase":

@@ -1,6 +1,8 @@
 """What a reward model reads of a conversation and an answer, and its logits: the same in training and in scoring."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float
@@ -14,35 +16,59 @@ if TYPE_CHECKING:
 Reads = Literal["response", "pair", "conversation"]
 
 
-def reward_ids(
+Beside = Sequence[Mapping[str, Sequence[int]]]
+"""What a tokenizer returned of each text beside its token ids, by name, a number a token; empty for nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardText:
+    """What a sequence classifier is given: token ids, what its tokenizer returned beside them, by name, a number a
+    token (`token_type_ids`, which tell a pair's query from its answer), and whether both were `cut`."""
+
+    ids: list[int]
+    beside: dict[str, list[int]]
+    cut: bool
+
+
+def reward_text(
     tokenizer: Any, messages: Sequence[Message], response: str, *, reads: Reads, max_len: int
-) -> tuple[list[int], bool]:
-    """Token ids that a sequence classifier is given, and whether they were cut to `max_len`.
+) -> RewardText:
+    """Tokenise what a reward `reads`, cut to `max_len` tokens.
 
     An answer alone is cut at its end, a conversation at its beginning, so that the answer stays.
     """
+    kept = slice(max_len)
     if reads == "conversation":
         turns = [{"role": m.role, "content": m.content} for m in messages]
         turns.append({"role": "assistant", "content": response})
-        ids = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
-        return ids[-max_len:], len(ids) > max_len
-    if reads == "pair":
-        ids = tokenizer(messages[-1].content, response)["input_ids"]
+        found = dict(tokenizer.apply_chat_template(turns, tokenize=True))
+        kept = slice(-max_len, None)
     else:
-        ids = tokenizer(response)["input_ids"]
-    return ids[:max_len], len(ids) > max_len
+        texts = (messages[-1].content, response) if reads == "pair" else (response,)
+        found = dict(tokenizer(*texts))
+    ids = found.pop("input_ids")
+    found.pop("attention_mask", None)  # there is no padding yet
+    return RewardText(
+        ids=ids[kept],
+        beside={name: values[kept] for name, values in found.items() if len(values) == len(ids)},
+        cut=len(ids) > max_len,
+    )
 
 
-def classifier_logits(model: Any, texts: Sequence[Sequence[int]]) -> "Float[Tensor, 'n labels']":
+def classifier_logits(model: Any, texts: Sequence[Sequence[int]], beside: Beside = ()) -> "Float[Tensor, 'n labels']":
     """A sequence classifier's logits of tokenised texts, fp32: in one row without padding where `packs_texts`.
 
     With PEFT layers and gradient checkpointing, in the model's dtype, mode and grad mode.
-    """
-    if packs_texts(model):
-        from plumbline.models.packed import unwrapped
 
-        return _packed_logits(unwrapped(model), texts)
-    return _padded_logits(model, texts)
+    Args:
+        beside: of each text; the model is given what its forward takes of it.
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()  # out of PEFT's wrapper
+    taken = inspect.signature(inner.forward).parameters
+    names = [name for name in (beside[0] if beside else ()) if name in taken]
+    if packs_texts(model) and not names:
+        return _packed_logits(inner, texts)
+    return _padded_logits(model, texts, {name: [one[name] for one in beside] for name in names})
 
 
 def packs_texts(model: "nn.Module") -> bool:
@@ -89,15 +115,20 @@ def _packed_logits(model: "PreTrainedModel", texts: Sequence[Sequence[int]]) -> 
     return model.score(hidden[read]).float()  # type: ignore[operator]  # a module: `packs_texts` asked
 
 
-def _padded_logits(model: Any, texts: Sequence[Sequence[int]]) -> "Float[Tensor, 'n labels']":
+def _padded_logits(
+    model: Any, texts: Sequence[Sequence[int]], beside: Mapping[str, Sequence[Sequence[int]]] | None = None
+) -> "Float[Tensor, 'n labels']":
     """Padded on the right whatever the tokenizer says: padding on the left shifts learnt positions, as BERT's are."""
     import torch
 
     width = max(map(len, texts))
-    pad = _pad(model)
-    ids = torch.tensor([[*t, *[pad] * (width - len(t))] for t in texts], device=model.device)
-    mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts], device=model.device)
-    return model(input_ids=ids, attention_mask=mask).logits.float()
+
+    def padded(rows: Sequence[Sequence[int]], filler: int) -> "Tensor":
+        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=model.device)
+
+    mask = padded([[1] * len(text) for text in texts], 0)
+    further = {name: padded(rows, 0) for name, rows in (beside or {}).items()}
+    return model(input_ids=padded(texts, _pad(model)), attention_mask=mask, **further).logits.float()
 
 
 def _pad(model: Any) -> int:

@@ -111,14 +111,19 @@ def pieces(group: TokenGroup, token_budget: int) -> list[TokenGroup]:
     Their log-probs, one after another, are the group's. A response that is too long with its prompt alone is a piece by
     itself; a group within the budget is its own one piece.
     """
-    cut: list[list[list[int]]] = [[]]
-    room = token_budget - len(group.prompt_ids)
-    for response in group.response_ids:
-        held = sum(map(len, cut[-1]))
+    cut: list[list[int]] = [[]]
+    room, held = token_budget - len(group.prompt_ids), 0
+    for i, response in enumerate(group.response_ids):
         if response and held and held + len(response) > room:
             cut.append([])
-        cut[-1].append(response)
-    return [TokenGroup(group.prompt_ids, responses) for responses in cut]
+            held = 0
+        cut[-1].append(i)
+        held += len(response)
+    beside = [[group.beside[i] for i in piece] if group.beside else () for piece in cut]
+    return [
+        TokenGroup(group.prompt_ids, [group.response_ids[i] for i in piece], own)
+        for piece, own in zip(cut, beside, strict=True)
+    ]
 
 
 def split_by_rank(groups: Sequence[TokenGroup], world_size: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plumbline.errors import RunError
+from plumbline.runs.disk import write_text, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,25 +45,32 @@ def whole(tensor: "Tensor") -> Piece:
 
 
 def write_pieces(root: Path, step: int, pieces: Mapping[str, Piece]) -> Path:
-    """Write one worker's file into ``root/step-NNNNNN``, aside and renamed, under a name that no other has."""
+    """Write one worker's file into ``root/step-NNNNNN``, aside and renamed, under a name that no other has.
+
+    Raises:
+        DiskError: the disk did not take it.
+    """
     from safetensors.torch import save_file
 
     directory = checkpoint_directory(root, step)
-    directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{uuid.uuid4().hex}.safetensors"
+    aside = file.with_suffix(".aside")
     places = {name: [piece.start, *piece.shape] for name, piece in pieces.items()}
     tensors = {name: piece.values.detach().contiguous().view(-1) for name, piece in pieces.items()}
-    save_file(tensors, file.with_suffix(".aside"), metadata={"places": json.dumps(places)})
-    file.with_suffix(".aside").replace(file)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, aside, metadata={"places": json.dumps(places)})
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
     return file
 
 
 def write_manifest(root: Path, step: int, files: Sequence[str], meta: Mapping[str, Any]) -> None:
     """Write the manifest of a checkpoint whose `files` are all there: from now on it counts. A crash before leaves
-    what was there, also of the same step."""
-    manifest = checkpoint_directory(root, step) / MARKER
-    manifest.with_suffix(".aside").write_text(json.dumps({"files": list(files), **meta}), encoding="utf-8")
-    manifest.with_suffix(".aside").replace(manifest)
+    what was there, also of the same step. Raises DiskError."""
+    write_text(checkpoint_directory(root, step) / MARKER, json.dumps({"files": list(files), **meta}))
 
 
 def remove_old(root: Path, step: int, keep: int = KEPT) -> None:
@@ -152,15 +160,19 @@ class Checkpoint:
 
 
 def write_directory(target: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(aside)`` and rename `aside` to `target`, replacing one that is there."""
+    """Call ``write(aside)`` and rename `aside` to `target`, replacing one that is there. Raises DiskError."""
     for stale in target.parent.glob(f".{target.name}.*"):  # of a process that was killed while it wrote
         shutil.rmtree(stale, ignore_errors=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    write(aside)
-    if target.exists():
-        shutil.rmtree(target)
-    aside.rename(target)
+    with writing(target):
+        try:
+            aside.mkdir(parents=True)
+            write(aside)
+            if target.exists():
+                shutil.rmtree(target)
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _complete(directory: Path) -> bool:

@@ -17,8 +17,8 @@ from plumbline.errors import ConfigError, RunError, in_one_line
 from plumbline.records import PolicyRef
 from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest_step, listed
 from plumbline.runs.directory import check_same
-from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, version_directory, versions
-from plumbline.runs.promotions import spared
+from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, proved_versions, version_directory, versions
+from plumbline.runs.promotions import LEDGER, spared
 from plumbline.runs.storage import Storage, redacted
 
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
@@ -103,7 +103,7 @@ def pushed_at_end(storage: Storage, run_dir: Path, say: Callable[[str], None]) -
 
 def push_logs(storage: Storage, run_dir: Path) -> None:
     """Push what has changed of the files that are no parts, checkpoints or versions."""
-    files = sorted([*run_dir.glob("*"), *run_dir.glob("policies/*/*")])
+    files = sorted([*run_dir.glob("*"), *run_dir.glob(f"policies/*/{LEDGER}")])
     names = [file.relative_to(run_dir).as_posix() for file in files]
     storage.push(*(run_dir / name for name in names if _LOG.fullmatch(name) or _RESULT.fullmatch(name)))
 
@@ -158,6 +158,24 @@ def pull_versions(storage: Storage, run_dir: Path) -> None:
                 storage.pull_directory(directory, PROOF)
 
 
+def made_versions(storage: Storage, run_dir: Path, policy: str, since: int) -> set[int]:
+    """Versions of a policy from `since` on that are whole, here or in the storage."""
+    there = storage.complete(run_dir / "policies" / policy, PROOF)
+    return {version for version in {*proved_versions(run_dir, policy), *there} if version >= since}
+
+
+def settle_version(storage: Storage, run_dir: Path, ref: PolicyRef) -> None:
+    """Have here and the storage hold the same of a version that either has whole: the storage's, where it has it,
+    for that is what others saw."""
+    directory = version_directory(run_dir, ref)
+    proof = storage.read_text(directory / PROOF)
+    if proof is None:
+        storage.push_directory(directory, PROOF)
+    elif not directory.is_dir() or (directory / PROOF).read_text("utf-8") != proof:
+        shutil.rmtree(directory, ignore_errors=True)
+        storage.pull_directory(directory, PROOF)
+
+
 def prune_versions(
     storage: Storage, run_dir: Path, policy: str, step: int, keep: int, used: Collection[int] = ()
 ) -> None:
@@ -187,7 +205,8 @@ def _exchange_parts(storage: Storage, run_dir: Path) -> None:
         first = min(unlike or new)
         raise ConfigError(
             f"{run_dir} and {storage.url} have gone apart (the first to differ is {first}): another run continued the "
-            f"storage's; `--run-dir DIR` with a new directory goes on from there, another `name` keeps both"
+            f"storage's; `plumbline run CONFIG --run-dir DIR` with a new directory goes on from there, another `name` "
+            "keeps both"
         )
     # Rejections go before their parts, in both directions: without their part they are dropped on resume.
     rejected = [n for n in sorted(there) if _REJECTED.fullmatch(n) and (new or n not in here)]

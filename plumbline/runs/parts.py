@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from plumbline.errors import DataError
+from plumbline.runs.disk import writing
 
 Row = dict[str, object]
 
@@ -116,6 +117,7 @@ class Rejected:
         self._adding = threading.Lock()  # steps that are committed at the same time share the one file
         exists = self._files.get_file_info(self._path).type != fs.FileType.NotFound
         self._rows = _read(self._files, self._path, "remove it to forget the rejections") if exists else []
+        self._by_step = Counter(row["step"] for row in self._rows)
 
     def add(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Add a step's rejections (``prompt_id, prompt, reason, detail``); step 0 is before the first step.
@@ -139,6 +141,10 @@ class Rejected:
         """All rejections, in the order they were added."""
         return [dict(row) for row in self._rows]
 
+    def count(self, step: int) -> int:
+        """Rejections of one step."""
+        return self._by_step[step]
+
     def counts(self) -> dict[str, int]:
         """Rejections by reason, the commonest first."""
         return dict(Counter(str(row["reason"]) for row in self._rows).most_common())
@@ -147,6 +153,7 @@ class Rejected:
         assert not self._read_only, "opened to read"
         _write_aside(self._files, self._path, _table(rows, REJECTED_SCHEMA))
         self._rows = rows  # after the write, so that a failed one leaves memory and file agreeing
+        self._by_step = Counter(row["step"] for row in rows)
 
 
 def _open(root: str, filesystem: fs.FileSystem | None) -> tuple[fs.FileSystem, str]:
@@ -187,15 +194,16 @@ def _write_aside(files: fs.FileSystem, path: str, table: pa.Table) -> None:
     """Write a temporary beside `path`, then move it there: a rename on a disk, an atomic copy on object storage."""
     directory, _, name = path.rpartition("/")
     aside = f"{directory}/.{name}.tmp-{uuid.uuid4().hex}"
-    try:
-        pq.write_table(table, aside, filesystem=files)
-        if isinstance(files, fs.LocalFileSystem):
-            _sync(aside)  # or a power cut could keep the new name and lose what it names
-        files.move(aside, path)
-    except BaseException:
-        if files.get_file_info(aside).type != fs.FileType.NotFound:
-            files.delete_file(aside)
-        raise
+    with writing(path):
+        try:
+            pq.write_table(table, aside, filesystem=files)
+            if isinstance(files, fs.LocalFileSystem):
+                _sync(aside)  # or a power cut could keep the new name and lose what it names
+            files.move(aside, path)
+        except BaseException:
+            if files.get_file_info(aside).type != fs.FileType.NotFound:
+                files.delete_file(aside)
+            raise
     if isinstance(files, fs.LocalFileSystem):
         _sync(directory)
 

@@ -13,6 +13,7 @@ from typing import Any
 from plumbline.config.tree import Config
 from plumbline.errors import ModelError
 from plumbline.records import PolicyRef, Publication, TokenGroup
+from plumbline.runs.disk import write_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 PROBE = "probe.json"
@@ -71,9 +72,7 @@ def write_proof(directory: Path, publication: Publication) -> None:
 def write_probe(run_dir: Path, groups: Sequence[TokenGroup]) -> None:
     """Keep what versions are proved on: an endpoint proves them on the same, without the run's data."""
     path = run_dir / PROBE
-    aside = path.with_suffix(".aside")
-    aside.write_text(json.dumps([[group.prompt_ids, group.response_ids] for group in groups]), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, json.dumps([[group.prompt_ids, group.response_ids] for group in groups]))
 
 
 def read_probe(run_dir: Path) -> list[TokenGroup]:

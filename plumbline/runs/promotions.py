@@ -7,6 +7,7 @@ A version is published by its learner, proved by engines, and promoted by a gate
 
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from typing import Any, Literal
 
 from plumbline.errors import ModelError
 from plumbline.records import PolicyRef, public_name
-from plumbline.runs.policies import proved_versions, servable
+from plumbline.runs.disk import append_line
+from plumbline.runs.policies import PROOF, proved_versions, servable, version_directory
 
 LEDGER = "promotions.jsonl"
 By = Literal["gate", "proof", "hand", "rollback"]
@@ -40,15 +42,17 @@ def promote(run_dir: Path, promotion: Promotion) -> None:
 
     Raises:
         ModelError: there is no such version, with what proves it.
+        DiskError: it cannot be noted.
     """
     ref = promotion.ref
-    there = proved_versions(run_dir, ref.policy)
-    if ref.version and ref.version not in there:
+    if ref.version and not (version_directory(run_dir, ref) / PROOF).is_file():
+        there = proved_versions(run_dir, ref.policy)
         known = f"{there[0]} to {there[-1]}" if there else "none"
         raise ModelError(f"{run_dir}: no version {ref} to promote; there are {known}")
     line = {"time": time.time(), "version": ref.version, "by": promotion.by, "figures": dict(promotion.figures)}
-    _append(ledger_path(run_dir, ref.policy), line)
-    _append(run_dir / "events.jsonl", {"pipeline": "serve", "policy": ref.policy, **line})
+    append_line(ledger_path(run_dir, ref.policy), json.dumps(line), sync=True)
+    event = {"pipeline": "serve", "policy": ref.policy, **line}
+    append_line(run_dir / "events.jsonl", json.dumps(event), sync=True)
 
 
 def rollback(run_dir: Path, policy: str) -> PolicyRef:
@@ -85,22 +89,54 @@ def _promotions(run_dir: Path, policy: str) -> list[tuple[int, By]]:
     path = ledger_path(run_dir, policy)
     if not path.exists():
         return []
-    stack: list[tuple[int, By]] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):  # of a process that was killed while it wrote
-            continue
+    return _LEDGERS.setdefault(path, _Ledger(path)).read_on()
+
+
+class _Ledger:
+    """What a file of promotions says, read on where it has grown: a step and a request ask for it each time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reading = threading.Lock()
+        self._forget()
+
+    def read_on(self) -> list[tuple[int, By]]:
+        """What it says now: versions, the present one last. Raises ModelError: a line of it is none."""
+        with self._reading, self._path.open("rb") as file:
+            file.seek(max(0, self._read - len(self._end)))
+            if os.fstat(file.fileno()).st_ino != self._file or file.read(len(self._end)) != self._end:
+                self._forget()  # it is another one, or was written anew
+                self._file = os.fstat(file.fileno()).st_ino
+                file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):  # of a process that was killed while it wrote, or is writing
+                    break
+                self._add(line)
+                self._read += len(line)
+                self._lines += 1
+                self._end = line[-64:]
+            return list(self._stack)
+
+    def _forget(self) -> None:
+        self._stack: list[tuple[int, By]] = []
+        self._read, self._lines, self._file, self._end = 0, 0, 0, b""
+
+    def _add(self, line: bytes) -> None:
         try:
             entry = json.loads(line)
             version, by = int(entry["version"]), entry["by"]
         except (ValueError, KeyError, TypeError):
-            raise ModelError(f"{path}: line {number} is no promotion; remove it") from None
+            raise ModelError(f"{self._path}: line {self._lines + 1} is no promotion; remove it") from None
+        stack = self._stack
         if by == "rollback" and len(stack) > 1:
             stack.pop()
         elif not stack or stack[-1][0] != version:
             stack.append((version, by))
         else:
             stack[-1] = (version, by)  # by hand what a proof had promoted
-    return stack
+
+
+_LEDGERS: dict[Path, _Ledger] = {}
 
 
 def policy_named(run_dir: Path, name: str) -> str:
@@ -110,14 +146,6 @@ def policy_named(run_dir: Path, name: str) -> str:
         known = ", ".join(there) or "none yet"
         raise ModelError(f"{run_dir}: no policy {name!r}; there are: {known}")
     return there[public_name(name)]
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """One short line in append mode: it is there whole or not at all, whoever else writes."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Catalog:

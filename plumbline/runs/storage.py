@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from plumbline.errors import ConfigError, PlumblineError, RunError, in_one_line
 from plumbline.runs.checkpoint import write_directory
+from plumbline.runs.disk import writing
 
 LOCK = ".pull.lock"
 _NUMBERED = re.compile(r"(?:step-|v)(\d{6,})")
@@ -99,7 +100,8 @@ class Storage:
                 self._write(self._remote(file), lambda path: self._files.pipe_file(path, text.encode("utf-8")))
 
     def push(self, *files: Path) -> None:
-        """Upload files, in this order, but for those that have not changed since they were pushed or pulled here."""
+        """Upload files, in this order, but for those that have not changed since they were pushed or pulled here. What
+        has a number is written once, and not remembered."""
         if self.url is None:
             return
         with self._pushing:
@@ -107,7 +109,7 @@ class Storage:
                 stamp = _stamp(file)
                 if self._stamps.get(file) != stamp:
                     self._upload(file)
-                    self._stamps[file] = stamp
+                    self._remember(file, stamp)
 
     def push_directory(self, directory: Path, marker: str) -> None:
         """Upload a directory, replacing one that is there; it is complete once `marker`, the last file, is there."""
@@ -126,9 +128,13 @@ class Storage:
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
             aside = file.with_name(f".{file.name}.tmp-{os.getpid():x}")
-            self._download(file, aside)
-            aside.replace(file)
-            self._stamps[file] = _stamp(file)
+            with writing(file):
+                try:
+                    self._download(file, aside)
+                    aside.replace(file)
+                finally:
+                    aside.unlink(missing_ok=True)
+            self._remember(file, _stamp(file))
 
     def pull_directory(self, directory: Path, marker: str) -> None:
         """Download a directory that is complete in the storage and not here. Several processes may ask at once."""
@@ -167,6 +173,10 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):  # one that was never complete
                 self._files.rm_file(self._remote(directory / marker))
             self._files.rm(self._remote(directory), recursive=True)
+
+    def _remember(self, file: Path, stamp: tuple[int, int]) -> None:
+        if not _NUMBERED.search(file.relative_to(self._root).as_posix()):
+            self._stamps[file] = stamp
 
     def _remote(self, path: Path) -> str:
         return posixpath.normpath(posixpath.join(self._there, path.relative_to(self._root).as_posix()))

@@ -96,7 +96,7 @@ def test_a_scorer_reads_a_ref_that_its_caller_never_read() -> None:
         )
         completions = tuple(Completion(text=t, ids=[1], finish_reason="stop") for t in ("The moss is nice.", "  "))
         drawn = ray.put([Generation(key="a", ref=PolicyRef(), engine="g", completions=completions)])
-        [[scored, blank]] = await ask(scorer.score_generations.remote([query], drawn))
+        [[scored, blank]] = (await ask(scorer.score_generations.remote([query], drawn))).values
         assert scored == scored and blank != blank  # a number, and nan
         ray.kill(scorer)
         fleet.close()

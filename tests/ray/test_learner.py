@@ -96,7 +96,7 @@ def cut(run_dir: Path, model: Path, case: Case, zero: int) -> list[Publication]:
     spec = spec_of(run_dir, model, case, workers=2, strategy="deepspeed", zero=zero, micro_tokens=18)
     assert len({portion_of(part(1), 2, rank, 18).drafts for rank in (0, 1)} - {0}) == 1, "groups are cut into pieces"
     steps = range(latest_step(spec.checkpoints) + 1, STEPS + 1)
-    channel: Any = ray.remote(Channel).options(num_cpus=0, max_concurrency=100).remote(STEPS)
+    channel: Any = ray.remote(Channel).options(num_cpus=0, max_concurrency=100).remote(STEPS, "", steps[0] - 1)
     store: Any = ray.remote(PolicyStore).options(num_cpus=0, max_concurrency=100).remote(2 * STEPS)
     for step in steps:
         ray.get(channel.put.remote(step, Box(ref=ray.put(part(step)))))

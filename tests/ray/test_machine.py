@@ -1,6 +1,7 @@
 """What a plan is told of a cluster, asked of real nodes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,9 +36,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     one.shutdown()
 
 
-def test_a_cluster_is_asked_and_left(cluster: Any) -> None:
+def test_a_cluster_is_asked_and_left(cluster: Any, tmp_path: Path) -> None:
     expected = Machine(gpus=0, gib=0.0, cpus=3, ram_gib=0.0, per_node=0, cluster=True)
     assert find_machine() == expected
+    (tmp_path / "here").mkdir()
+    assert find_machine(tmp_path / "here" / "run") == expected, "all its nodes see that place"
+    assert list((tmp_path / "here").iterdir()) == [], "nothing is left there"
     assert not ray.is_initialized(), "a run joins it again, by its own name"
     cluster.add_node(num_cpus=1, num_gpus=2)  # of which torch knows nothing, on a machine without a GPU
     with pytest.raises(ConfigError, match="a node offers GPUs, but torch sees none there"):

@@ -1,5 +1,6 @@
 """ZeRO on processes of this machine: models that are never whole on a worker, and sums of gradients in float32."""
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -264,6 +265,40 @@ def test_gradients_are_summed_in_float32() -> None:
         for (stage, dtype, i), norm in norms.items():
             expected = 2 * ((2.25, 1 + small)[i])
             assert norm == pytest.approx(expected, rel=1e-4), (stage, dtype, i)
+
+
+class InfiniteOnOne(Summed):
+    """On the first worker the loss is infinite, and its gradient is not."""
+
+    def loss(self, scores: Any, samples: Sequence[Sample]) -> Any:
+        return scores[0].sum() + (math.inf if dist.get_rank() == 0 else 0), {}
+
+
+def left_out(dtype: Literal["float32", "bfloat16"]) -> dict[int, tuple[list[float], float]]:
+    """By stage, 0 being plain torch: weights after an update, after one that is left out, and after another; and the
+    norm of the one that is left out."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        policy: Any = OneLayer(getattr(torch, dtype))
+        learner = zero(stage).learner if stage else Sft.model_validate({}).learner
+        strategy = make_strategy(policy, learner, dtype, "cpu", dist.get_world_size())
+        micros = portion([MicroBatch(samples=[], share=0.5, passes=[[]])])
+        weights, norms = [], []
+        for objective in (Summed(dtype), InfiniteOnOne(dtype), Summed(dtype)):
+            norms.append(strategy.update(objective, micros, 1e-2).grad_norm)
+            weights.append([value for _, one in strategy.weights(trainable=True) for value in one.flatten().tolist()])
+        assert norms[0] == norms[2] == pytest.approx(2.0, rel=1e-3)
+        assert weights[0] == weights[1] != weights[2], stage
+        found[stage] = (weights[2], norms[1])
+    return found
+
+
+def test_a_step_with_a_loss_that_is_not_finite_is_left_out_by_all_workers() -> None:
+    for dtype in ("float32", "bfloat16"):
+        one, other = together(2, left_out, dtype)
+        for stage in (0, 1, 2, 3):
+            assert not math.isfinite(one[stage][1]) and not math.isfinite(other[stage][1])
+            assert one[stage][0] == other[stage][0] == pytest.approx(one[0][0], abs=1e-6), stage
 
 
 # In bfloat16

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actors.channel import Box, Channel, Lease
-from plumbline.errors import LossError
+from plumbline.errors import LossError, RunError
 
 
 async def is_waiting(task: "asyncio.Task[Any]") -> bool:
@@ -115,6 +115,31 @@ def test_what_a_checkpoint_holds_is_not_handed_out_again() -> None:
         assert await channel.depth() == 1
         lease = await channel.lease("b")
         assert lease is not None and lease.step == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("done", "refused"), [(3, True), (4, False), (5, False), (6, True)])
+def test_a_holder_that_goes_on_from_elsewhere_is_refused(done: int, refused: bool) -> None:
+    """Part 4 is not here any more, part 6 was never handed out: either would be waited for, or left out."""
+
+    async def scenario() -> None:
+        channel = Channel(9, "ple", done=2)
+        for step in (3, 4, 5, 6):
+            await channel.put(step, Box(ref=step))
+        await channel.attach("a", 2)
+        for _ in range(3):
+            await channel.lease("a")
+        await channel.ack(4, "a")
+        assert await channel.acknowledged() == 4
+        if refused:
+            told = f"the learner of ple goes on after step {done}, but up to step 4 its parts are done for good"
+            with pytest.raises(RunError, match=told):
+                await channel.attach("b", done)
+            return
+        await channel.attach("b", done)
+        lease = await channel.lease("b")
+        assert lease is not None and lease.step == done + 1
 
     asyncio.run(scenario())
 

@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from actors.scorer import Query, Scorer, ScorerSpec, _batches, load_function
 from plumbline.data.prompting import read_tokenizer
-from plumbline.errors import ConfigError
+from plumbline.errors import ConfigError, RunError
 from plumbline.miniature.tokenizer import make_tokenizer
-from plumbline.models.classifier import reward_ids
+from plumbline.models.classifier import reward_text
 from plumbline.records import Completion, Generation, Message, PolicyRef, ScoreRequest
 
 QUESTION = (Message(role="user", content="Why?"),)
@@ -71,8 +77,41 @@ def test_a_score_that_is_no_finite_number_is_passed_on(module: str) -> None:
     "module", ["def score(requests):\n    return [1.0] * (len(requests) - 1)\n"], ids=["body"], indirect=True
 )
 def test_another_number_of_scores_is_refused(module: str) -> None:
-    with pytest.raises(ConfigError, match="returned 1 scores for 2 requests; it must be one each"):
+    with pytest.raises(RunError, match="returned 1 scores for 2 requests; it must be one each"):
         Scorer(ScorerSpec(function=f"{module}:score")).score(asked("a", "b"))
+
+
+FAILS = """
+def score(requests):
+    CALLS.append(len(requests))
+    if len(CALLS) <= {times}:
+        raise KeyError("weight")
+    return [1.0] * len(requests)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "failure"),
+    [(FAILS.format(times=1), ""), (FAILS.format(times=2), "KeyError: 'weight'")],
+    indirect=["module"],
+)
+def test_a_reward_that_fails_is_asked_once_more(module: str, failure: str) -> None:
+    scorer = Scorer(ScorerSpec(function=f"{module}:score"))
+    query = Query(messages=QUESTION, extra={})
+    scores = scorer.score_answers([query, query], [["a", " "], ["b"]])
+    assert scores.failure == failure
+    assert [len(one) for one in scores.values] == [2, 1]
+    assert all(map(math.isnan, scores.values[0])) if failure else scores.values[0][0] == 1.0
+    assert importlib.import_module(module).CALLS == [2, 2], "the blank one is not asked about"
+    assert scorer.score_answers([query], [["c"]]).values == [[1.0]], "it goes on"
+
+
+@pytest.mark.parametrize(
+    "module", ["def score(requests):\n    return [None for _ in requests]\n"], ids=["body"], indirect=True
+)
+def test_what_is_no_score_is_a_failure(module: str) -> None:
+    scores = Scorer(ScorerSpec(function=f"{module}:score")).score_answers([Query(messages=QUESTION, extra={})], [["a"]])
+    assert scores.failure.startswith("TypeError: float() argument must be")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +129,7 @@ def test_a_generation_is_scored_with_its_query_one_list_a_generation(module: str
     scores = Scorer(ScorerSpec(function=f"{module}:score")).score_generations(
         queries, [generation("a", "b"), generation("c")]
     )
-    assert scores == [[2.0, 2.0], [20.0]]
+    assert (scores.values, scores.failure) == ([[2.0, 2.0], [20.0]], "")
 
 
 @pytest.mark.parametrize("module", ["score = 3\n"], ids=["body"], indirect=True)
@@ -198,8 +237,8 @@ def test_what_a_classifier_reads(tiny_model: Path) -> None:
     tokenizer: Any = read_tokenizer(str(tiny_model))
 
     def read(reads: Any, max_len: int = 64) -> tuple[str, bool]:
-        ids, cut = reward_ids(tokenizer, QUESTION, "I am sorry", reads=reads, max_len=max_len)
-        return tokenizer.decode(ids), cut
+        text = reward_text(tokenizer, QUESTION, "I am sorry", reads=reads, max_len=max_len)
+        return tokenizer.decode(text.ids), text.cut
 
     assert read("response") == ("I am sorry", False)
     assert read("response", 2) == ("I am", True)
@@ -207,3 +246,22 @@ def test_what_a_classifier_reads(tiny_model: Path) -> None:
     assert read("conversation", 3) == (" sorry<|im_end|>\n", True), "the answer's end stays"
     assert read("pair")[0].endswith("I am sorry")
     assert len(read("pair")[0]) > len("I am sorry")
+
+
+@pytest.mark.parametrize("budget", [1, 8192])
+def test_of_a_pair_a_classifier_is_told_which_segment_is_the_answer(tmp_path: Path, budget: int) -> None:
+    path = make_classifier(tmp_path / "m", "bert", labels=1)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "why", "?", "rain", "no", "is", "the", "sky", "blue"]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.save_pretrained(path)
+    model = BertForSequenceClassification.from_pretrained(path).eval()
+    answers = ["Rain is the sky", "no", "the blue sky is the blue rain"]
+    with torch.no_grad():
+        rows = [tokenizer("Why?", answer, return_tensors="pt") for answer in answers]
+        expected = [model(**row).logits.item() for row in rows]
+        blind = [model(input_ids=row["input_ids"]).logits.item() for row in rows]
+    assert min(abs(one - other) for one, other in zip(expected, blind, strict=True)) > 1e-2
+    scores = Scorer(ScorerSpec(path=str(path), reads="pair", batch_tokens=budget)).score(asked(*answers))
+    assert scores == pytest.approx(expected, abs=1e-4)
+    text = reward_text(tokenizer, QUESTION, answers[0], reads="pair", max_len=6)
+    assert text.cut and text.beside == {"token_type_ids": [0, 0, 0, 0, 1, 1]}, "cut as the ids are"

@@ -16,6 +16,7 @@ import yaml
 from cli.main import main
 from plumbline import doctor
 from plumbline.models.logp_cache import model_fingerprint
+from plumbline.placement import sight
 from plumbline.records import Message, Prompt
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows
 from plumbline.runs.parts import Parts
@@ -521,7 +522,7 @@ def test_a_run_directory_that_is_a_file(world: World, refused: Refused, below: s
 
 
 def test_a_disk_that_is_full(world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**29))
+    monkeypatch.setattr(sight.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**29))
     holds(run(world, refused), "0.50 GiB free, a run needs at least 1; name another place with --run-dir")
 
 

@@ -422,3 +422,19 @@ def test_what_is_vllms_alone_is_refused_beside_transformers(generator: Mapping[s
 @pytest.mark.parametrize("gpus", [0, 0.25, 1, 2, 8])
 def test_gpus_of_an_engine_are_a_share_or_a_whole_number(gpus: float) -> None:
     assert parse_config({**TREE, "fleet": {"generator": {"gpus": gpus}}}, "here").fleet.generator.gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("policy", "learner", "kept"),
+    [
+        ("lora", {}, None),
+        ("lora", {"checkpoint_every": 4}, None),
+        ("lora", {"keep_versions": 2, "checkpoint_every": 4}, 4),
+        ("lora", {"keep_versions": 5, "checkpoint_every": 4}, 5),
+        ("full", {}, 3),
+        ("full", {"checkpoint_every": 4}, 4),
+    ],
+)
+def test_versions_since_a_checkpoint_stay(policy: str, learner: Mapping[str, Any], kept: int | None) -> None:
+    section = Ple.model_validate({"type": "ple", "policy": {"type": policy}, "learner": learner})
+    assert section.keep_versions == kept

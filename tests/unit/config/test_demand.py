@@ -153,6 +153,38 @@ def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch
     assert devices().endswith("nodes of the cluster must offer generator")
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ([], "on which the learner of {name} may be placed, do not see it; name a place that all nodes see with "),
+        (["pipelines.0.learner.resources={learner: 1}"], None),
+        (["pipelines.0.learner.resources={generator: 1}"], "on which the learner of {name} may be placed"),
+        (["storage_path=store"], None),
+        (["storage_path=store", "sft={}"], "on which a generator may be placed, do not see it"),
+        (["storage_path=store", "sft={}", "fleet.generator.resources={learner: 1}"], None),
+    ],
+)
+def test_a_run_directory_that_its_nodes_do_not_see(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], told: str | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.chdir(tmp_path)
+    config = load_config(path, changes)
+    blind = ({"CPU": 8.0, "memory": 1e9, "generator": 2.0},)
+    machine = Machine(gpus=0, gib=0, cpus=16, ram_gib=8, per_node=0, cluster=True, blind=blind)
+
+    def found(machine: Machine) -> str:
+        findings = examine(config, tmp_path / "run", lambda *_: "", lambda: machine)
+        return next(f.note for f in findings if f.what == "run directory")
+
+    assert "not seen" not in found(replace(machine, blind=()))
+    if told is None:
+        assert found(machine).endswith("; not seen by 1 nodes, which need not")
+    else:
+        expected = f"{tmp_path}/run: 1 of the cluster's nodes, " + told.format(name=config.pipelines[0].name)
+        assert found(machine).startswith(expected)
+
+
 def test_a_driver_without_gpus_runs_a_cluster_that_has_some(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Machine(gpus=0, gib=0, cpus=2, ram_gib=8, per_node=0)
     empty, full = replace(here, cluster=True), replace(here, gpus=4, gib=80, per_node=2, cluster=True)

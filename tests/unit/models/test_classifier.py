@@ -119,6 +119,19 @@ def test_what_is_no_causal_body_under_a_score_is_padded(name: str, caplog: pytes
     assert len(warned) == (name == "bloom"), "an encoder looks both ways, which is no fault of it"
 
 
+@pytest.mark.parametrize(("name", "taken"), [("bert", True), ("gpt2", True), ("llama", False)])
+def test_what_a_tokenizer_returns_beside_the_ids_is_given_to_a_forward_that_takes_it(name: str, taken: bool) -> None:
+    model = build((MODELS | PADDED)[name](num_labels=1)).eval()
+    beside = [{"token_type_ids": [int(2 * i >= len(t)) for i in range(len(t))], "other": t} for t in TEXTS]
+    with torch.no_grad():
+        without, found = classifier_logits(model, TEXTS), classifier_logits(model, TEXTS, beside)
+        given = [{"token_type_ids": torch.tensor([one["token_type_ids"]])} if taken else {} for one in beside]
+        rows = zip(TEXTS, given, strict=True)
+        alone = [model(input_ids=torch.tensor([text]), **more).logits[0, 0].item() for text, more in rows]
+    assert found[:, 0].tolist() == pytest.approx(alone, abs=1e-4)
+    assert ((found - without).abs().max() > 1e-3) == taken
+
+
 def test_a_model_that_would_be_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose texts see each other differ on the probe."""
     model = build(MODELS["llama"](num_labels=1)).eval()

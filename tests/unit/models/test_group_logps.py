@@ -463,6 +463,9 @@ def test_pieces_by_hand() -> None:
     cut = pieces(TokenGroup([7, 8], ids), 8)
     assert [[len(r) for r in piece.response_ids] for piece in cut] == [[0, 4, 2, 0], [3], [9, 0], [1]]
     assert all(piece.prompt_ids == [7, 8] for piece in cut)
+    beside = [{"token_type_ids": row} for row in ids]
+    with_beside = pieces(TokenGroup([7, 8], ids, beside), 8)
+    assert [piece.beside for piece in with_beside] == [beside[:4], beside[4:5], beside[5:7], beside[7:]]
 
 
 def test_a_group_within_the_budget_is_one_piece() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from actors.frozen_logps import ContrastLogps
+from actors.scorer import Scores
 from pipelines.context import Context, EventLog
 from pipelines.dlma import DlmaMethod
 from pipelines.method import Method, Rollout
+from pipelines.ple import PleMethod
 from pipelines.pool import Pool
 from pipelines.raft import RaftMethod
 from pipelines.self_contrast import SelfContrastMethod
@@ -91,7 +93,7 @@ def reasons(rollout: Rollout) -> dict[str, str]:
 
 def test_later_epochs_read_the_parts_again_and_each_prompt_is_drawn_once(tmp_path: Path) -> None:
     section = {"type": "raft", "batch_size": 3, "epochs": 2, "ahead": 5, "generation": {"max_tokens": 16}}
-    scorer = {"score_generations": call(lambda queries, drawn: [[1.0] * 4 for _ in drawn])}
+    scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[[1.0] * 4 for _ in drawn]))}
     method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, count=7, scorer=scorer), section_of(section))
     assert (method.part_count, method.total, method.slots) == (3, 6, 5)
     assert [method.part(step) for step in range(1, 7)] == [1, 2, 3, 1, 2, 3]
@@ -229,7 +231,8 @@ def test_spin_is_one_sample_without_a_filter(tmp_path: Path) -> None:
 
 
 def test_data_accuracy_is_of_the_negatives_below_their_target(tmp_path: Path) -> None:
-    scorer = {"score": call(lambda requests: [float(len(r.response)) for r in requests])}
+    lengths = call(lambda queries, answers: Scores(values=[[float(len(one)) for one in texts] for texts in answers]))
+    scorer = {"score_answers": lengths}
     texts = ["The goat eats a lot of grass.", "No.", "The goat lives in muddy ponds.", "Go."]
     run = context(
         tmp_path, SC, lambda r: texts, reference=REFERENCE, embedder=embedder([0.1, 0.2, 0.9, 0.8]), scorer=scorer
@@ -246,7 +249,7 @@ def test_data_accuracy_is_of_the_negatives_below_their_target(tmp_path: Path) ->
 def test_raft_keeps_the_best_answer_that_has_a_finite_reward(tmp_path: Path) -> None:
     section = {"type": "raft", "samples": 3, "generation": {"max_tokens": 16}}
     rewards = [0.5, math.nan, 0.75]
-    scorer = {"score_generations": call(lambda queries, drawn: [rewards for _ in drawn])}
+    scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[rewards for _ in drawn]))}
     run = context(tmp_path, section, lambda r: ["one", "", "two"], scorer=scorer)
     rollout = roll(RaftMethod(run, section_of(section)))
     assert {(row["answer"], row["reward"]) for row in rollout.rows} == {("two", 0.75)}
@@ -255,9 +258,78 @@ def test_raft_keeps_the_best_answer_that_has_a_finite_reward(tmp_path: Path) -> 
 
 def test_raft_rejects_a_prompt_without_any(tmp_path: Path) -> None:
     section = {"type": "raft", "generation": {"max_tokens": 16}}
-    scorer = {"score_generations": call(lambda queries, drawn: [[math.nan] * 4 for _ in drawn])}
+    scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[[math.nan] * 4 for _ in drawn]))}
     method = RaftMethod(context(tmp_path, section, lambda r: [""] * 4, scorer=scorer), section_of(section))
     assert set(reasons(roll(method)).values()) == {"no answer with a finite reward"}
+
+
+def failing(on: Callable[[int], bool]) -> dict[str, Any]:
+    """A scorer whose reward fails on the calls, counted from 0, that `on` names."""
+    calls = iter(range(10**6))
+
+    def score(queries: Sequence[Any], drawn: Sequence[Generation]) -> Scores:
+        if on(next(calls)):
+            return Scores(values=[[math.nan] * len(one.completions) for one in drawn], failure="KeyError: 'weight'")
+        return Scores(values=[[1.0] * len(one.completions) for one in drawn])
+
+    return {"score_generations": call(score)}
+
+
+@pytest.mark.parametrize("kind", ["raft", "ple"])
+def test_the_batch_that_a_reward_failed_on_is_rejected_with_the_reason(tmp_path: Path, kind: str) -> None:
+    section = {"type": kind, "batch_size": 4, "generation": {"max_tokens": 16}}
+    answers = {"guided": "You waste my time."}
+    run = context(
+        tmp_path,
+        section,
+        lambda r: [answers.get(r.key.split("/")[-1], TARGET)] * r.n,
+        scorer=failing(lambda n: n == 1),
+    )
+    said: list[Any] = []
+    run.events.say = said.append  # type: ignore[method-assign]
+    method = {"raft": RaftMethod, "ple": PleMethod}[kind](run, section_of(section))
+    first, second, third = (roll(method, step) for step in (1, 2, 3))
+    assert (len(first.rows), len(second.rows), len(third.rows)) == (4, 0, 4)
+    assert {(row["reason"], row["detail"]) for row in second.rejected} == {("reward failed", "KeyError: 'weight'")}
+    [line] = said
+    assert line.startswith(f"{kind}: reward failed twice on") and line.endswith("KeyError: 'weight'")
+
+
+@pytest.mark.parametrize(("every", "ends_at"), [(1, 3), (5, 11), (20, None)])
+def test_a_reward_that_fails_on_too_large_a_share_ends_the_pipeline(
+    tmp_path: Path, every: int, ends_at: int | None
+) -> None:
+    section = {"type": "raft", "batch_size": 1, "generation": {"max_tokens": 16}}
+    scorer = failing(lambda n: n % every == 0)
+    method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, scorer=scorer), section_of(section))
+
+    def rolled() -> int | None:
+        for step in range(1, 250):
+            try:
+                roll(method, step)
+            except ExceptionGroup as group:
+                [error] = group.exceptions
+                assert isinstance(error, RunError)
+                assert "is more than reward.max_failed (0.1) lets pass: KeyError: 'weight'" in str(error)
+                return step
+        return None
+
+    assert rolled() == ends_at
+
+
+def test_a_reward_that_only_looks_on_costs_no_pair(tmp_path: Path) -> None:
+    broken = call(lambda queries, answers: Scores(values=[[math.nan] * len(a) for a in answers], failure="no"))
+    scorer = {"score_answers": broken}
+    run = context(
+        tmp_path,
+        SC,
+        lambda r: [f"{i}" for i in range(r.n)],
+        reference=REFERENCE,
+        embedder=embedder([0.1, 0.2, 0.9, 0.8]),
+        scorer=scorer,
+    )
+    rollout = roll(SelfContrastMethod(run, section_of(SC)))
+    assert rollout.rows and not rollout.rejected and {row["chosen_reward"] for row in rollout.rows} == {None}
 
 
 def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """How busy the pool is, while generators join it, leave it and are started again."""
 
 import asyncio
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors.gpu import GpuUse
-from pipelines.monitor import busy_share, gpu_use
+from pipelines import monitor
+from pipelines.monitor import busy_share, gpu_use, monitor_pool
+from pipelines.pool import Pool
 from plumbline.errors import LostError
 
 
@@ -46,3 +49,26 @@ def test_a_lost_generator_is_left_out() -> None:
     there, lost = Handle(GpuUse(samples=1)), Handle(None)
     context: Any = SimpleNamespace(pool=SimpleNamespace(generators=[there, lost]))
     assert asyncio.run(gpu_use(context)) == {there: GpuUse(samples=1)}
+
+
+def test_the_pools_lines_grow_rarer_as_a_run_grows_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 5 seconds for some hours; a month has some ten thousand, not half a million."""
+    clock, times, ended = [0.0], [], asyncio.Event()
+    days = 3 * 86_400
+
+    async def passes(waiting: Any, timeout: float) -> None:
+        waiting.close()
+        clock[0] += timeout
+        if clock[0] >= days:
+            ended.set()
+
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(monitor.asyncio, "wait_for", passes)
+    fleet = SimpleNamespace(reference=[], desks={}, embedder=[])
+    events = SimpleNamespace(write=lambda event: times.append(clock[0]))
+    context: Any = SimpleNamespace(pool=Pool([], 0), fleet=fleet, events=events)
+    asyncio.run(monitor_pool(context, ended))
+    assert times[:1000] == [5.0 * i for i in range(1, 1001)]
+    assert times[-1] == days, "the last line has the totals"
+    assert 2_000 < len(times) < 10_000, "of 51,840"
+    assert max(b - a for a, b in itertools.pairwise(times)) <= days / 2000 + 5

@@ -7,6 +7,7 @@ import pytest
 
 from plumbline.errors import ModelError
 from plumbline.records import PolicyRef
+from plumbline.runs import promotions
 from plumbline.runs.promotions import Catalog, Promotion, ledger_path, promote, promoted, rollback
 
 
@@ -46,6 +47,38 @@ def test_a_line_that_was_not_finished_is_not_a_promotion(run_dir: Path) -> None:
     with ledger_path(run_dir, "ple").open("a") as file:
         file.write('{"version": 2, "by": "ga')
     assert promoted(run_dir, "ple") == [1]
+
+
+def test_a_ledger_is_read_on_where_it_grew_and_anew_where_it_is_another(run_dir: Path) -> None:
+    path = ledger_path(run_dir, "ple")
+
+    def lines(*versions: int, by: str = "proof") -> str:
+        return "".join(json.dumps({"version": version, "by": by}) + "\n" for version in versions)
+
+    path.write_text(lines(1, 2))
+    assert promoted(run_dir, "ple") == [1, 2]
+    with path.open("a") as file:  # another process, whose last line is still being written
+        file.write(lines(3) + '{"version": 4,')
+    assert promoted(run_dir, "ple") == [1, 2, 3]
+    with path.open("a") as file:
+        file.write(' "by": "hand"}\n')
+    assert promoted(run_dir, "ple") == [1, 2, 3, 4]
+    path.write_text(lines(2, 3, 4, 1, 2))  # in place, and longer
+    assert promoted(run_dir, "ple") == [2, 3, 4, 1, 2]
+    path.write_text(lines(3))
+    assert promoted(run_dir, "ple") == [3]
+    (other := path.with_suffix(".new")).write_text(lines(3, 1))
+    other.replace(path)
+    assert promoted(run_dir, "ple") == [3, 1]
+
+
+def test_what_was_read_is_not_read_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = ledger_path(run_dir, "ple"), []
+    monkeypatch.setattr(promotions.json, "loads", lambda line, real=json.loads: read.append(line) or real(line))
+    for count in range(1, 50):
+        promote(run_dir, Promotion(ref=ref(1 + count % 4), by="proof"))
+        assert promoted(run_dir, "ple")[-1] == 1 + count % 4
+    assert len(read) == 49 == len(path.read_text().splitlines())
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", '{"version": "new", "by": "hand"}', "not JSON", '{"version": 1}'])

@@ -637,3 +637,16 @@ def test_steps_without_an_event_get_one_though_their_versions_are_gone(
     assert all(event["reward_best"] == 1.0 for event in events)
     assert len(released) == 3
     assert step_line(shown[0]).startswith("ple 3/8 · best +1.000")
+
+
+def test_what_is_written_once_is_not_remembered(tmp_path: Path) -> None:
+    """Of a long run that would be all its parts and checkpoints."""
+    root = tmp_path / "run"
+    storage = Storage(root, str(tmp_path / "store"))
+    files = [root / "events.jsonl", root / "rollouts/ple/step-000001.parquet", root / "checkpoints/ple/step-000001/a"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a")
+    storage.push(*files)
+    assert set(storage.sizes(root)) == {file.relative_to(root).as_posix() for file in files}
+    assert list(storage._stamps) == [root / "events.jsonl"]

@@ -273,3 +273,15 @@ def test_a_reward_model_learns_pairs_by_bradley_terry() -> None:
     # Margins 1 and -2: -log σ(1) = 0.313262, -log σ(-2) = 2.126928.
     assert loss.item() == pytest.approx((0.313262 + 2.126928) / 2, abs=1e-5)
     assert metrics["accuracy"].item() == 0.5
+
+
+def test_a_reward_model_learns_on_the_segments_that_it_is_scored_by() -> None:
+    class Segments(FirstToken):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: Any = None) -> Any:
+            logits = token_type_ids.sum(1, keepdim=True).float()
+            return type("Output", (), {"logits": logits})
+
+    reward = RewardObjective(RewardModel.model_validate({"type": "reward", "source": "pairs", "reads": "pair"}))
+    beside = [{"token_type_ids": [0, 1, 1]}, {"token_type_ids": [0, 0, 1, 0]}]
+    scores, _ = reward.forward(Segments(), [TokenGroup([], [[5, 6, 7], [5, 6, 7, 8]], beside)])
+    assert scores.tolist() == [[2.0, 1.0]]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
-from actors.learning import worker
+from actors.learning import resuming, worker
 from actors.learning.worker import LearnerSpec, Worker, shares_weights, train
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner
@@ -249,6 +249,54 @@ def test_parts_are_acknowledged_only_once_they_are_saved(run_dir: Path, tiny_mod
     assert [p.ref.version for p in feed.published] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_version_that_no_checkpoint_holds_means_the_same_weights_after_a_death(
+    run_dir: Path, tiny_model: Path, tmp_path: Path, stored: bool
+) -> None:
+    """Its step is done again, a little otherwise than before, and another version comes of the next one alone."""
+
+    def learner(directory: Path, **settings: Any) -> LearnerSpec:
+        every = spec(directory, tiny_model, checkpoint_every=2, **settings)
+        return replace(every, storage=str(tmp_path / "store") if stored else None)
+
+    if stored:
+        Storage(run_dir, str(tmp_path / "store")).push(*sorted((run_dir / "rollouts" / "ple").iterdir()))
+    first = MemoryFeed(parts_of(run_dir, 3))  # it dies before step 4, whose checkpoint would be the next
+    train(learner(run_dir), first, rank=0, world=1)
+    assert (first.acked, [p.ref.version for p in first.published]) == ([2], [1, 2, 3])
+    if stored:  # on another machine
+        run_dir = tmp_path / "other"
+    again = MemoryFeed(parts_of(new_run(tmp_path / "parts")))
+    train(learner(run_dir, micro_tokens=40), again, rank=0, world=1)
+    assert again.attached == [2] and again.acked == [4]
+    assert [p.ref.version for p in again.published] == [2, 3, 4]
+    for one, two in zip(first.published[1:], again.published, strict=False):
+        assert (two.files, two.probe_logps, two.digests) == (one.files, one.probe_logps, one.digests)
+        assert read_publication(run_dir, one.ref).files == one.files
+        directory = version_directory(run_dir, one.ref)
+        there = Storage(run_dir, learner(run_dir).storage)
+        assert not stored or there.read_text(directory / "proof.json") == (directory / "proof.json").read_text()
+    assert again.published[-1].previous_probe_logps != first.published[-1].probe_logps, "it was done otherwise"
+    assert again.published[1].metrics["updates"] == first.published[2].metrics["updates"]
+
+
+def test_a_version_that_was_here_alone_gives_way_to_the_storages(
+    run_dir: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its learner died before it had pushed it, and another one published another under its number."""
+    stored = replace(spec(run_dir, tiny_model, checkpoint_every=4), storage=str(tmp_path / "store"))
+    elsewhere = replace(stored, run_dir=new_run(tmp_path / "elsewhere"))
+    Storage(run_dir, stored.storage).push(*sorted((run_dir / "rollouts" / "ple").iterdir()))
+    train(replace(stored, storage=None), MemoryFeed(parts_of(run_dir, 1)), rank=0, world=1)
+    rates = elsewhere.section.learner.model_copy(update={"lr": 1e-3})
+    other = MemoryFeed(parts_of(elsewhere.run_dir, 1))
+    train(replace(elsewhere, section=elsewhere.section.model_copy(update={"learner": rates})), other, rank=0, world=1)
+    feed = MemoryFeed(parts_of(run_dir, 2))
+    train(stored, feed, rank=0, world=1)
+    assert feed.published[0].files == other.published[0].files
+    assert read_publication(run_dir, other.published[0].ref).files == other.published[0].files
+
+
 def test_a_part_without_rows_makes_a_version_too(run_dir: Path, tiny_model: Path) -> None:
     """All its prompts were rejected: the policy stays, and the run goes on."""
     feed = MemoryFeed({1: [], 2: parts_of(run_dir)[2]})
@@ -258,6 +306,37 @@ def test_a_part_without_rows_makes_a_version_too(run_dir: Path, tiny_model: Path
     assert first.metrics["updates"] == 0
     assert first.probe_logps == first.base_probe_logps
     assert second.probe_logps != first.probe_logps
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_learner_that_does_not_see_what_was_acknowledged(
+    run_dir: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """On another machine, or in a directory that shows late what another machine wrote: it waits, then refuses."""
+    parts = parts_of(run_dir)
+    train(spec(run_dir, tiny_model), MemoryFeed(parts_of(run_dir, 3)), rank=0, world=1)
+    hidden = (run_dir / "checkpoints" / "ple" / "step-000003").rename(tmp_path / "hidden")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if late and len(waited) == 3:
+            hidden.rename(run_dir / "checkpoints" / "ple" / "step-000003")
+
+    monkeypatch.setattr(resuming, "SHOWS_S", 0.05 if not late else 60)
+    monkeypatch.setattr(resuming.time, "sleep", sleep)
+    feed = MemoryFeed(parts)
+    feed.acked = [3]
+    train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    if late:
+        assert (feed.failures, feed.attached, feed.acked) == ([], [3], [3, 4])
+        return
+    [(_, error)] = feed.failures
+    assert type(error) is RunError and feed.attached == [] and waited
+    assert str(error) == (
+        f"{run_dir}/checkpoints/ple: there is no checkpoint of step 3 to be seen on this machine, though it was saved "
+        "(the newest is of step 2); a learner's machines need a run directory that all of them see, or `storage_path`"
+    )
 
 
 # A storage
@@ -336,7 +415,7 @@ def test_a_nan_loss_stops_it_and_says_what_is_saved(run_dir: Path, tiny_model: P
     broken = parts[3][2]
     parts[3][2] = Sample(group=broken.group, rewards=(math.nan, 0.5), step=3)
     feed = MemoryFeed(parts)
-    train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    train(spec(run_dir, tiny_model, max_skipped=0), feed, rank=0, world=1)
     [(policy, error)] = feed.failures
     assert policy == "ple"
     assert type(error) is LossError
@@ -367,7 +446,7 @@ def test_another_optimizer_does_not_go_on(run_dir: Path, tiny_model: Path) -> No
 def test_a_nan_in_the_first_step(run_dir: Path, tiny_model: Path) -> None:
     broken = parts_of(run_dir)[1][0]
     feed = MemoryFeed({1: [Sample(group=broken.group, rewards=(math.nan, 0.5), step=1)]})
-    train(spec(run_dir, tiny_model), feed, rank=0, world=1)
+    train(spec(run_dir, tiny_model, max_skipped=0), feed, rank=0, world=1)
     assert "no step was saved yet" in str(feed.failures[0][1])
 
 
@@ -377,8 +456,56 @@ def test_a_gradient_that_is_not_finite(run_dir: Path, tiny_model: Path, monkeypa
     train(spec(run_dir, tiny_model), feed, rank=0, world=1)
     [(_, error)] = feed.failures
     assert type(error) is LossError
-    assert "the gradient became inf in step 1" in str(error)
-    assert feed.published == []
+    assert "the gradient became inf in 4 optimiser steps in a row, the last in step 2" in str(error)
+    assert [p.ref.version for p in feed.published] == [1], "of 2 updates, both left out; step 2 has 3"
+
+
+def test_an_optimiser_step_that_is_not_finite_is_left_out_and_told(run_dir: Path, tiny_model: Path) -> None:
+    """One of a part's two; the part is done, its version has what the other learnt."""
+    parts = parts_of(run_dir)
+    parts[4][0] = replace(parts[4][0], rewards=(math.nan, 0.5))
+    feed = MemoryFeed(parts)
+    section = Ple.model_validate({"type": "ple", "replay_window": 1, "learner": {"lr": 1e-2, "batch_size": 4}})
+    train(replace(spec(run_dir, tiny_model, section), probe=PROBE, publishes="adapter"), feed, rank=0, world=1)
+    assert (feed.failures, feed.acked) == ([], [1, 2, 3, 4])
+    third, fourth = feed.published[-2:]
+    assert "skipped_updates" not in third.metrics
+    assert (fourth.metrics["updates"], fourth.metrics["skipped_updates"]) == (1, 1)
+    assert all(map(math.isfinite, fourth.metrics.values()))
+    assert fourth.probe_logps != third.probe_logps
+
+
+def test_a_part_whose_steps_are_all_left_out_changes_nothing(run_dir: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Neither weights nor the optimiser: what follows learns as it would have without the part."""
+    parts = parts_of(run_dir)
+    without = {**parts, 2: []}
+    broken = {**parts, 2: [replace(one, rewards=(math.nan, 0.5)) for one in parts[2]]}
+    learner = {"lr": 1e-2, "batch_size": 4, "warmup": 5}
+    section = Ple.model_validate({"type": "ple", "replay_window": 1, "learner": learner})
+    feeds = []
+    for directory, given in ((run_dir, broken), (new_run(tmp_path / "other"), without)):
+        feeds.append(MemoryFeed(given))
+        one = replace(spec(directory, tiny_model, section), probe=PROBE, publishes="adapter")
+        train(one, feeds[-1], rank=0, world=1)
+        assert feeds[-1].failures == []
+    first, second, *_ = feeds[0].published
+    assert (second.metrics["updates"], second.metrics["skipped_updates"]) == (0, 2)
+    assert second.files == first.files and second.probe_logps == first.probe_logps
+    assert_same(weights(run_dir), weights(tmp_path / "other"))
+    assert [p.metrics["lr"] for p in feeds[0].published[2:]] == [p.metrics["lr"] for p in feeds[1].published[2:]]
+
+
+def test_steps_left_out_in_a_row_count_over_parts_and_over_a_restart(run_dir: Path, tiny_model: Path) -> None:
+    parts = {step: [replace(one, rewards=(math.nan, 0.5)) for one in part] for step, part in parts_of(run_dir).items()}
+    section = Ple.model_validate({"type": "ple", "replay_window": 1, "learner": {"batch_size": 4, "max_skipped": 4}})
+    given = replace(spec(run_dir, tiny_model, section), probe=PROBE, publishes="adapter")
+    train(given, MemoryFeed({1: parts[1]}), rank=0, world=1)
+    feed = MemoryFeed(parts)
+    train(given, feed, rank=0, world=1)
+    [(_, error)] = feed.failures
+    assert "the loss became nan in 5 optimiser steps in a row, the last in step 3; the checkpoint of step 2" in str(
+        error
+    )
 
 
 def test_an_unforeseen_failure_is_told_and_raised(run_dir: Path, tiny_model: Path) -> None:

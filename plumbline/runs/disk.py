@@ -1,0 +1,83 @@
+"""Writing what a run keeps: whole or not at all, and in one line where the disk is full or may not be written."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from plumbline.errors import DiskError
+
+DISK = {
+    errno.ENOSPC: "there is no room left on it",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "files may not become that large there",
+    errno.EROFS: "it is read-only",
+    errno.EACCES: "it may not be written",
+    errno.EPERM: "it may not be written",
+    errno.EIO: "the disk has failed",
+    errno.ESTALE: "the share that it is on has gone away",
+}
+"""What of a write is the disk's fault, and how it is said."""
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Around a write to `path`, or around work in a directory.
+
+    Raises:
+        DiskError: the disk did not take it.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = disk_fault(error)
+        if number is None:
+            raise
+        place = getattr(error, "filename", None) if Path(path).is_dir() else None
+        raise DiskError(
+            f"{place or path}: cannot be written: {DISK[number]} ({os.strerror(number)}); all steps that are done are "
+            "saved"
+        ) from error
+
+
+def disk_fault(error: BaseException) -> int | None:
+    """The number of the disk's fault behind an error; None where it is another. The libraries in Rust raise errors of
+    their own, in whose text it stands."""
+    number = getattr(error, "errno", None)
+    if (
+        number is None
+        and type(error).__name__ == "SafetensorError"
+        and (said := re.search(r"os error (\d+)", str(error)))
+    ):
+        number = int(said[1])
+    return number if number in DISK else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it. Raises DiskError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str, *, sync: bool = False) -> None:
+    """Add a line in append mode: it is there whole or not at all, whoever else adds some. Raises DiskError."""
+    content = f"{line}\n".encode()
+    with writing(path), path.open("ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        written = 0
+        try:
+            while written < len(content):
+                written += file.write(content[written:])
+        except OSError:
+            if file.seek(0, os.SEEK_END) == start + written:
+                file.truncate(start)
+            raise
+        if sync:
+            os.fsync(file.fileno())

@@ -1,0 +1,85 @@
+"""What an evaluation keeps when something of it fails."""
+
+import asyncio
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.scorer import Scores
+from pipelines import evaluate
+from pipelines.evaluate import JUDGED_AT_ONCE, Answers, answers_by_name, reward_columns, scores_of, summarize
+from pipelines.rewarding import RewardWatch
+from pipelines.run import watched
+from plumbline.config.data import ProgramReward
+from plumbline.errors import LostError, RunError
+from plumbline.records import Message, PolicyRef, Prompt
+
+PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content=f"Why {i}?"),)) for i in range(2)]
+
+
+def answers(rewards: list[float]) -> Answers:
+    return Answers(
+        plain=["a", "b"],
+        guided=[],
+        rewards=rewards,
+        guided_rewards=[],
+        judged=[],
+        judged_guided=[],
+        lengths=[1, 2],
+        finished=1.0,
+        ppl=None,
+    )
+
+
+def context(run_dir: Path, said: list[str]) -> Any:
+    settings = SimpleNamespace(generation=object(), samples=2)
+    config = SimpleNamespace(evaluation=settings, methods=[])
+    return SimpleNamespace(config=config, run_dir=run_dir, events=SimpleNamespace(say=said.append))
+
+
+def test_what_was_measured_of_other_versions_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answers_of(_: Any, ref: PolicyRef, *__: Any) -> Answers:
+        if ref.version == 2:
+            raise LostError("the generator is gone")
+        return answers([1.0 + ref.version, 2.0])
+
+    monkeypatch.setattr(evaluate, "answers_of", answers_of)
+    refs = {"before": PolicyRef(), **{f"ple{v}": PolicyRef(policy="ple", version=v) for v in (1, 2)}}
+    with pytest.raises(LostError):
+        asyncio.run(answers_by_name(context(tmp_path, []), refs, PROMPTS))
+    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    assert kept["rewards"] == {"before": [1.0, 2.0], "ple1": [2.0, 2.0]}
+
+
+def test_a_watcher_that_fails_is_told_and_the_run_goes_on_to_its_evaluation(tmp_path: Path) -> None:
+    async def fails() -> None:
+        raise RunError("an actor is gone")
+
+    said: list[str] = []
+    asyncio.run(watched(context(tmp_path, said), fails()))
+    assert said == ["what looks on beside the pipelines failed: an actor is gone"]
+
+
+def test_a_reward_that_fails_on_a_batch_leaves_the_others_scores(tmp_path: Path) -> None:
+    async def score(queries: list[Any], drawn: list[Any]) -> Scores:
+        if 0 in drawn:
+            return Scores(values=[[math.nan]] * len(drawn), failure="KeyError: 'a'")
+        return Scores(values=[[float(one)] for one in drawn])
+
+    said: list[str] = []
+    scorer = SimpleNamespace(score_generations=SimpleNamespace(remote=score))
+    count = 2 * JUDGED_AT_ONCE + 3
+    watch = RewardWatch(context(tmp_path, said), "evaluation", ProgramReward(type="program", function="a:b"))
+    scores = asyncio.run(scores_of([scorer], list(range(count)), list(range(count)), watch))  # type: ignore[arg-type]
+    assert len(scores) == count and scores[JUDGED_AT_ONCE:] == list(map(float, range(JUDGED_AT_ONCE, count)))
+    assert all(map(math.isnan, scores[:JUDGED_AT_ONCE])) and len(said) == 1
+
+
+def test_an_evaluation_without_any_finite_reward_has_its_other_figures() -> None:
+    assert reward_columns("", [math.nan, math.nan], []) == {}
+    rows = summarize({"before": answers([1.0, 2.0]), "ple": answers([math.nan, math.nan])}, PROMPTS, 1)["rows"]
+    assert rows[1]["tokens"] == 1.5 and "win rate" not in rows[1] and "reward" not in rows[1]
