@@ -31,7 +31,7 @@ from plumbline.config.file import load_config as read_config
 from plumbline.config.pipelines import Pipeline, RewardModel, Sft
 from plumbline.config.tree import Config
 from plumbline.doctor import Checked, check, check_fits, model_directory, run_tokenizer
-from plumbline.errors import ConfigError, PlumblineError, RunError
+from plumbline.errors import ConfigError, PlumblineError, RunError, UserError
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.start import place
 from plumbline.placement.table import line
@@ -40,6 +40,7 @@ from plumbline.runs.directory import open_run_dir
 from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
+from plumbline.runs.rows import heldout_fit
 from plumbline.runs.storage import Storage
 from plumbline.tracking.feed import start_trackers
 
@@ -71,7 +72,10 @@ def run(
         events = EventLog(run_dir / "events.jsonl", listen, trackers)
         # The run directory keeps what the user gave: another machine places a resumed run anew.
         placed = checked.placed.plan.config
-        return asyncio.run(within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint)))
+        try:
+            return asyncio.run(within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint)))
+        except UserError as error:  # exit code 2 would say that nothing was started
+            raise RunError(str(error)) from error
 
 
 def compare(
@@ -101,6 +105,9 @@ def compare(
         if ref is None:
             model_directory(name, "--of")
     checked = check(config, run_dir, check_engine, look, "evaluation")
+    for name in (name for name, ref in named.items() if ref is None):
+        other = of_directory(config, name)
+        heldout_fit(other, run_tokenizer(other), checked.rows.heldout)
     storage = run_storage(config, run_dir)
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
@@ -251,8 +258,7 @@ async def compare_policies(
     heldout: list[Prompt] = []
     result: dict[str, Any] = {}
     for directory, refs in pools.items():
-        model = config.model.model_copy(update={"path": directory, "init": None, "tokenizer": None})
-        other = config.model_copy(update={"model": model})
+        other = of_directory(config, directory)
         placed = place(other, checked.placed.machine, "evaluation")
         check_fits(placed)
         own = replace(checked, tokenizer=run_tokenizer(other), placed=placed)
@@ -268,3 +274,9 @@ async def compare_policies(
         finally:
             await context.close()
     return result
+
+
+def of_directory(config: Config, directory: str) -> Config:
+    """The config with the model of a directory in place of its own."""
+    model = config.model.model_copy(update={"path": str(Path(directory).resolve()), "init": None, "tokenizer": None})
+    return config.model_copy(update={"model": model})

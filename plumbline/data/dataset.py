@@ -7,9 +7,9 @@ file, the row, the key, and what would be right. Reading the files themselves is
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NoReturn, Unpack
+from typing import Literal, NoReturn, TypeGuard, Unpack
 
 from plumbline.config.reading import Reading
 from plumbline.data.readers import RawRow, read_rows
@@ -19,6 +19,8 @@ from plumbline.records import Message, Prompt
 PROMPT_KEYS = ("id", "prompt", "messages", "target", "chosen", "rejected")
 LABELLED_KEYS = ("text", "label", "prompt", "messages")
 ROLES = ("system", "user", "assistant")
+Target = Literal["unread", "read", "needed"]
+"""What is asked of the targets: nothing, to be text or nothing (null or blank), or to be text in every row."""
 
 
 # What other datasets call ours: the remedy named when no column's spelling is close to our name.
@@ -38,18 +40,20 @@ class LabelledText:
     text: str
     label: float
     messages: tuple[Message, ...] | None = None
+    row: int = field(default=0, compare=False)
 
 
-def read_prompts(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
+def read_prompts(path: str, *, target: Target = "unread", **reading: Unpack[Reading]) -> list[Prompt]:
     """Prompts of a file or dataset: a row has `prompt` (text), or `messages` ({role, content}, a user's turn last).
 
     Columns that are not ours and that `columns` does not name go to `Prompt.extra`, where JSON has a scalar for them.
-    `id` defaults to the row's number from 1; any scalar id becomes text.
+    `id` defaults to the row's number from 1; any scalar id becomes text. Answers that nobody reads are not checked:
+    they are there where they are text.
 
     Raises:
         DataError: one line naming the file, the row, the key, what is wrong and what would be right.
     """
-    return _prompts(path, reading)
+    return [prompt for _, prompt in _prompts(path, reading, target)]
 
 
 def read_preferences(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
@@ -58,7 +62,10 @@ def read_preferences(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
     Raises:
         DataError: as `read_prompts`; a row without one of the two.
     """
-    return _prompts(path, reading, needed=("chosen", "rejected"))
+    return [
+        replace(prompt, chosen=row.required_text("chosen"), rejected=row.texts("rejected"))
+        for row, prompt in _prompts(path, reading, "unread")
+    ]
 
 
 def read_labelled(path: str, **reading: Unpack[Reading]) -> list[LabelledText]:
@@ -72,6 +79,7 @@ def read_labelled(path: str, **reading: Unpack[Reading]) -> list[LabelledText]:
             text=row.required_text("text"),
             label=row.label(),
             messages=row.conversation() if row.has("prompt") or row.has("messages") else None,
+            row=row.number,
         )
         for row in _rows(path, LABELLED_KEYS, reading)
     ]
@@ -114,24 +122,33 @@ class _Row:
         return self.get(key) is not None
 
     def text(self, key: str) -> str | None:
+        """The text of a column that may be empty: null and blank are alike."""
         value = self.get(key)
-        return None if value is None else self.checked(key, value)
+        return None if value is None or (isinstance(value, str) and not value.strip()) else self.checked(key, value)
+
+    def unread(self, key: str) -> str | None:
+        """The text of a column that nobody reads, if it is any."""
+        value = self.get(key)
+        return value if _is_text(value) else None
+
+    def unread_texts(self, key: str) -> tuple[str, ...]:
+        """As `unread`, of a column that may have a list."""
+        value = self.get(key)
+        return tuple(one for one in (value if isinstance(value, list) else [value]) if _is_text(one))
 
     def required_text(self, key: str) -> str:
         if not self.has(key):
             self.missing(key, f"`{key}`")
         return self.checked(key, self.get(key))
 
-    def texts(self, key: str, *, needed: bool) -> tuple[str, ...]:
-        """One text, or each of a list of them; none where the key is absent and not `needed`."""
+    def texts(self, key: str) -> tuple[str, ...]:
+        """One text, or each of a list of them."""
         value = self.get(key)
         if isinstance(value, list):
             if not value:
                 self.fail(key, "is an empty list; write at least one text, or remove the row")
             return tuple(self.checked(key, one, f"text {n} ") for n, one in enumerate(value, start=1))
-        if needed:
-            return (self.required_text(key),)
-        return () if value is None else (self.checked(key, value),)
+        return (self.required_text(key),)
 
     def checked(self, key: str, value: object, what: str = "") -> str:
         """`value` if it is text that can be tokenised; `what` names the part of the column that it is."""
@@ -140,7 +157,7 @@ class _Row:
             hint = "; several turns go under `messages`" if key == "prompt" and isinstance(value, list) else ""
             self.fail(key, f"{what}is {_article(kind)}, not text; write it as a string{hint}")
         if not value.strip():
-            self.fail(key, f"{what}is blank; write text, or remove {'the row' if key in _NEEDED else 'the key'}")
+            self.fail(key, f"{what}is blank; write text, or remove the row")
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -228,9 +245,6 @@ class _Row:
         raise DataError(f"{self.path}, row {self.number}: no {what}; it has {has}: {remedy}")
 
 
-_NEEDED = ("prompt", "messages", "text")
-
-
 def _nearest(key: str, names: Mapping[str, object] | Sequence[str]) -> str | None:
     """The name most likely meant by our `key`: a close spelling, else what other datasets call it."""
     close = _close(key, names)
@@ -242,23 +256,24 @@ def _close(key: str, names: Mapping[str, object] | Sequence[str]) -> list[str]:
     return [lower[found] for found in difflib.get_close_matches(key.lower(), lower, n=1)]
 
 
-def _prompts(path: str, reading: Reading, needed: Sequence[str] = ()) -> list[Prompt]:
-    prompts: list[Prompt] = []
+def _prompts(path: str, reading: Reading, target: Target) -> Iterator[tuple[_Row, Prompt]]:
     row_of: dict[str, int] = {}
+    targets = {"unread": lambda row: row.unread("target"), "read": lambda row: row.text("target")}
+    read_target = targets.get(target, lambda row: row.required_text("target"))
     for row in _rows(path, PROMPT_KEYS, reading):
-        answers = {key: row.required_text(key) if key in needed else row.text(key) for key in ("target", "chosen")}
         prompt = Prompt(
             id=row.identity(),
             messages=row.conversation(),
-            rejected=row.texts("rejected", needed="rejected" in needed),
+            target=read_target(row),
+            chosen=row.unread("chosen"),
+            rejected=row.unread_texts("rejected"),
             extra=row.extra(),
-            **answers,
+            row=row.number,
         )
         if prompt.id in row_of:
             row.fail("id", f"{prompt.id!r} is row {row_of[prompt.id]}'s already; give every row an id of its own")
         row_of[prompt.id] = row.number
-        prompts.append(prompt)
-    return prompts
+        yield row, prompt
 
 
 def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
@@ -306,6 +321,14 @@ def _matching(path: str, rows: Iterable[RawRow], where: Mapping[str, object]) ->
     if not found:
         were = "; ".join(f"{name} is {', '.join([*values][:5])}" for name, values in seen.items())
         raise DataError(f"{path}: no row has {dict(where)}, as `where` asks for: {were}")
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is text that can be tokenised."""
+    try:
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_json_scalar(value: object) -> bool:

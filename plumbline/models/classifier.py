@@ -22,15 +22,23 @@ def reward_ids(
     An answer alone is cut at its end, a conversation at its beginning, so that the answer stays.
     """
     if reads == "conversation":
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        turns.append({"role": "assistant", "content": response})
-        ids = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(_turns(messages, response), tokenize=True)["input_ids"]
         return ids[-max_len:], len(ids) > max_len
     if reads == "pair":
         ids = tokenizer(messages[-1].content, response)["input_ids"]
     else:
         ids = tokenizer(response)["input_ids"]
     return ids[:max_len], len(ids) > max_len
+
+
+def conversation_text(tokenizer: Any, messages: Sequence[Message], response: str) -> str:
+    """What is tokenised of a conversation. Raises whatever the chat template does that refuses it."""
+    return tokenizer.apply_chat_template(_turns(messages, response), tokenize=False)
+
+
+def _turns(messages: Sequence[Message], response: str) -> list[dict[str, str]]:
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    return [*turns, {"role": "assistant", "content": response}]
 
 
 def classifier_logits(model: Any, texts: Sequence[Sequence[int]]) -> "Float[Tensor, 'n labels']":

@@ -88,6 +88,10 @@ class Parts:
         Raises:
             DataError: the step is not there, or its file is damaged.
         """
+        return self.read_table(step).to_pylist()
+
+    def read_table(self, step: int) -> pa.Table:
+        """The same as Arrow has it."""
         return _read(self._files, self.path(step), "remove it, and the step is drawn again on resume")
 
     def read_all(self) -> list[Row]:
@@ -115,7 +119,7 @@ class Rejected:
             _remove_stale(self._files, directory, re.escape(name))
         self._adding = threading.Lock()  # steps that are committed at the same time share the one file
         exists = self._files.get_file_info(self._path).type != fs.FileType.NotFound
-        self._rows = _read(self._files, self._path, "remove it to forget the rejections") if exists else []
+        self._rows = _read(self._files, self._path, "remove it to forget the rejections").to_pylist() if exists else []
 
     def add(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Add a step's rejections (``prompt_id, prompt, reason, detail``); step 0 is before the first step.
@@ -208,10 +212,10 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-def _read(files: fs.FileSystem, path: str, remedy: str) -> list[Row]:
+def _read(files: fs.FileSystem, path: str, remedy: str) -> pa.Table:
     try:
         with files.open_input_file(path) as source:
-            return pq.ParquetFile(source).read().to_pylist()
+            return pq.ParquetFile(source).read()
     except FileNotFoundError:
         raise DataError(f"{path}: no such part") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -175,9 +175,6 @@ BAD_ROWS: list[tuple[str, Row, list[str]]] = [
     ("prompt is turns", {"prompt": TURNS}, ["prompt: is a list, not text", "`messages`"]),
     ("half a character", {"prompt": "a\ud800"}, ["prompt: holds half a character", "at 1"]),
     ("both", {"prompt": "x", "messages": TURNS}, ["has `messages` too", "columns: {prompt: prompt}"]),
-    ("target is a number", {"prompt": "x", "target": 4}, ["target: is an int, not text"]),
-    ("blank target", {"prompt": "x", "target": " "}, ["target: is blank", "remove the key"]),
-    ("chosen is turns", {"prompt": "x", "chosen": TURNS}, ["chosen: is a list, not text"]),
     ("id is a list", {"prompt": "x", "id": [1]}, ["id: is a list", "text or a number"]),
     ("blank id", {"prompt": "x", "id": ""}, ["id: is blank", "leave the key out"]),
     ("messages is text", {"messages": "hi"}, ["messages: is a str", "{role, content}"]),
@@ -204,6 +201,26 @@ BAD_ROWS: list[tuple[str, Row, list[str]]] = [
 def test_a_bad_row_is_named(tmp_path: Path, row: Row, parts: list[str]) -> None:
     path = jsonl(tmp_path / "bad.jsonl", [{"prompt": "good"}, row])
     refused(lambda: read_prompts(path), "bad.jsonl, row 2", *parts)
+
+
+@pytest.mark.parametrize("target", [None, "", " \n", 4, ["a"], "a\ud800"])
+def test_a_column_is_checked_where_it_is_read(tmp_path: Path, target: object) -> None:
+    """Null and blank are alike: nothing where a target may be missing, and refused where one is needed."""
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "target": "b"}, {"prompt": "x", "target": target}])
+    assert [prompt.target for prompt in read_prompts(path)] == ["b", None]
+    refused(lambda: read_prompts(path, target="needed"), "a.jsonl, row 2, target: ")
+    if target is None or (isinstance(target, str) and not target.strip()):
+        assert [prompt.target for prompt in read_prompts(path, target="read")] == ["b", None]
+    else:
+        refused(lambda: read_prompts(path, target="read"), "a.jsonl, row 2, target: ")
+
+
+def test_answers_that_nobody_reads_are_not_checked(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "chosen": TURNS, "rejected": [3, "y", ""]}, {"prompt": "z"}]
+    [first, _] = read_prompts(jsonl(tmp_path / "a.jsonl", rows))
+    assert (first.chosen, first.rejected, first.row) == (None, ("y",), 1)
+    refused(lambda: read_preferences(str(tmp_path / "a.jsonl")), "row 1, chosen: is a list, not text")
+    refused(lambda: read_prompts(str(tmp_path / "a.jsonl"), target="needed"), "row 1: no `target`")
 
 
 @pytest.mark.parametrize(
