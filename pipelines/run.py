@@ -36,6 +36,7 @@ from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.start import place
 from plumbline.placement.table import line
 from plumbline.records import PolicyRef, Prompt, public_name
+from plumbline.runs.digests import keep_digests
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
@@ -67,6 +68,7 @@ def run(
     """
     open_run_dir(config, run_dir)
     storage = open_storage(config, run_dir)
+    storage.push(keep_digests(run_dir, checked.digests))
     saving = pushed_at_end(storage, run_dir, lambda message: listen({"message": message}))
     with saving, start_trackers(config, run_dir, listen) as trackers:
         events = EventLog(run_dir / "events.jsonl", listen, trackers)

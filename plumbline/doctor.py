@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
 from plumbline.config.demand import demand, named
 from plumbline.config.pipelines import Dlma, Preference, RewardModel
@@ -23,6 +25,7 @@ from plumbline.placement.plan import without_gpus
 from plumbline.placement.roles import Part
 from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
+from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.directory import check_run_dir
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.policies import model_path
@@ -56,10 +59,12 @@ class Checked:
 
     Attributes:
         rows: what the pipelines are given.
+        digests: of all rows (`plumbline.runs.digests`), by which a later start knows them.
         placed: where each process goes; its plan has the config that they are started by.
     """
 
     rows: Rows
+    digests: pa.Table
     tokenizer: "PreTrainedTokenizerBase"
     placed: Placed
 
@@ -84,6 +89,9 @@ def check(
     _run_dir(config, run_dir)
     check_tracking(config.tracking)
     read = read_rows(config)
+    digests = digests_of(config, read)
+    if part == "run":
+        check_digests(run_dir, digests)
     _, tokenizer = _model(config)
     _rewards(config)
     machine = look()
@@ -93,7 +101,7 @@ def check(
     rows = fit_rows(config, tokenizer, read)
     _check_parts(config, read)
     _engine(placed, engine)
-    return Checked(rows=rows, tokenizer=tokenizer, placed=placed)
+    return Checked(rows=rows, digests=digests, tokenizer=tokenizer, placed=placed)
 
 
 def examine(
@@ -109,7 +117,7 @@ def examine(
         ("versions", _versions),
         ("model", lambda: _model(config)[0]),
         ("reward", lambda: _rewards(config)),
-        ("data", lambda: _data(config)),
+        ("data", lambda: _data(config, run_dir)),
         ("devices", lambda: _devices(config, machine, run_device(config, machine))),
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
@@ -220,8 +228,9 @@ def _classifier(key: str, path: str) -> str:
     return note
 
 
-def _data(config: Config) -> str:
+def _data(config: Config, run_dir: Path) -> str:
     read = read_rows(config)
+    check_digests(run_dir, digests_of(config, read))
     fit_rows(config, run_tokenizer(config), read)
     _check_parts(config, read)
     return read.counts()
