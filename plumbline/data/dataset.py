@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Literal, NoReturn, TypeGuard, Unpack
 
 from plumbline.config.reading import Reading
-from plumbline.data.readers import RawRow, read_rows
+from plumbline.data.readers import Place, PlacedRow, read_rows
 from plumbline.errors import DataError
 from plumbline.records import Message, Prompt
 
@@ -79,7 +79,7 @@ def read_labelled(path: str, **reading: Unpack[Reading]) -> list[LabelledText]:
             text=row.required_text("text"),
             label=row.label(),
             messages=row.conversation() if row.has("prompt") or row.has("messages") else None,
-            row=row.number,
+            row=row.place.number,
         )
         for row in _rows(path, LABELLED_KEYS, reading)
     ]
@@ -104,14 +104,13 @@ def summarize(prompts: Sequence[Prompt]) -> dict[str, int | float]:
 class _Row:
     """One raw row, and how to name it in an error. `columns` is our name -> the file's, mapped ones only."""
 
-    path: str
-    number: int
+    place: Place
     values: Mapping[str, object]
     columns: Mapping[str, str]
     keys: Sequence[str]
 
     def fail(self, key: str, problem: str) -> NoReturn:
-        raise DataError(f"{self.path}, row {self.number}, {self.columns.get(key, key)}: {problem}")
+        raise DataError(f"{self.place}, {self.columns.get(key, key)}: {problem}")
 
     def get(self, key: str) -> object:
         """The value of one of our keys; None where it is absent, null or not a number."""
@@ -167,7 +166,7 @@ class _Row:
     def identity(self) -> str:
         value = self.get("id")
         if value is None:
-            return str(self.number)
+            return str(self.place.number)
         if not isinstance(value, str | int | float):
             self.fail("id", f"is {_article(type(value).__name__)}; it should be text or a number")
         if not str(value).strip():
@@ -242,7 +241,7 @@ class _Row:
         near = _nearest(key, self.values) if key == name else next(iter(_close(name, self.values)), None)
         remedy = f"name the column that holds it, as in `columns: {{{key}: {near or '...'}}}`"
         what = wanted if key == name else repr(name)
-        raise DataError(f"{self.path}, row {self.number}: no {what}; it has {has}: {remedy}")
+        raise DataError(f"{self.place}: no {what}; it has {has}: {remedy}")
 
 
 def _nearest(key: str, names: Mapping[str, object] | Sequence[str]) -> str | None:
@@ -257,7 +256,7 @@ def _close(key: str, names: Mapping[str, object] | Sequence[str]) -> list[str]:
 
 
 def _prompts(path: str, reading: Reading, target: Target) -> Iterator[tuple[_Row, Prompt]]:
-    row_of: dict[str, int] = {}
+    place_of: dict[str, Place] = {}
     targets = {"unread": lambda row: row.unread("target"), "read": lambda row: row.text("target")}
     read_target = targets.get(target, lambda row: row.required_text("target"))
     for row in _rows(path, PROMPT_KEYS, reading):
@@ -268,11 +267,12 @@ def _prompts(path: str, reading: Reading, target: Target) -> Iterator[tuple[_Row
             chosen=row.unread("chosen"),
             rejected=row.unread_texts("rejected"),
             extra=row.extra(),
-            row=row.number,
+            row=row.place.number,
         )
-        if prompt.id in row_of:
-            row.fail("id", f"{prompt.id!r} is row {row_of[prompt.id]}'s already; give every row an id of its own")
-        row_of[prompt.id] = row.number
+        if first := place_of.get(prompt.id):
+            where = f"row {first.row}" if first.file == row.place.file else str(first)
+            row.fail("id", f"{prompt.id!r} is {where}'s already; give every row an id of its own")
+        place_of[prompt.id] = row.place
         yield row, prompt
 
 
@@ -289,11 +289,11 @@ def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
     unseen = dict(mapped)
     seen: dict[str, object] = {}
     rows = read_rows(path, split=reading.get("split", "train"), limit=None if where else limit)
-    for number, values in islice(_matching(path, rows, where), limit) if where else rows:
+    for place, values in islice(_matching(path, rows, where), limit) if where else rows:
         unseen = {ours: name for ours, name in unseen.items() if name not in values}
         if unseen:
             seen.update(values)
-        yield _Row(path, number, values, mapped, keys)
+        yield _Row(place, values, mapped, keys)
     for ours, name in unseen.items():
         near = _close(name, seen)
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -302,19 +302,19 @@ def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
         )
 
 
-def _matching(path: str, rows: Iterable[RawRow], where: Mapping[str, object]) -> Iterator[RawRow]:
+def _matching(path: str, rows: Iterable[PlacedRow], where: Mapping[str, object]) -> Iterator[PlacedRow]:
     """The rows that have the values of `where`. Raises DataError where there is none, with what was there instead."""
     found = False
     seen: dict[str, dict[str, None]] = {name: {} for name in where}
-    for number, values in rows:
+    for place, values in rows:
         for name in where:
             if name not in values:
                 near = next(iter(_close(name, values)), None)
                 hint = f"; did you mean {near!r}?" if near else ""
-                raise DataError(f"{path}, row {number}: no {name!r}, which `where` asks for{hint}")
+                raise DataError(f"{place}: no {name!r}, which `where` asks for{hint}")
         if all(values[name] == value for name, value in where.items()):
             found = True
-            yield number, values
+            yield place, values
         elif not found:
             for name in where:
                 seen[name].setdefault(f"{values[name]!r:.40}")

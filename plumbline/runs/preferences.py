@@ -10,7 +10,7 @@ import pyarrow as pa
 from plumbline.config.data import Source
 from plumbline.data.dataset import read_preferences
 from plumbline.data.prompting import encode_response, render
-from plumbline.errors import DataError
+from plumbline.errors import ConfigError, DataError
 from plumbline.records import Message, Prompt, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, pair_samples
 from plumbline.runs.parts import Parts
@@ -29,7 +29,13 @@ def read_table(source: Source) -> pa.Table:
 
     Raises:
         DataError: there are none, or a part is damaged or holds something else.
+        ConfigError: `source` picks rows, and parts are taken whole.
     """
+    if source != Source(path=source.path):
+        raise ConfigError(
+            f"{source.path}: `columns`, `where`, `split` and `limit` pick rows of a file, and these are parts, which "
+            "are taken whole; leave them out"
+        )
     parts = Parts(source.path, read_only=True)
     tables = []
     for step in parts.steps() if Path(source.path).is_dir() else []:

@@ -399,3 +399,48 @@ def test_a_bad_labelled_row_is_named(tmp_path: Path, row: Row, parts: list[str])
 
 def jsonl_bytes(rows: int) -> bytes:
     return b"".join(json.dumps({"prompt": f"question {row * 7919 % 10007}"}).encode() + b"\n" for row in range(rows))
+
+
+def test_a_cell_above_csvs_own_limit_is_read(tmp_path: Path) -> None:
+    text = "a" * 300_000
+    (tmp_path / "a.csv").write_text(f'prompt,target\n"{text}",b\n')
+    assert [(prompt.query, prompt.target) for prompt in read_prompts(str(tmp_path / "a.csv"))] == [(text, "b")]
+
+
+def test_a_csv_says_where_the_broken_row_begins(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,target\na,b\n"c,d\ne,f\n')
+    refused(lambda: read_prompts(str(path)), "a.csv, line 3: broken CSV", "no closing quote")
+    path.write_bytes(b"prompt,target\ra,b\r")
+    refused(lambda: read_prompts(str(path)), "a.csv, line 1: broken CSV", "end in \\r alone")
+    path.write_bytes(b'\xef\xbb\xbfprompt,target\r\n"a\r\nb",c\r\n')
+    assert read_prompts(str(path))[0].query == "a\r\nb", "a byte order mark and line ends of Windows"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_folder_is_read_whatever_file_has_nulls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, first: str
+) -> None:
+    """The file without any target is the first, or the last; a bad row is named by its own file."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+
+    def write(name: str, row: Row) -> None:
+        path = folder / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist([dict(row)]), path)
+        elif suffix == "csv":
+            path.write_text(f"prompt,target\n{row['prompt'] or ''},{row['target'] or ''}\n")
+        else:
+            line = (json.dumps(row) + "\n").encode()
+            path.write_bytes(gzip.compress(line) if suffix.endswith("gz") else line)
+
+    write(first, {"prompt": "p", "target": None})
+    write("b" if first == "a" else "a", {"prompt": "q", "target": "t"})
+    assert {(p.query, p.target) for p in read_prompts(str(folder))} == {("p", None), ("q", "t")}
+    assert [p.id for p in read_prompts(str(folder))] == ["1", "2"]
+    write("c", {"prompt": None, "target": "t"})
+    refused(lambda: read_prompts(str(folder)), f"rows/c.{suffix}, row 1, prompt: is empty")
