@@ -143,9 +143,9 @@ def look_at_cluster(run_dir: Path | None = None) -> Machine:
         places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in gpus]
         seen = ray.get([look.options(num_cpus=0, scheduling_strategy=place).remote() for place in places])
         with sign_in(run_dir) as sign:
-            places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes if sign]
+            places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
             sees = ray.remote(Path.exists)
-            there = ray.get([sees.options(num_cpus=0, scheduling_strategy=p).remote(sign) for p in places])
+            there = ray.get([sees.options(num_cpus=0, scheduling_strategy=p).remote(sign) for p in places if sign])
         blind = [node["Resources"] for node, one in zip(nodes, there, strict=False) if not one]
     except (ConnectionError, RayError) as error:
         raise ConfigError(f"RAY_ADDRESS: the cluster does not answer ({in_one_line(error)})") from None

@@ -49,12 +49,14 @@ from plumbline.config.fleet import GeneratorFleet, ScorerFleet
 from plumbline.config.pipelines import Ple
 from plumbline.config.section import planned
 from plumbline.data.dataset import read_prompts
+from plumbline.data.length_filter import Fit
 from plumbline.data.prompting import encode_response, load_tokenizer, render
 from plumbline.miniature.language import TARGET, sample_answer, sample_request
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.models.ipc import Shelf
 from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Publication, Sampling, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
+from plumbline.runs.rows import Rows
 
 PROMPTS, MAX_TOKENS = {"cpu": 256, "cuda": 2048}, {"cpu": 64, "cuda": 128}
 RECORDS, PART = 6144, 128
@@ -308,13 +310,14 @@ async def records_per_s(setup: Setup, model: Path, engines: int) -> float:
     [section] = config.methods
     assert isinstance(section, Ple)
     fleet = start_fleet(keep=4)
+    prompts = read_prompts(str(out / "prompts.jsonl"))
     context = Context(
         config=config,
         run_dir=directory,
         device="cpu",
         dtype="float32",
         tokenizer=load_tokenizer(str(model)),
-        prompts=read_prompts(str(out / "prompts.jsonl")),
+        rows=Rows(prompts=prompts, fits={section.name: Fit(prompts=prompts, unfit=[])}),
         events=EventLog(directory / "events.jsonl", lambda event: None),
         fleet=fleet,
     )

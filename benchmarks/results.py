@@ -15,7 +15,7 @@ from worlds import comparison, events, interval, optional, run, table
 VARIANTS: dict[str, list[str]] = {
     "ple": [],
     "no-rank": ["pipelines.0.rank_weight=0"],
-    "no-weighted-sft": ["pipelines.0.sft_weight=0"],
+    "no-weighted-sft": ["pipelines.0.sft_weight=0", "pipelines.0.length_normalize_sft=false"],
     "staleness-0": ["pipelines.0.max_staleness=0"],
 }
 

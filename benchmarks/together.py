@@ -48,7 +48,10 @@ def main() -> None:
     config["fleet"] = {"reference": {"cache": str(out / "cache-together")}}
     together = timed(out, config, "together", pipelines)
     config["fleet"] = {"reference": {"cache": str(out / "cache-alone")}}
-    alone = {one["type"]: timed(out, config, f"alone-{one['type']}", [one]) for one in pipelines}
+    alone = {}
+    for one in pipelines:
+        embedder = config["embedder"] if one["type"] == "self_contrast" else None
+        alone[one["type"]] = timed(out, {**config, "embedder": embedder}, f"alone-{one['type']}", [one])
     total = [sum(seconds[i] for seconds in alone.values()) for i in (0, 1)]
     rows = [[name, *(f"{s:.0f}" for s in seconds)] for name, seconds in alone.items()]
     rows += [["one after the other", *(f"{s:.0f}" for s in total)], ["together", *(f"{s:.0f}" for s in together)]]

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("data", metavar="DATA", help=".jsonl, .jsonl.gz, .parquet, .csv, or a dataset's directory or name")
     one.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
     one.add_argument("--split", default="train")
-    one.add_argument("--kind", choices=("prompts", "labelled", "preferences"), default="prompts")
+    one.add_argument("--kind", choices=("prompts", "targets", "labelled", "preferences"), default="prompts")
     one.set_defaults(command=validate_command)
 
     add_serving(commands)
@@ -222,8 +222,12 @@ def validate_command(options: argparse.Namespace) -> int:
         rows = read_labelled(options.data, columns=columns, split=options.split)
         print(f"{options.data}: {len(rows)} labelled texts, {sum(r.label for r in rows):.0f} of them wanted ones")
         return 0
-    read = read_preferences if options.kind == "preferences" else read_prompts
-    for key, value in summarize(read(options.data, columns=columns, split=options.split)).items():
+    if options.kind == "preferences":
+        prompts = read_preferences(options.data, columns=columns, split=options.split)
+    else:
+        target = "needed" if options.kind == "targets" else "unread"
+        prompts = read_prompts(options.data, target=target, columns=columns, split=options.split)
+    for key, value in summarize(prompts).items():
         print(f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}")
     return 0
 

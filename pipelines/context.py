@@ -18,9 +18,10 @@ from pipelines.pool import Pool
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Pipeline, Preference
 from plumbline.config.tree import Config
-from plumbline.records import PolicyRef, Prompt, TokenGroup
+from plumbline.records import PolicyRef, TokenGroup
 from plumbline.runs.disk import append_line, write_text
 from plumbline.runs.endpoint import LiveRun
+from plumbline.runs.rows import Rows
 from plumbline.runs.storage import Storage
 from plumbline.tracking.feed import Trackers
 
@@ -92,7 +93,7 @@ class Context:
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     tokenizer: "PreTrainedTokenizerBase"
-    prompts: list[Prompt]
+    rows: Rows
     events: EventLog
     fleet: Fleet
     storage: Storage = field(default_factory=lambda: Storage(Path(), None))

@@ -10,7 +10,7 @@ import torch
 
 from actors.frozen_logps import ContrastLogps, ContrastPrompts
 from pipelines.context import Context
-from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from pipelines.method import Method, Rollout, Row, rejected_row
 from pipelines.offline import OfflinePairs
 from plumbline.config.pipelines import Dlma
 from plumbline.data.prompting import dlma_contrast, render
@@ -24,8 +24,8 @@ class DlmaMethod(Method):
 
     def __init__(self, context: Context, section: Dlma) -> None:
         self._offline = OfflinePairs(context, section.pairs) if section.pairs else None
-        prompts = (self._offline.prompts, []) if self._offline else fitting(context, section)
-        super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
+        fit = self._offline.fit if self._offline else context.rows.fits[section.name]
+        super().__init__(context, section, "pairs", PAIR_SCHEMA, fit)
         self._dlma = section
         self._contrast = dlma_contrast(section.contrast)
         self._scoring = dlma_contrast(section.scoring or section.contrast)

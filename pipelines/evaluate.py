@@ -16,8 +16,6 @@ from pipelines.context import Context
 from pipelines.rewarding import RewardWatch
 from plumbline.config.pipelines import Generation as Settings
 from plumbline.config.tree import Config
-from plumbline.data.dataset import read_prompts
-from plumbline.data.length_filter import section_lengths
 from plumbline.data.prompting import encode_response, render, steerings
 from plumbline.errors import PlumblineError
 from plumbline.methods.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
@@ -55,11 +53,9 @@ def heldout_prompts(context: Context) -> list[Prompt]:
     """Held-out prompts within the limits of every pipeline, in an order of the run's seed."""
     config, settings = context.config, context.config.evaluation
     assert settings is not None and config.data.heldout is not None
-    source = config.data.heldout
-    prompts = read_prompts(source.path, **source.reading)
-    fitting = [p for p in prompts if all(section_lengths(config, context.tokenizer, s, p).fit for s in config.methods)]
-    random.Random(config.seed).shuffle(fitting)
-    return fitting[: settings.prompts]
+    prompts = list(context.rows.heldout)
+    random.Random(config.seed).shuffle(prompts)
+    return prompts[: settings.prompts]
 
 
 async def answers_by_name(

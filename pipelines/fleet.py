@@ -41,7 +41,7 @@ def make_context(run_dir: Path, checked: Checked, storage: Storage, events: Even
         device=checked.placed.device,
         dtype=checked.placed.dtype,
         tokenizer=checked.tokenizer,
-        prompts=checked.prompts,
+        rows=checked.rows,
         events=events,
         fleet=start_fleet(keep=6 + config.kept_versions, run=config.name),
         storage=storage,
@@ -193,7 +193,7 @@ def make_probe(config: Config, checked: Checked) -> tuple[TokenGroup, ...]:
     """Prompts with their targets, or with their own words where there are none: text the policy's changes show on."""
     groups: list[TokenGroup] = []
     count = PROBE_GROUPS[checked.placed.dtype]
-    for prompt in checked.prompts[: 4 * count]:
+    for prompt in checked.rows.prompts[: 4 * count]:
         ids = render(checked.tokenizer, prompt.messages)[: config.model.max_len // 2]
         text = prompt.target or prompt.query
         response = encode_response(checked.tokenizer, text)[: config.model.max_len // 4]

@@ -20,7 +20,7 @@ from pipelines.context import Context
 from pipelines.rewarding import RewardWatch
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Frozen, MethodSection
-from plumbline.data.length_filter import section_lengths, sft_group
+from plumbline.data.length_filter import Fit, Unfit
 from plumbline.data.prompting import render, render_all
 from plumbline.errors import RunError
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
@@ -44,8 +44,7 @@ class Method(ABC):
 
     Args:
         room: directory of the run that its parts go to, `rollouts` or `pairs`.
-        prompts: what it draws from.
-        unfit: rejected rows of prompts that are not among them, for `rejected.parquet`.
+        fit: what it draws from, and what it cannot use, for `rejected.parquet`.
     """
 
     def __init__(
@@ -54,8 +53,7 @@ class Method(ABC):
         section: MethodSection,
         room: str,
         schema: pa.Schema,
-        prompts: Sequence[Prompt],
-        unfit: Sequence[Mapping[str, object]],
+        fit: Fit,
     ) -> None:
         self._context = context
         self._section = section
@@ -66,10 +64,10 @@ class Method(ABC):
         self.parts = Parts(str(directory), schema)
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self.commits: set[asyncio.Task[None]] = set()  # that are being written
-        self._prompts = list(prompts)
+        self._prompts = fit.prompts
         self._orders: dict[int, list[int]] = {}
         if not self.rejected.rows():
-            self.rejected.add(0, unfit)
+            self.rejected.add(0, [_unfit_row(one) for one in fit.unfit])
         per_pass = batch_count(len(self._prompts), section.batch_size)
         self.part_count = section.steps or per_pass
         self.total = self.part_count * (section.epochs if isinstance(section, Frozen) else 1)
@@ -171,22 +169,6 @@ class Method(ABC):
         return render(self._context.tokenizer, prompt.messages)
 
 
-def fitting(
-    context: Context, section: MethodSection, prompts: Sequence[Prompt] | None = None
-) -> tuple[list[Prompt], list[dict[str, object]]]:
-    """Those of `prompts` (default: the run's) that are within a pipeline's limits, and rejected rows of the others."""
-    fit, unfit = [], []
-    for prompt in context.prompts if prompts is None else prompts:
-        lengths = section_lengths(context.config, context.tokenizer, section, prompt)
-        if not lengths.fit:
-            unfit.append(rejected_row(0, prompt, "prompt too long", str(lengths)))
-        elif section.needs_target and sft_group(context.config, context.tokenizer, prompt) is None:
-            unfit.append(rejected_row(0, prompt, "target too long", f"model.max_len is {context.config.model.max_len}"))
-        else:
-            fit.append(prompt)
-    return fit, unfit
-
-
 def batch_count(items: int, size: int) -> int:
     """Batches of at most `size` that hold `items`. Raises RunError where there is nothing."""
     if items == 0:
@@ -197,3 +179,7 @@ def batch_count(items: int, size: int) -> int:
 def rejected_row(step: int, prompt: Prompt, reason: str, detail: str = "") -> dict[str, object]:
     """One row of `rejected.parquet`."""
     return {"step": step, "prompt_id": prompt.id, "prompt": prompt_text(prompt), "reason": reason, "detail": detail}
+
+
+def _unfit_row(unfit: Unfit) -> dict[str, object]:
+    return rejected_row(0, unfit.prompt, unfit.reason, unfit.detail)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from pipelines.context import Context
-from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from pipelines.method import Method, Rollout, Row, rejected_row
 from plumbline.config.pipelines import Ple
 from plumbline.data.prompting import principle_text
 from plumbline.records import Completion, PolicyRef, Prompt, Sample
@@ -19,7 +19,7 @@ class PleMethod(Method):
     """Online: the newest proved policy answers, at most `max_staleness` versions behind."""
 
     def __init__(self, context: Context, section: Ple) -> None:
-        super().__init__(context, section, "rollouts", PLE_SCHEMA, *fitting(context, section))
+        super().__init__(context, section, "rollouts", PLE_SCHEMA, context.rows.fits[section.name])
         self._ple = section
         self._principle = principle_text(section.principle)
         self.slots = section.max_staleness + 1

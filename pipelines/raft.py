@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from pipelines.context import Context
-from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from pipelines.method import Method, Rollout, Row, rejected_row
 from plumbline.config.pipelines import Raft
 from plumbline.records import PolicyRef, Prompt, Sample
 from plumbline.runs.rollouts import BEST_SCHEMA, best_row, best_sample
@@ -15,7 +15,7 @@ class RaftMethod(Method):
     """The best answer a prompt."""
 
     def __init__(self, context: Context, section: Raft) -> None:
-        super().__init__(context, section, "rollouts", BEST_SCHEMA, *fitting(context, section))
+        super().__init__(context, section, "rollouts", BEST_SCHEMA, context.rows.fits[section.name])
         self._samples = section.samples
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:

@@ -2,30 +2,30 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.scorer import ScorerSpec
 from actors.spawn import ask
+from pipelines.batches import Batches
 from pipelines.context import Context
 from pipelines.loop import train_on
-from pipelines.sft import shuffled_batches
-from plumbline.config.data import Source
 from plumbline.config.pipelines import RewardModel
-from plumbline.data.dataset import read_labelled, read_preferences
+from plumbline.data.dataset import LabelledText
 from plumbline.models.classifier import reward_text
-from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
+from plumbline.records import PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
 from plumbline.runs.disk import write_text
 from plumbline.runs.policies import PROOF, version_directory
 
 
 async def run_reward(context: Context, section: RewardModel) -> Path:
     """Train to the last batch, report held-out accuracy; returns the directory of the model."""
-    train = read_requests(context.config.data.train, section)
-    heldout = read_requests(context.config.data.heldout, section) if context.config.data.heldout else []
+    train, heldout = map(as_requests, context.rows.rewards[section.name])
     if not heldout:  # the last twentieth is kept back
         train, heldout = train[: -max(1, len(train) // 20)], train[-max(1, len(train) // 20) :]
-    batches = shuffled_batches(
-        [reward_sample(context, section, requests, label) for requests, label in train],
+    batches = await asyncio.to_thread(
+        Batches,
+        (reward_sample(context, section, requests, label) for requests, label in train),
         section.learner.batch_size,
         section.epochs,
         context.config.seed,
@@ -46,17 +46,17 @@ async def run_reward(context: Context, section: RewardModel) -> Path:
 Labelled = tuple[list[ScoreRequest], float]
 
 
-def read_requests(source: Source, section: RewardModel) -> list[Labelled]:
-    """One labelled text, or (chosen, rejected) with label 1, once for each rejected one. Raises DataError."""
-    if section.source == "pairs":
-        rows = read_preferences(source.path, **source.reading)
-        return [
-            ([ScoreRequest(messages=p.messages, response=text or "") for text in (p.chosen, rejected)], 1.0)
-            for p in rows
-            for rejected in p.rejected
-        ]
-    labelled = read_labelled(source.path, **source.reading)
-    return [([ScoreRequest(messages=row.messages or (), response=row.text)], row.label) for row in labelled]
+def as_requests(rows: Sequence[LabelledText | Prompt]) -> list[Labelled]:
+    """One labelled text, or (chosen, rejected) with label 1, once for each rejected one."""
+    requests: list[Labelled] = []
+    for row in rows:
+        if isinstance(row, LabelledText):
+            requests.append(([ScoreRequest(messages=row.messages or (), response=row.text)], row.label))
+            continue
+        for rejected in row.rejected:
+            both = (row.chosen or "", rejected)
+            requests.append(([ScoreRequest(messages=row.messages, response=text) for text in both], 1.0))
+    return requests
 
 
 def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRequest], label: float) -> Sample:

@@ -32,16 +32,18 @@ from plumbline.config.file import load_config as read_config
 from plumbline.config.pipelines import Pipeline, RewardModel, Sft
 from plumbline.config.tree import Config
 from plumbline.doctor import Checked, check, check_fits, model_directory, run_tokenizer
-from plumbline.errors import ConfigError, PlumblineError, RunError
+from plumbline.errors import ConfigError, PlumblineError, RunError, UserError
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.start import place
 from plumbline.placement.table import line
 from plumbline.records import PolicyRef, Prompt, public_name
+from plumbline.runs.digests import keep_digests
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.disk import writing
 from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
+from plumbline.runs.rows import heldout_fit
 from plumbline.runs.storage import Storage
 from plumbline.tracking.feed import start_trackers
 
@@ -69,13 +71,19 @@ def run(
     with ExitStack() as ending:
         ending.enter_context(open_run_dir(config, run_dir))
         storage = open_storage(config, run_dir)
+        storage.push(keep_digests(run_dir, checked.digests))
         ending.enter_context(pushed_at_end(storage, run_dir, lambda message: listen({"message": message})))
         trackers = ending.enter_context(start_trackers(config, run_dir, listen))
         events = EventLog(run_dir / "events.jsonl", listen, trackers)
         # The run directory keeps what the user gave: another machine places a resumed run anew.
         placed = checked.placed.plan.config
-        with writing(run_dir):
-            return asyncio.run(within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint)))
+        try:
+            with writing(run_dir):
+                return asyncio.run(
+                    within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint))
+                )
+        except UserError as error:  # exit code 2 would say that nothing was started
+            raise RunError(str(error)) from error
 
 
 def compare(
@@ -105,6 +113,9 @@ def compare(
         if ref is None:
             model_directory(name, "--of")
     checked = check(config, run_dir, check_engine, look, "evaluation")
+    for name in (name for name, ref in named.items() if ref is None):
+        other = of_directory(config, name)
+        heldout_fit(other, run_tokenizer(other), checked.rows.heldout)
     storage = run_storage(config, run_dir)
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
@@ -264,8 +275,7 @@ async def compare_policies(
     heldout: list[Prompt] = []
     result: dict[str, Any] = {}
     for directory, refs in pools.items():
-        model = config.model.model_copy(update={"path": directory, "init": None, "tokenizer": None})
-        other = config.model_copy(update={"model": model})
+        other = of_directory(config, directory)
         placed = place(other, checked.placed.machine, "evaluation")
         check_fits(placed)
         own = replace(checked, tokenizer=run_tokenizer(other), placed=placed)
@@ -281,3 +291,9 @@ async def compare_policies(
         finally:
             await context.close()
     return result
+
+
+def of_directory(config: Config, directory: str) -> Config:
+    """The config with the model of a directory in place of its own."""
+    model = config.model.model_copy(update={"path": str(Path(directory).resolve()), "init": None, "tokenizer": None})
+    return config.model_copy(update={"model": model})

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from actors.spawn import gather
 from pipelines.context import Context
-from pipelines.method import Method, Rollout, Row, fitting, rejected_row
+from pipelines.method import Method, Rollout, Row, rejected_row
 from pipelines.offline import OfflinePairs
 from plumbline.config.pipelines import SelfContrast
 from plumbline.data.prompting import encode_response
@@ -19,7 +19,7 @@ from plumbline.methods.evaluation import data_accuracy
 from plumbline.methods.selection import select_negatives
 from plumbline.records import Generation, PolicyRef, Prompt, Sample, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, prompts_of, values
-from plumbline.runs.preferences import is_parts, read_preference_file, usable_rejected
+from plumbline.runs.preferences import is_parts, usable_rejected
 
 
 class SelfContrastMethod(Method):
@@ -27,13 +27,10 @@ class SelfContrastMethod(Method):
 
     def __init__(self, context: Context, section: SelfContrast) -> None:
         self._contrast = section
-        self._offline = None
-        if section.pairs and is_parts(section.pairs):
-            self._offline = OfflinePairs(context, section.pairs)
-            prompts = (self._offline.prompts, [])
-        else:
-            prompts = fitting(context, section, read_preference_file(section.pairs) if section.pairs else None)
-        super().__init__(context, section, "pairs", PAIR_SCHEMA, *prompts)
+        given = section.pairs if section.pairs and is_parts(section.pairs) else None
+        self._offline = OfflinePairs(context, given, section.negatives) if given else None
+        fit = self._offline.fit if self._offline else context.rows.fits[section.name]
+        super().__init__(context, section, "pairs", PAIR_SCHEMA, fit)
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
         if self._offline:

@@ -1,14 +1,15 @@
 """Supervised fine-tuning on (prompt, target): a pipeline of its own, or the stage that makes π0 before the others."""
 
 import asyncio
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from pipelines.batches import Batches
 from pipelines.context import Context
 from pipelines.loop import train_on
 from plumbline.config.pipelines import Sft
-from plumbline.data.length_filter import sft_group
-from plumbline.records import PolicyRef, Sample
+from plumbline.data.length_filter import AT_ONCE
+from plumbline.data.prompting import encode_responses, render_all
+from plumbline.records import PolicyRef, Sample, TokenGroup
 from plumbline.runs.policies import PROOF, version_directory
 
 
@@ -21,8 +22,10 @@ async def run_sft(
         serves: an adapter's versions are published for generators; else there is one whole model at the end.
         begun: called once it trains, with the directory where the final version will be.
     """
-    samples = sft_samples(context)
-    batches = shuffled_batches(samples, section.learner.batch_size, section.epochs, context.config.seed)
+    batches = await asyncio.to_thread(sft_batches, context, section)
+    if unfit := context.rows.fits[section.name].unfit:
+        first = unfit[0].prompt.row
+        context.events.say(f"{section.name}: {len(unfit)} rows are too long and left out; the first is row {first}")
     spec = context.learner_spec(section, len(batches), serves=serves)
     final = PolicyRef(policy=section.name, version=len(batches))
     directory = version_directory(context.run_dir, final)
@@ -32,17 +35,15 @@ async def run_sft(
     return str(directory)
 
 
-def sft_samples(context: Context) -> list[Sample]:
+def sft_batches(context: Context, section: Sft) -> Batches:
     """(plain prompt, target with EOS) of every prompt within the limits."""
-    groups = (sft_group(context.config, context.tokenizer, prompt) for prompt in context.prompts)
-    return [Sample(group=group) for group in groups if group]
+    prompts = context.rows.fits[section.name].prompts
 
+    def samples() -> Iterator[Sample]:
+        for start in range(0, len(prompts), AT_ONCE):
+            some = prompts[start : start + AT_ONCE]
+            rendered = render_all(context.tokenizer, [(prompt.messages, None) for prompt in some])
+            targets = encode_responses(context.tokenizer, [prompt.target or "" for prompt in some])
+            yield from (Sample(group=TokenGroup(ids, [own])) for ids, own in zip(rendered, targets, strict=True))
 
-def shuffled_batches(samples: list[Sample], size: int, epochs: int, seed: int) -> list[list[Sample]]:
-    """Every sample once an epoch, in an order of its own each epoch."""
-    batches = []
-    for epoch in range(epochs):
-        order = list(samples)
-        random.Random(f"{seed}-{epoch}").shuffle(order)
-        batches += [order[i : i + size] for i in range(0, len(order), size)]
-    return batches
+    return Batches(samples(), section.learner.batch_size, section.epochs, context.config.seed)

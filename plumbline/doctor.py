@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
 from plumbline.config.demand import demand, named
-from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, Sft
+from plumbline.config.pipelines import Dlma, Preference, RewardModel
 from plumbline.config.tree import Config
-from plumbline.data.length_filter import check_targets, section_lengths, sft_group
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.importing import PACKAGES
 from plumbline.placement.machine import Machine, this_machine
@@ -24,9 +25,10 @@ from plumbline.placement.roles import Part
 from plumbline.placement.sight import check_place, check_seen
 from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
-from plumbline.records import Prompt
+from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.policies import model_path
+from plumbline.runs.rows import Read, Rows, fit_rows, read_rows
 from plumbline.tracking.feed import check_tracking
 
 if TYPE_CHECKING:
@@ -55,11 +57,13 @@ class Checked:
     """What `check` found out about a run, for those who carry it out.
 
     Attributes:
-        prompts: the training prompts; none where only reward models are trained.
+        rows: what the pipelines are given.
+        digests: of all rows (`plumbline.runs.digests`), by which a later start knows them.
         placed: where each process goes; its plan has the config that they are started by.
     """
 
-    prompts: list[Prompt]
+    rows: Rows
+    digests: pa.Table
     tokenizer: "PreTrainedTokenizerBase"
     placed: Placed
 
@@ -83,7 +87,10 @@ def check(
     check_storage(config, run_dir)
     check_place(config, run_dir)
     check_tracking(config.tracking)
-    rows = _read(config)
+    read = read_rows(config)
+    digests = digests_of(config, read)
+    if part == "run":
+        check_digests(run_dir, digests)
     _, tokenizer = _model(config)
     _rewards(config)
     machine = look()
@@ -92,9 +99,10 @@ def check(
     check_fits(placed)
     if part == "run":
         check_seen(placed, run_dir)
-    _room(config, rows, tokenizer)
+    rows = fit_rows(config, tokenizer, read)
+    _check_parts(config, read)
     _engine(placed, engine)
-    return Checked(prompts=rows.prompts, tokenizer=tokenizer, placed=placed)
+    return Checked(rows=rows, digests=digests, tokenizer=tokenizer, placed=placed)
 
 
 def examine(
@@ -110,7 +118,7 @@ def examine(
         ("versions", _versions),
         ("model", lambda: _model(config)[0]),
         ("reward", lambda: _rewards(config)),
-        ("data", lambda: _data(config)),
+        ("data", lambda: _data(config, run_dir)),
         ("devices", lambda: _devices(config, machine, run_device(config, machine))),
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
@@ -162,10 +170,6 @@ def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
 
     check_policies(config)
     return note, run_tokenizer(config)
-
-
-def _needs_prompts(config: Config) -> bool:
-    return not all(isinstance(p, RewardModel) for p in config.pipelines)
 
 
 def _rewards(config: Config) -> str:
@@ -225,97 +229,29 @@ def _classifier(key: str, path: str) -> str:
     return note
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """What the data hold: numbers of rows by source, and prompts where a pipeline reads prompts."""
-
-    counts: dict[str, int]
-    prompts: list[Prompt]
-    heldout: list[Prompt]
-
-
-def _read(config: Config) -> _Rows:
-    """Every row, by every reader that a pipeline will read it with. Raises DataError."""
-    from plumbline.data.dataset import read_labelled, read_preferences, read_prompts
-
-    readers: list[Callable[..., list]] = [read_prompts] if _needs_prompts(config) else []
-    for section in config.pipelines:
-        if isinstance(section, RewardModel):
-            readers.append(read_labelled if section.source == "labelled" else read_preferences)
-    reads_pairs = any(isinstance(p, RewardModel) and p.reads == "pair" for p in config.pipelines)
-    counts: dict[str, int] = {}
-    prompts: dict[str, list[Prompt]] = {"train": [], "heldout": []}
-    for name, source in (("train", config.data.train), ("heldout", config.data.heldout)):
-        for read in dict.fromkeys(readers) if source else ():
-            assert source is not None
-            rows = read(source.path, **source.reading)
-            if read is read_labelled and reads_pairs and any(row.messages is None for row in rows):
-                raise DataError(
-                    f"{source.path}: a row has no `prompt`; a reward model of `reads: pair` needs one in each"
-                )
-            counts[name] = len(rows)
-            if read is read_prompts:
-                prompts[name] = rows
-    return _Rows(counts=counts, prompts=prompts["train"], heldout=prompts["heldout"])
+def _data(config: Config, run_dir: Path) -> str:
+    read = read_rows(config)
+    check_digests(run_dir, digests_of(config, read))
+    fit_rows(config, run_tokenizer(config), read)
+    _check_parts(config, read)
+    return read.counts()
 
 
-def _data(config: Config) -> str:
-    rows = _read(config)
-    if _needs_prompts(config):
-        _room(config, rows, run_tokenizer(config))
-    return ", ".join(f"{name}: {count} rows" for name, count in rows.counts.items())
-
-
-def _room(config: Config, rows: _Rows, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Every pipeline must find a row that it can use. Raises DataError; ConfigError for an unknown principle."""
-    for section in config.methods:
-        for source, prompts in ((config.data.train, rows.prompts), (config.data.heldout, rows.heldout)):
-            if source and not any(section_lengths(config, tokenizer, section, p).fit for p in prompts):
-                raise DataError(
-                    f"{source.path}: all {len(prompts)} prompts are too long for {section.name}; the first has "
-                    f"{section_lengths(config, tokenizer, section, prompts[0])}: raise data.max_prompt_tokens, and "
-                    "model.max_len above generation.max_tokens"
-                )
-        _answers(config, tokenizer, section, rows.prompts)
-    if config.sft or any(isinstance(p, Sft) for p in config.pipelines):
-        check_targets(config, rows.prompts)
-        if not any(sft_group(config, tokenizer, p) for p in rows.prompts):
-            raise DataError(
-                f"{config.data.train.path}: all {len(rows.prompts)} prompts are too long for sft; raise "
-                "data.max_prompt_tokens and model.max_len"
-            )
-
-
-def _answers(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", section: MethodSection, prompts: list[Prompt]
-) -> None:
-    """The targets or given pairs that a pipeline learns from. Raises DataError."""
-    if isinstance(section, Preference) and section.pairs is not None:
-        _check_pairs(config, section)
-    elif section.needs_target:
-        check_targets(config, prompts, section.name)
-        if not any(sft_group(config, tokenizer, p) for p in prompts):
-            raise DataError(
-                f"{config.data.train.path}: all {len(prompts)} targets are too long for {section.name}; raise "
-                "model.max_len"
-            )
-
-
-def _check_pairs(config: Config, section: Preference) -> None:
-    """Pairs from elsewhere: parts of this very model, or a preference file. Raises DataError."""
+def _check_parts(config: Config, read: Read) -> None:
+    """Pairs that another run made are this very model's. Raises DataError."""
     from plumbline.models.logp_cache import model_fingerprint
-    from plumbline.runs.preferences import check_model, is_parts, read_parts, read_preference_file
+    from plumbline.runs.preferences import check_model
 
-    source = section.pairs
-    assert source is not None
-    if not isinstance(section, Dlma) and not is_parts(source):
-        read_preference_file(source)
-        return
-    rows = read_parts(source)  # dlma trains on parts alone: it needs their margins
-    if isinstance(section, Dlma) and any(row["margin"] is None for row in rows):
-        raise DataError(f"{source.path}: pairs without a margin, which dlma needs; name a `pairs/dlma` of another run")
-    if config.sft is None and config.model.path is not None:
-        check_model(source, rows, model_fingerprint(config.model.path, config.reference_quantize))
+    for section in config.methods:
+        if section.name not in read.parts:
+            continue
+        assert isinstance(section, Preference) and section.pairs is not None
+        table, path = read.parts[section.name], section.pairs.path
+        if isinstance(section, Dlma) and table.column("margin").null_count:
+            raise DataError(f"{path}: pairs without a margin, which dlma needs; name a `pairs/dlma` of another run")
+        if config.sft is None and config.model.path is not None:
+            models = table.column("model").unique().to_pylist()
+            check_model(section.pairs, models, model_fingerprint(config.model.path, config.reference_quantize))
 
 
 def _devices(config: Config, machine: Machine, device: Device) -> str:

@@ -23,7 +23,8 @@ class Message:
 class Prompt:
     """One row of a dataset: a conversation that ends with a user's turn, and what is known of its answers.
 
-    Example: ``Prompt(id="7", messages=(Message(role="user", content="Hi"),), target="Hello.")``
+    `row` is its number in the file, by which messages name it. Example:
+    ``Prompt(id="7", messages=(Message(role="user", content="Hi"),), target="Hello.")``
     """
 
     id: str
@@ -32,6 +33,7 @@ class Prompt:
     chosen: str | None = None
     rejected: tuple[str, ...] = ()
     extra: Mapping[str, object] = field(default_factory=dict)
+    row: int = field(default=0, compare=False)
 
     @property
     def query(self) -> str:

@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
 
-from plumbline.config.section import not_finite
+from plumbline.config.section import out_of_reach
 from plumbline.config.serving import Limits
 from serve.errors import ApiError
 
@@ -63,7 +64,7 @@ def parse(kind: Kind, body: bytes, limits: Limits) -> tuple[str, dict[str, Any]]
     if not isinstance(fields, dict):
         raise ApiError(400, "The JSON body of your request should be an object.")
     fields = {key: value for key, value in fields.items() if value is not None and key not in IGNORED}
-    for place, number in not_finite(fields):
+    for place, number in out_of_reach(fields, sys.float_info.max):
         raise ApiError(400, f"`{place}` is {number}; it should be a finite number.", param=place.partition(".")[0])
     for key in [key for key in fields if key in NEUTRAL]:
         if fields.pop(key) not in NEUTRAL[key]:

@@ -5,6 +5,7 @@ be right. Local paths are taken from the working directory and kept absolute, so
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from plumbline.config.section import not_finite
+from plumbline.config.section import LARGEST, out_of_reach
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 
@@ -41,7 +42,7 @@ def parse_text(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
     """Check the YAML of a config; `origin` is what messages call it. Raises ConfigError."""
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter two of dates, numbers and depths
         raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin}: a config is a mapping of keys, this is {type(tree).__name__}")
@@ -52,8 +53,10 @@ def parse_text(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     """Check a tree that is already in memory; `origin` is what messages call it. Raises ConfigError."""
-    for key, number in not_finite(tree):  # sections have bounds, but not all that they hold is theirs to know
-        raise ConfigError(f"{origin}: {key}: should be a finite number, got {number}")
+    for key, number in out_of_reach(tree):  # sections have bounds, but not all that they hold is theirs to know
+        finite = isinstance(number, int) or math.isfinite(number)
+        should = f"a number within ±{LARGEST}" if finite else "a finite number"
+        raise ConfigError(f"{origin}: {key}: should be {should}, got {number!s:.30}")
     try:
         return Config.model_validate(_change_paths(tree, _absolute))
     except ValidationError as error:
@@ -85,7 +88,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     place: Any = _index(node, last, override) if isinstance(node, list) else last
     try:
         node[place] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {override}: {value!r} is no YAML value; quote text that holds : [ {{ or #") from None
 
 

@@ -91,6 +91,7 @@ class Fleet(Section):
     sync_tolerance: float | None = Field(
         default=None,
         gt=0,
+        le=1,
         description="nats a probe token may differ; default: by dtype, under `learner.quantize` that of bfloat16",
     )
 

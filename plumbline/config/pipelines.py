@@ -105,7 +105,7 @@ class Frozen(MethodBase):
 class Preference(Frozen):
     """What the methods have that end in DPO."""
 
-    beta: float = Field(default=0.1, gt=0, description="DPO's β: how far the policy may go from π0")
+    beta: float = Field(default=0.1, gt=0, le=1000, description="DPO's β: how far the policy may go from π0")
     pairs: Source | None = Field(
         default=None, description="train on these instead: a directory of parts that another run made"
     )

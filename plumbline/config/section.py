@@ -1,6 +1,5 @@
 """What every section of a config is made of. Used by `plumbline.config.tree` and `plumbline.config.fleet`."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -89,13 +88,17 @@ AutoElastic = Annotated[
 ]
 
 
-def not_finite(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """NaN and infinite numbers in a tree of mappings and lists, with their places: `fleet.generator.gpus`."""
-    if isinstance(node, float) and not math.isfinite(node):
+LARGEST = 2**53
+"""Of a number in a config: beyond it not every integer is a float of its own, and none is meant."""
+
+
+def out_of_reach(node: Any, largest: float = LARGEST, key: str = "") -> Iterator[tuple[str, float]]:
+    """NaN and numbers beyond `largest` in a tree of mappings and lists, with their places: `fleet.generator.gpus`."""
+    if isinstance(node, int | float) and not abs(node) <= largest:
         yield key, node
     elif isinstance(node, Mapping | list):
         for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
-            yield from not_finite(value, f"{key}.{name}" if key else str(name))
+            yield from out_of_reach(value, largest, f"{key}.{name}" if key else str(name))
 
 
 def bounds(count: int | tuple[int, int]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from plumbline.config.data import Data, Model, Reward
+from plumbline.config.effects import check_effects
 from plumbline.config.fleet import Embedder, Fleet
 from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Preference, Sft
@@ -92,6 +93,7 @@ class Config(Section):
                 raise ValueError(
                     f"a `{one.type}` pipeline needs `embedder` (a sentence-transformers model), or `filter: false`"
                 )
+        check_effects(self)
         return self
 
     @property

@@ -7,18 +7,20 @@ file, the row, the key, and what would be right. Reading the files themselves is
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NoReturn, Unpack
+from typing import Literal, NoReturn, TypeGuard, Unpack
 
 from plumbline.config.reading import Reading
-from plumbline.data.readers import RawRow, read_rows
+from plumbline.data.readers import Place, PlacedRow, read_rows
 from plumbline.errors import DataError
 from plumbline.records import Message, Prompt
 
 PROMPT_KEYS = ("id", "prompt", "messages", "target", "chosen", "rejected")
 LABELLED_KEYS = ("text", "label", "prompt", "messages")
 ROLES = ("system", "user", "assistant")
+Target = Literal["unread", "read", "needed"]
+"""What is asked of the targets: nothing, to be text or nothing (null or blank), or to be text in every row."""
 
 
 # What other datasets call ours: the remedy named when no column's spelling is close to our name.
@@ -38,18 +40,20 @@ class LabelledText:
     text: str
     label: float
     messages: tuple[Message, ...] | None = None
+    row: int = field(default=0, compare=False)
 
 
-def read_prompts(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
+def read_prompts(path: str, *, target: Target = "unread", **reading: Unpack[Reading]) -> list[Prompt]:
     """Prompts of a file or dataset: a row has `prompt` (text), or `messages` ({role, content}, a user's turn last).
 
     Columns that are not ours and that `columns` does not name go to `Prompt.extra`, where JSON has a scalar for them.
-    `id` defaults to the row's number from 1; any scalar id becomes text.
+    `id` defaults to the row's number from 1; any scalar id becomes text. Answers that nobody reads are not checked:
+    they are there where they are text.
 
     Raises:
         DataError: one line naming the file, the row, the key, what is wrong and what would be right.
     """
-    return _prompts(path, reading)
+    return [prompt for _, prompt in _prompts(path, reading, target)]
 
 
 def read_preferences(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
@@ -58,7 +62,10 @@ def read_preferences(path: str, **reading: Unpack[Reading]) -> list[Prompt]:
     Raises:
         DataError: as `read_prompts`; a row without one of the two.
     """
-    return _prompts(path, reading, needed=("chosen", "rejected"))
+    return [
+        replace(prompt, chosen=row.required_text("chosen"), rejected=row.texts("rejected"))
+        for row, prompt in _prompts(path, reading, "unread")
+    ]
 
 
 def read_labelled(path: str, **reading: Unpack[Reading]) -> list[LabelledText]:
@@ -72,6 +79,7 @@ def read_labelled(path: str, **reading: Unpack[Reading]) -> list[LabelledText]:
             text=row.required_text("text"),
             label=row.label(),
             messages=row.conversation() if row.has("prompt") or row.has("messages") else None,
+            row=row.place.number,
         )
         for row in _rows(path, LABELLED_KEYS, reading)
     ]
@@ -96,14 +104,13 @@ def summarize(prompts: Sequence[Prompt]) -> dict[str, int | float]:
 class _Row:
     """One raw row, and how to name it in an error. `columns` is our name -> the file's, mapped ones only."""
 
-    path: str
-    number: int
+    place: Place
     values: Mapping[str, object]
     columns: Mapping[str, str]
     keys: Sequence[str]
 
     def fail(self, key: str, problem: str) -> NoReturn:
-        raise DataError(f"{self.path}, row {self.number}, {self.columns.get(key, key)}: {problem}")
+        raise DataError(f"{self.place}, {self.columns.get(key, key)}: {problem}")
 
     def get(self, key: str) -> object:
         """The value of one of our keys; None where it is absent, null or not a number."""
@@ -114,24 +121,33 @@ class _Row:
         return self.get(key) is not None
 
     def text(self, key: str) -> str | None:
+        """The text of a column that may be empty: null and blank are alike."""
         value = self.get(key)
-        return None if value is None else self.checked(key, value)
+        return None if value is None or (isinstance(value, str) and not value.strip()) else self.checked(key, value)
+
+    def unread(self, key: str) -> str | None:
+        """The text of a column that nobody reads, if it is any."""
+        value = self.get(key)
+        return value if _is_text(value) else None
+
+    def unread_texts(self, key: str) -> tuple[str, ...]:
+        """As `unread`, of a column that may have a list."""
+        value = self.get(key)
+        return tuple(one for one in (value if isinstance(value, list) else [value]) if _is_text(one))
 
     def required_text(self, key: str) -> str:
         if not self.has(key):
             self.missing(key, f"`{key}`")
         return self.checked(key, self.get(key))
 
-    def texts(self, key: str, *, needed: bool) -> tuple[str, ...]:
-        """One text, or each of a list of them; none where the key is absent and not `needed`."""
+    def texts(self, key: str) -> tuple[str, ...]:
+        """One text, or each of a list of them."""
         value = self.get(key)
         if isinstance(value, list):
             if not value:
                 self.fail(key, "is an empty list; write at least one text, or remove the row")
             return tuple(self.checked(key, one, f"text {n} ") for n, one in enumerate(value, start=1))
-        if needed:
-            return (self.required_text(key),)
-        return () if value is None else (self.checked(key, value),)
+        return (self.required_text(key),)
 
     def checked(self, key: str, value: object, what: str = "") -> str:
         """`value` if it is text that can be tokenised; `what` names the part of the column that it is."""
@@ -140,7 +156,7 @@ class _Row:
             hint = "; several turns go under `messages`" if key == "prompt" and isinstance(value, list) else ""
             self.fail(key, f"{what}is {_article(kind)}, not text; write it as a string{hint}")
         if not value.strip():
-            self.fail(key, f"{what}is blank; write text, or remove {'the row' if key in _NEEDED else 'the key'}")
+            self.fail(key, f"{what}is blank; write text, or remove the row")
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -150,7 +166,7 @@ class _Row:
     def identity(self) -> str:
         value = self.get("id")
         if value is None:
-            return str(self.number)
+            return str(self.place.number)
         if not isinstance(value, str | int | float):
             self.fail("id", f"is {_article(type(value).__name__)}; it should be text or a number")
         if not str(value).strip():
@@ -225,10 +241,7 @@ class _Row:
         near = _nearest(key, self.values) if key == name else next(iter(_close(name, self.values)), None)
         remedy = f"name the column that holds it, as in `columns: {{{key}: {near or '...'}}}`"
         what = wanted if key == name else repr(name)
-        raise DataError(f"{self.path}, row {self.number}: no {what}; it has {has}: {remedy}")
-
-
-_NEEDED = ("prompt", "messages", "text")
+        raise DataError(f"{self.place}: no {what}; it has {has}: {remedy}")
 
 
 def _nearest(key: str, names: Mapping[str, object] | Sequence[str]) -> str | None:
@@ -242,23 +255,25 @@ def _close(key: str, names: Mapping[str, object] | Sequence[str]) -> list[str]:
     return [lower[found] for found in difflib.get_close_matches(key.lower(), lower, n=1)]
 
 
-def _prompts(path: str, reading: Reading, needed: Sequence[str] = ()) -> list[Prompt]:
-    prompts: list[Prompt] = []
-    row_of: dict[str, int] = {}
+def _prompts(path: str, reading: Reading, target: Target) -> Iterator[tuple[_Row, Prompt]]:
+    place_of: dict[str, Place] = {}
+    targets = {"unread": lambda row: row.unread("target"), "read": lambda row: row.text("target")}
+    read_target = targets.get(target, lambda row: row.required_text("target"))
     for row in _rows(path, PROMPT_KEYS, reading):
-        answers = {key: row.required_text(key) if key in needed else row.text(key) for key in ("target", "chosen")}
         prompt = Prompt(
             id=row.identity(),
             messages=row.conversation(),
-            rejected=row.texts("rejected", needed="rejected" in needed),
+            target=read_target(row),
+            chosen=row.unread("chosen"),
+            rejected=row.unread_texts("rejected"),
             extra=row.extra(),
-            **answers,
+            row=row.place.number,
         )
-        if prompt.id in row_of:
-            row.fail("id", f"{prompt.id!r} is row {row_of[prompt.id]}'s already; give every row an id of its own")
-        row_of[prompt.id] = row.number
-        prompts.append(prompt)
-    return prompts
+        if first := place_of.get(prompt.id):
+            where = f"row {first.row}" if first.file == row.place.file else str(first)
+            row.fail("id", f"{prompt.id!r} is {where}'s already; give every row an id of its own")
+        place_of[prompt.id] = row.place
+        yield row, prompt
 
 
 def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
@@ -274,11 +289,11 @@ def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
     unseen = dict(mapped)
     seen: dict[str, object] = {}
     rows = read_rows(path, split=reading.get("split", "train"), limit=None if where else limit)
-    for number, values in islice(_matching(path, rows, where), limit) if where else rows:
+    for place, values in islice(_matching(path, rows, where), limit) if where else rows:
         unseen = {ours: name for ours, name in unseen.items() if name not in values}
         if unseen:
             seen.update(values)
-        yield _Row(path, number, values, mapped, keys)
+        yield _Row(place, values, mapped, keys)
     for ours, name in unseen.items():
         near = _close(name, seen)
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -287,25 +302,33 @@ def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
         )
 
 
-def _matching(path: str, rows: Iterable[RawRow], where: Mapping[str, object]) -> Iterator[RawRow]:
+def _matching(path: str, rows: Iterable[PlacedRow], where: Mapping[str, object]) -> Iterator[PlacedRow]:
     """The rows that have the values of `where`. Raises DataError where there is none, with what was there instead."""
     found = False
     seen: dict[str, dict[str, None]] = {name: {} for name in where}
-    for number, values in rows:
+    for place, values in rows:
         for name in where:
             if name not in values:
                 near = next(iter(_close(name, values)), None)
                 hint = f"; did you mean {near!r}?" if near else ""
-                raise DataError(f"{path}, row {number}: no {name!r}, which `where` asks for{hint}")
+                raise DataError(f"{place}: no {name!r}, which `where` asks for{hint}")
         if all(values[name] == value for name, value in where.items()):
             found = True
-            yield number, values
+            yield place, values
         elif not found:
             for name in where:
                 seen[name].setdefault(f"{values[name]!r:.40}")
     if not found:
         were = "; ".join(f"{name} is {', '.join([*values][:5])}" for name, values in seen.items())
         raise DataError(f"{path}: no row has {dict(where)}, as `where` asks for: {were}")
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is text that can be tokenised."""
+    try:
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_json_scalar(value: object) -> bool:

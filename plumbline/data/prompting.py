@@ -127,7 +127,7 @@ def render(
     Raises:
         ModelError: the chat template refuses the conversation.
     """
-    text = _render_text(tokenizer, place_principle(tokenizer, messages, principle))
+    text = render_text(tokenizer, messages, principle)
     # a template writes the special tokens that it wants itself
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids + tokenizer.encode(response_prefix, add_special_tokens=False) if response_prefix else ids
@@ -143,8 +143,13 @@ def render_all(
     Raises:
         ModelError: the chat template refuses one of them.
     """
-    texts = [_render_text(tokenizer, place_principle(tokenizer, messages, principle)) for messages, principle in asked]
+    texts = [render_text(tokenizer, messages, principle) for messages, principle in asked]
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
+
+
+def render_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], principle: str | None) -> str:
+    """What `render` tokenises. Raises ModelError: the chat template refuses the conversation."""
+    return _render_text(tokenizer, place_principle(tokenizer, messages, principle))
 
 
 def steerings(section: MethodSection) -> list[str]:
@@ -203,6 +208,12 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str, *, ended: b
     """
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return [*ids, _eos(tokenizer)] if ended else ids
+
+
+def encode_responses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """`encode_response` of texts that ended, in one call of the tokenizer."""
+    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    return [[*one, _eos(tokenizer)] for one in ids]
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], stop: Sequence[str] = ()) -> str:

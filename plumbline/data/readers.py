@@ -6,9 +6,11 @@ Every way in which a file itself can be wrong (missing, damaged, another encodin
 import csv
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -20,11 +22,26 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 RawRow = tuple[int, Mapping[str, object]]
 
 
-def read_rows(path: str, *, split: str = "train", limit: int | None = None) -> Iterator[RawRow]:
-    """Rows of a .jsonl, .jsonl.gz, .parquet or .csv file, or of a Hugging Face dataset by directory or name.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a row is: in which file, in which row (a JSON Lines row's is its line), and which it is of all files'."""
 
-    Yields (row number from 1, columns), streaming; a JSON Lines row's number is its line's. A CSV's empty cells are
-    None. Stops after `limit` rows. `split` is for Hugging Face datasets.
+    file: str
+    row: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+PlacedRow = tuple[Place, Mapping[str, object]]
+
+
+def read_rows(path: str, *, split: str = "train", limit: int | None = None) -> Iterator[PlacedRow]:
+    """Rows of a .jsonl, .jsonl.gz, .parquet or .csv file, of a directory of such, or of a Hugging Face dataset.
+
+    Yields (place, columns), streaming. A CSV's empty cells are None. Stops after `limit` rows. `split` is for
+    directories, where the files' names say it as Hugging Face has it, and for datasets.
 
     Raises:
         DataError: naming the file, the row where there is one, what is wrong and what would be right.
@@ -37,12 +54,55 @@ def read_rows(path: str, *, split: str = "train", limit: int | None = None) -> I
     yield from rows
 
 
-def _open(path: str, split: str) -> Iterator[RawRow]:
+def _open(path: str, split: str) -> Iterator[PlacedRow]:
+    """The rows of all files of `path`, one file after the other."""
+    before = 0
+    for file, rows in _sources(path, split):
+        number = 0
+        for number, values in rows:
+            yield Place(file=file, row=number, number=before + number), values
+        before += number
+
+
+def _sources(path: str, split: str) -> Iterator[tuple[str, Iterator[RawRow]]]:
+    """Each file with its rows. A directory's files are read as they stand: a schema that the first of them set would
+    refuse a later one, for a column that is empty in one and text in the other."""
     if "://" in path:
         raise DataError(f"{path}: data is not read from an address; copy it to a disk that this run sees")
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        yield path, _file(path, split)
+    elif any((directory / name).exists() for name in _SAVED):
+        yield path, _dataset(path, directory, split)
+    elif files := _data_files(path, directory, split):
+        yield from ((file, _file(file, split)) for file in files)
+    else:
+        yield path, _dataset(path, directory, split)
+
+
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+def _data_files(path: str, directory: Path, split: str) -> list[str]:
+    """The files of a split, as Hugging Face finds them; none where one is of another kind than ours.
+
+    Raises:
+        DataError: there are data files, and none of this split.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(str(directory)).config.data_files or {}
+    except Exception:  # of many kinds: loading it as a dataset says which
+        return []
+    files = [str(file) for file in found.get(split, [])]
+    if found and not files:
+        raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(str, found))}: set `split`")
+    return files if all(file.lower().endswith(SUFFIXES) for file in files) else []
+
+
+def _file(path: str, split: str) -> Iterator[RawRow]:
     file = Path(path).expanduser()
-    if file.is_dir():
-        return _dataset(path, file, split)
     known = next((suffix for suffix in reversed(SUFFIXES) if path.lower().endswith(suffix)), None)
     if not file.exists():
         if known or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -87,8 +147,10 @@ def _json_rows(path: str, stream: IO[bytes] | gzip.GzipFile) -> Iterator[RawRow]
 
 
 def _csv(path: str, file: Path) -> Iterator[RawRow]:
+    csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB, which a text may well have
     with _opened(path, file) as stream:
         reader = csv.reader((line for _, line in _text_lines(path, stream, unit="line")), strict=True)
+        begun = 1
         try:
             header = next(reader, [])
             if repeated := {name for name in header if header.count(name) > 1}:
@@ -99,11 +161,18 @@ def _csv(path: str, file: Path) -> Iterator[RawRow]:
                         f"{path}, row {number}: {len(cells)} cells where the header has {len(header)}; "
                         'put text that holds commas or line breaks between double quotes (")'
                     )
+                begun = reader.line_num + 1
                 yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
-            raise DataError(
-                f"{path}, line {reader.line_num}: broken CSV ({error}); quote its texts, or write them as .jsonl"
-            ) from error
+            raise DataError(f"{path}, line {begun}: broken CSV ({error}); {_csv_remedy(str(error))}") from error
+
+
+def _csv_remedy(problem: str) -> str:
+    if "unexpected end" in problem:
+        return 'the text that begins there has no closing quote ("); close it, or write the rows as .jsonl'
+    if "new-line character" in problem:
+        return "its lines end in \\r alone; save it with \\n"
+    return 'put its texts between double quotes, a quote in a text as two (""), or write the rows as .jsonl'
 
 
 def _parquet(path: str, file: Path) -> Iterator[RawRow]:
@@ -128,7 +197,7 @@ def _dataset(path: str, directory: Path | None, split: str) -> Iterator[RawRow]:
     import datasets
 
     datasets.disable_progress_bars()  # an error is to be the only line on stderr
-    saved = directory is not None and any((directory / f).exists() for f in ("state.json", "dataset_dict.json"))
+    saved = directory is not None and any((directory / name).exists() for name in _SAVED)
     try:
         if saved:
             table = datasets.load_from_disk(str(directory))

@@ -39,9 +39,7 @@ def reward_text(
     """
     kept = slice(max_len)
     if reads == "conversation":
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        turns.append({"role": "assistant", "content": response})
-        found = dict(tokenizer.apply_chat_template(turns, tokenize=True))
+        found = dict(tokenizer.apply_chat_template(_turns(messages, response), tokenize=True))
         kept = slice(-max_len, None)
     else:
         texts = (messages[-1].content, response) if reads == "pair" else (response,)
@@ -53,6 +51,16 @@ def reward_text(
         beside={name: values[kept] for name, values in found.items() if len(values) == len(ids)},
         cut=len(ids) > max_len,
     )
+
+
+def conversation_text(tokenizer: Any, messages: Sequence[Message], response: str) -> str:
+    """What is tokenised of a conversation. Raises whatever the chat template does that refuses it."""
+    return tokenizer.apply_chat_template(_turns(messages, response), tokenize=False)
+
+
+def _turns(messages: Sequence[Message], response: str) -> list[dict[str, str]]:
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    return [*turns, {"role": "assistant", "content": response}]
 
 
 def classifier_logits(model: Any, texts: Sequence[Sequence[int]], beside: Beside = ()) -> "Float[Tensor, 'n labels']":

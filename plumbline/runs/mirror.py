@@ -22,7 +22,7 @@ from plumbline.runs.promotions import LEDGER, spared
 from plumbline.runs.storage import Storage, redacted
 
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
-_RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html")
+_RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html|rows\.parquet")
 _PART = re.compile(r"(?:rollouts|pairs)/[^/]+/step-\d+\.parquet")
 _REJECTED = re.compile(r"(?:rollouts|pairs)/[^/]+/rejected\.parquet")
 

@@ -76,7 +76,7 @@ class Parts:
         path = self.path(step)
         if self._files.get_file_info(path).type != fs.FileType.NotFound:
             raise FileExistsError(f"{path}: step {step} is committed already")
-        _write_aside(self._files, path, table)
+        write_aside(self._files, path, table)
 
     def steps(self) -> list[int]:
         """The committed steps, ascending; temporaries and other files are not counted."""
@@ -89,7 +89,11 @@ class Parts:
         Raises:
             DataError: the step is not there, or its file is damaged.
         """
-        return _read(self._files, self.path(step), "remove it, and the step is drawn again on resume")
+        return self.read_table(step).to_pylist()
+
+    def read_table(self, step: int) -> pa.Table:
+        """The same as Arrow has it."""
+        return read_file(self._files, self.path(step), "remove it, and the step is drawn again on resume")
 
     def read_all(self) -> list[Row]:
         """Rows of every committed step, in the order of steps."""
@@ -116,7 +120,9 @@ class Rejected:
             _remove_stale(self._files, directory, re.escape(name))
         self._adding = threading.Lock()  # steps that are committed at the same time share the one file
         exists = self._files.get_file_info(self._path).type != fs.FileType.NotFound
-        self._rows = _read(self._files, self._path, "remove it to forget the rejections") if exists else []
+        self._rows = (
+            read_file(self._files, self._path, "remove it to forget the rejections").to_pylist() if exists else []
+        )
         self._by_step = Counter(row["step"] for row in self._rows)
 
     def add(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
@@ -151,7 +157,7 @@ class Rejected:
 
     def _rewrite(self, rows: list[Row]) -> None:
         assert not self._read_only, "opened to read"
-        _write_aside(self._files, self._path, _table(rows, REJECTED_SCHEMA))
+        write_aside(self._files, self._path, _table(rows, REJECTED_SCHEMA))
         self._rows = rows  # after the write, so that a failed one leaves memory and file agreeing
         self._by_step = Counter(row["step"] for row in rows)
 
@@ -190,7 +196,7 @@ def _table(rows: Sequence[Mapping[str, object]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
 
 
-def _write_aside(files: fs.FileSystem, path: str, table: pa.Table) -> None:
+def write_aside(files: fs.FileSystem, path: str, table: pa.Table) -> None:
     """Write a temporary beside `path`, then move it there: a rename on a disk, an atomic copy on object storage."""
     directory, _, name = path.rpartition("/")
     aside = f"{directory}/.{name}.tmp-{uuid.uuid4().hex}"
@@ -216,10 +222,11 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-def _read(files: fs.FileSystem, path: str, remedy: str) -> list[Row]:
+def read_file(files: fs.FileSystem, path: str, remedy: str) -> pa.Table:
+    """A Parquet file. Raises DataError, which names the `remedy`, where it is damaged."""
     try:
         with files.open_input_file(path) as source:
-            return pq.ParquetFile(source).read().to_pylist()
+            return pq.ParquetFile(source).read()
     except FileNotFoundError:
         raise DataError(f"{path}: no such part") from None
     except (pa.ArrowInvalid, OSError) as error:

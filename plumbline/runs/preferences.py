@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from plumbline.config.data import Source
 from plumbline.data.dataset import read_preferences
 from plumbline.data.prompting import encode_response, render
-from plumbline.errors import DataError
+from plumbline.errors import ConfigError, DataError
 from plumbline.records import Message, Prompt, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, pair_samples
 from plumbline.runs.parts import Parts
@@ -22,22 +24,39 @@ def is_parts(source: Source) -> bool:
     return any(Path(source.path).glob("step-*.parquet")) or (Path(source.path) / "rejected.parquet").exists()
 
 
-def read_parts(source: Source) -> Sequence[Mapping[str, Any]]:
-    """Rows of another run's pairs, in the order of its steps. Raises DataError where there are none."""
-    rows = Parts(source.path, read_only=True).read_all() if Path(source.path).is_dir() else []
-    if not rows:
+def read_table(source: Source) -> pa.Table:
+    """Another run's pairs, in the order of its steps, in the columns of `PAIR_SCHEMA`.
+
+    Raises:
+        DataError: there are none, or a part is damaged or holds something else.
+        ConfigError: `source` picks rows, and parts are taken whole.
+    """
+    if source != Source(path=source.path):
+        raise ConfigError(
+            f"{source.path}: `columns`, `where`, `split` and `limit` pick rows of a file, and these are parts, which "
+            "are taken whole; leave them out"
+        )
+    parts = Parts(source.path, read_only=True)
+    tables = []
+    for step in parts.steps() if Path(source.path).is_dir() else []:
+        table, name = parts.read_table(step), Path(parts.path(step)).name
+        if missing := set(PAIR_SCHEMA.names) - set(table.column_names):
+            raise DataError(f"{source.path}: {name} is without {sorted(missing)[0]}: these are no preference pairs")
+        try:
+            tables.append(table.select(PAIR_SCHEMA.names).cast(PAIR_SCHEMA))
+        except pa.ArrowException as error:
+            raise DataError(f"{source.path}: {name}: these are no preference pairs ({error})") from error
+    if not any(table.num_rows for table in tables):
         raise DataError(f"{source.path}: no pairs in it; name a directory of parts, such as runs/NAME/pairs/dlma")
-    if missing := set(PAIR_SCHEMA.names) - set(rows[0]):
-        raise DataError(f"{source.path}: parts without {sorted(missing)[0]}: these are no preference pairs")
-    return rows
+    return pa.concat_tables(tables).combine_chunks()
 
 
-def check_model(source: Source, rows: Sequence[Mapping[str, Any]], fingerprint: str) -> None:
-    """Raises DataError where a row's log-probs are of another model than the one of `fingerprint`."""
-    for row in rows:
-        if row["model"] != fingerprint:
+def check_model(source: Source, models: Sequence[str], fingerprint: str) -> None:
+    """Raises DataError where pairs are of another model than the one of `fingerprint`; `models` are theirs."""
+    for model in models:
+        if model != fingerprint:
             raise DataError(
-                f"{source.path}: parts of another model ({row['model'][:12]}, this run's is {fingerprint[:12]}): their "
+                f"{source.path}: parts of another model ({str(model)[:12]}, this run's is {fingerprint[:12]}): their "
                 "reference log-probs do not hold for it; set `model.path` to theirs, or make the parts anew"
             )
 
@@ -108,7 +127,8 @@ def _shuffled(
     """All prompts in random order, tokenised as they are asked for; no rejected response where none differs."""
     source = Source(path=path)
     if is_parts(source):
-        yield from draw.sample(groups := [sample.group for sample in pair_samples(read_parts(source))], len(groups))
+        rows = read_table(source).to_pylist()
+        yield from draw.sample(groups := [sample.group for sample in pair_samples(rows)], len(groups))
         return
     answers: dict[tuple[tuple[Message, ...], str], dict[str, None]] = {}
     for row in read_preferences(path, columns=columns):

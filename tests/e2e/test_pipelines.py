@@ -183,7 +183,8 @@ def test_another_beta_computes_no_reference_again_and_parts_train_elsewhere(
         {"type": "dlma", "epochs": 2, "pairs": {"path": str(parts)}, **common},
         {"type": "raft", "generation": {"max_tokens": 16}, **common},
     ]
-    again = launch(directory, {**config, "pipelines": pipelines, "evaluation": None}, "again")
+    rest = {key: value for key, value in config.items() if key not in ("embedder", "evaluation")}
+    again = launch(directory, rest | {"pipelines": pipelines, "data": {**config["data"], "heldout": None}}, "again")
     assert again.code == 0, again.err
     last = again.events("pool")[-1]
     assert (last["reference_misses"], last["shares"]) == (0, {"raft": 1.0})

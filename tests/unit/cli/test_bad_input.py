@@ -102,7 +102,7 @@ def test_the_world_as_it_is_would_run(world: World, monkeypatch: pytest.MonkeyPa
 
     def run_it(config: Any, run_dir: Path, listen: Any, checked: doctor.Checked, endpoint: None) -> dict[str, Any]:
         started.append(run_dir)
-        assert [prompt.id for prompt in checked.prompts] == [f"p{i}" for i in range(8)]
+        assert [prompt.id for prompt in checked.rows.prompts] == [f"p{i}" for i in range(8)]
         return {}
 
     monkeypatch.setitem(sys.modules, "pipelines.run", SimpleNamespace(run=run_it))
@@ -297,7 +297,7 @@ def test_a_reward_model_of_pairs_without_prompts(world: World, refused: Refused)
     (world.directory / "a.jsonl").write_bytes(lines(*rows))
     world.tree["data"] = {"train": {"path": "a.jsonl"}}
     world.tree["pipelines"] = [{"type": "reward", "reads": "pair"}]
-    holds(run(world, refused), "a.jsonl: a row has no `prompt`; a reward model of `reads: pair` needs one in each")
+    holds(run(world, refused), "a.jsonl, row 2: no `prompt`; a reward model of `reads: pair` needs one in each row")
 
 
 # Prompts that leave nothing to do
@@ -325,13 +325,68 @@ def test_sft_without_targets(world: World, refused: Refused) -> None:
     (world.directory / "a.jsonl").write_bytes(lines({**GOOD, "target": "So."}, {"id": "b", "prompt": "How?"}))
     world.tree["data"]["train"]["path"] = "a.jsonl"
     world.tree["sft"] = {}
-    holds(run(world, refused), "a.jsonl: the row of id b has no target; sft needs one in every row")
+    holds(run(world, refused), "a.jsonl, row 2: no `target`; it has id, prompt", "columns: {target: ...}")
+
+
+@pytest.mark.parametrize("target", [None, "", "  ", 4])
+def test_a_target_is_checked_by_who_reads_it(
+    world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch, target: object
+) -> None:
+    """PLE reads none; `validate` says of each what a run does."""
+    (world.directory / "a.jsonl").write_bytes(
+        lines({**GOOD, "target": "So."}, {"id": "b", "prompt": "How?", "target": target})
+    )
+    world.tree["data"]["train"]["path"] = "a.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pipelines.run", SimpleNamespace(run=lambda *_: {}))
+        assert main(["run", world.write(), "--run-dir", str(world.run_dir)]) == 0
+    assert main(["validate", "a.jsonl"]) == 0
+    part = "a.jsonl, row 2, target: "
+    holds(refused("validate", "a.jsonl", "--kind", "targets"), part)
+    world.tree["pipelines"] = [{"type": "self_contrast", "filter": False, "generation": {"max_tokens": 16}}]
+    holds(run(world, refused), part)
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_a_row_that_the_chat_template_refuses(world: World, refused: Refused, source: str) -> None:
+    """The last of many, so that a look at the first ones would not find it."""
+    twice = [{"role": "user", "content": "Why?"}] * 2
+    rows = [{"prompt": f"Why {i}?"} for i in range(20)]
+    (world.directory / "a.jsonl").write_bytes(lines(*rows, {"messages": twice}))
+    (world.directory / "model" / "chat_template.jinja").write_text(ALTERNATING)
+    world.tree["data"][source]["path"] = str(world.directory / "a.jsonl")
+    holds(
+        run(world, refused),
+        "a.jsonl, row 21: the chat template refuses the turns (user, user): roles must alternate",
+        "mend or remove the row, or give another `model.chat_template`",
+    )
+
+
+def test_a_row_that_a_rewards_chat_template_refuses(world: World, refused: Refused) -> None:
+    """A classifier that reads conversations has a template of its own, which no pipeline asks before it scores."""
+    (world.directory / "a.jsonl").write_bytes(lines(GOOD, {"messages": [{"role": "user", "content": "Why?"}] * 2}))
+    classifier = world.directory / "classifier"
+    shutil.copytree(world.directory / "model", classifier)
+    settings = json.loads((classifier / "config.json").read_text()) | {
+        "architectures": ["LlamaForSequenceClassification"]
+    }
+    (classifier / "config.json").write_text(json.dumps(settings))
+    (classifier / "chat_template.jinja").write_text(ALTERNATING)
+    world.tree["data"]["train"]["path"] = str(world.directory / "a.jsonl")
+    world.tree["reward"] = {"type": "classifier", "path": str(classifier), "reads": "conversation"}
+    holds(run(world, refused), "a.jsonl, row 2: the chat template of the reward", "roles must alternate")
 
 
 def test_sft_whose_every_prompt_is_too_long(world: World, refused: Refused) -> None:
     world.tree["pipelines"] = [{"type": "sft"}]
     line = run(world, refused, "--set", "data.max_prompt_tokens=3")
-    holds(line, "prompts.jsonl: all 8 prompts are too long for sft; raise data.max_prompt_tokens")
+    holds(line, "prompts.jsonl: all 8 prompts are too long for sft; the first has 26 tokens (39 with the target)")
 
 
 def test_a_principle_that_is_no_preset(world: World, refused: Refused) -> None:
@@ -737,7 +792,7 @@ def test_self_contrast_without_an_embedder(world: World, refused: Refused) -> No
 def test_self_contrast_without_targets(world: World, refused: Refused) -> None:
     contrasting(world)
     (world.directory / "prompts.jsonl").write_text('{"prompt": "Tell me about the goat."}\n')
-    holds(run(world, refused), "prompts.jsonl: the row of id 1 has no target; self_contrast needs one in every row")
+    holds(run(world, refused), "prompts.jsonl, row 1: no `target`; it has prompt: name the column that holds it")
 
 
 @pytest.mark.parametrize(

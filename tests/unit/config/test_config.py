@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 TREE: Mapping[str, Any] = {
     "name": "tiny",
     "model": {"path": "model"},
-    "data": {"train": {"path": "prompts.jsonl"}},
+    "data": {"train": {"path": "prompts.jsonl"}, "heldout": {"path": "heldout.jsonl"}},
     "reward": {"type": "program", "function": "rewards:score"},
     "pipelines": [{"type": "ple"}, {"type": "sft", "policy": {"type": "lora"}}, {"type": "reward"}],
     "evaluation": {"judge": {"type": "classifier", "path": "judge"}},

@@ -50,6 +50,7 @@ def test_names_of_all_roles_are_asked_for(path: Path) -> None:
     asked = load_config(
         path,
         [
+            "pipelines=[{type: ple}, {type: dlma}]",
             "fleet.generator.resources={generator: 1}",
             "fleet.scorer.resources={scorer: 0.5}",
             "fleet.reference.resources={big: 1}",
@@ -89,7 +90,7 @@ DLMA = "pipelines=[{type: dlma, learner: {gpus: 1}}]"
         (["pipelines=[{type: dlma}]"], 0),  # it is given a GPU
         (["pipelines=[{type: dlma, learner: {gpus: 0}}]"], 1),
         (["pipelines=[{type: dlma}, {type: self_contrast, filter: false, negatives: 1, learner: {gpus: 0}}]"], 1),
-        (["pipelines=[{type: dlma, train: false, learner: {gpus: 1}}]"], 1),
+        (["pipelines=[{type: dlma, train: false}]"], 1),
         (["pipelines=[{type: dlma, policy: {type: full}, learner: {gpus: 1}}]"], 1),
         (["pipelines=[{type: dlma, learner: {gpus: 1, strategy: deepspeed, zero: 3}}]"], 1),
         (["pipelines=[{type: dlma, learner: {gpus: 1, strategy: deepspeed}}]"], 0),

@@ -175,9 +175,6 @@ BAD_ROWS: list[tuple[str, Row, list[str]]] = [
     ("prompt is turns", {"prompt": TURNS}, ["prompt: is a list, not text", "`messages`"]),
     ("half a character", {"prompt": "a\ud800"}, ["prompt: holds half a character", "at 1"]),
     ("both", {"prompt": "x", "messages": TURNS}, ["has `messages` too", "columns: {prompt: prompt}"]),
-    ("target is a number", {"prompt": "x", "target": 4}, ["target: is an int, not text"]),
-    ("blank target", {"prompt": "x", "target": " "}, ["target: is blank", "remove the key"]),
-    ("chosen is turns", {"prompt": "x", "chosen": TURNS}, ["chosen: is a list, not text"]),
     ("id is a list", {"prompt": "x", "id": [1]}, ["id: is a list", "text or a number"]),
     ("blank id", {"prompt": "x", "id": ""}, ["id: is blank", "leave the key out"]),
     ("messages is text", {"messages": "hi"}, ["messages: is a str", "{role, content}"]),
@@ -204,6 +201,26 @@ BAD_ROWS: list[tuple[str, Row, list[str]]] = [
 def test_a_bad_row_is_named(tmp_path: Path, row: Row, parts: list[str]) -> None:
     path = jsonl(tmp_path / "bad.jsonl", [{"prompt": "good"}, row])
     refused(lambda: read_prompts(path), "bad.jsonl, row 2", *parts)
+
+
+@pytest.mark.parametrize("target", [None, "", " \n", 4, ["a"], "a\ud800"])
+def test_a_column_is_checked_where_it_is_read(tmp_path: Path, target: object) -> None:
+    """Null and blank are alike: nothing where a target may be missing, and refused where one is needed."""
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "target": "b"}, {"prompt": "x", "target": target}])
+    assert [prompt.target for prompt in read_prompts(path)] == ["b", None]
+    refused(lambda: read_prompts(path, target="needed"), "a.jsonl, row 2, target: ")
+    if target is None or (isinstance(target, str) and not target.strip()):
+        assert [prompt.target for prompt in read_prompts(path, target="read")] == ["b", None]
+    else:
+        refused(lambda: read_prompts(path, target="read"), "a.jsonl, row 2, target: ")
+
+
+def test_answers_that_nobody_reads_are_not_checked(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "chosen": TURNS, "rejected": [3, "y", ""]}, {"prompt": "z"}]
+    [first, _] = read_prompts(jsonl(tmp_path / "a.jsonl", rows))
+    assert (first.chosen, first.rejected, first.row) == (None, ("y",), 1)
+    refused(lambda: read_preferences(str(tmp_path / "a.jsonl")), "row 1, chosen: is a list, not text")
+    refused(lambda: read_prompts(str(tmp_path / "a.jsonl"), target="needed"), "row 1: no `target`")
 
 
 @pytest.mark.parametrize(
@@ -382,3 +399,48 @@ def test_a_bad_labelled_row_is_named(tmp_path: Path, row: Row, parts: list[str])
 
 def jsonl_bytes(rows: int) -> bytes:
     return b"".join(json.dumps({"prompt": f"question {row * 7919 % 10007}"}).encode() + b"\n" for row in range(rows))
+
+
+def test_a_cell_above_csvs_own_limit_is_read(tmp_path: Path) -> None:
+    text = "a" * 300_000
+    (tmp_path / "a.csv").write_text(f'prompt,target\n"{text}",b\n')
+    assert [(prompt.query, prompt.target) for prompt in read_prompts(str(tmp_path / "a.csv"))] == [(text, "b")]
+
+
+def test_a_csv_says_where_the_broken_row_begins(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,target\na,b\n"c,d\ne,f\n')
+    refused(lambda: read_prompts(str(path)), "a.csv, line 3: broken CSV", "no closing quote")
+    path.write_bytes(b"prompt,target\ra,b\r")
+    refused(lambda: read_prompts(str(path)), "a.csv, line 1: broken CSV", "end in \\r alone")
+    path.write_bytes(b'\xef\xbb\xbfprompt,target\r\n"a\r\nb",c\r\n')
+    assert read_prompts(str(path))[0].query == "a\r\nb", "a byte order mark and line ends of Windows"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_folder_is_read_whatever_file_has_nulls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, first: str
+) -> None:
+    """The file without any target is the first, or the last; a bad row is named by its own file."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+
+    def write(name: str, row: Row) -> None:
+        path = folder / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist([dict(row)]), path)
+        elif suffix == "csv":
+            path.write_text(f"prompt,target\n{row['prompt'] or ''},{row['target'] or ''}\n")
+        else:
+            line = (json.dumps(row) + "\n").encode()
+            path.write_bytes(gzip.compress(line) if suffix.endswith("gz") else line)
+
+    write(first, {"prompt": "p", "target": None})
+    write("b" if first == "a" else "a", {"prompt": "q", "target": "t"})
+    assert {(p.query, p.target) for p in read_prompts(str(folder))} == {("p", None), ("q", "t")}
+    assert [p.id for p in read_prompts(str(folder))] == ["1", "2"]
+    write("c", {"prompt": None, "target": "t"})
+    refused(lambda: read_prompts(str(folder)), f"rows/c.{suffix}, row 1, prompt: is empty")

@@ -19,11 +19,13 @@ from pipelines.pool import Pool
 from pipelines.raft import RaftMethod
 from pipelines.self_contrast import SelfContrastMethod
 from plumbline.config.file import parse_config
+from plumbline.data.length_filter import Fit
 from plumbline.data.prompting import encode_response
 from plumbline.errors import RunError
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.records import Completion, GenerateRequest, Generation, Message, PolicyRef, Prompt
 from plumbline.runs.pairs import pair_samples
+from plumbline.runs.rows import Rows
 from tests.tiny import tiny_config
 
 TOKENIZER: Any = make_tokenizer()
@@ -72,7 +74,7 @@ def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: in
         device="cpu",
         dtype="float32",
         tokenizer=TOKENIZER,
-        prompts=prompts,
+        rows=Rows(prompts=prompts, fits={config.pipelines[0].name: Fit(prompts=prompts, unfit=[])}),
         events=EventLog(tmp_path / "events.jsonl", lambda event: None),
         fleet=SimpleNamespace(**actors, desks={}),  # type: ignore[arg-type]
         fingerprint="f" * 64,

@@ -20,6 +20,7 @@ from pipelines.method import Rollout
 from pipelines.raft import RaftMethod
 from plumbline.config.file import dump_config, load_config, parse_config
 from plumbline.config.tree import Config
+from plumbline.data.length_filter import Fit
 from plumbline.data.prompting import load_tokenizer
 from plumbline.errors import ConfigError, RunError
 from plumbline.records import Message, PolicyRef, Prompt, Publication
@@ -42,6 +43,7 @@ from plumbline.runs.parts import Parts, Rejected
 from plumbline.runs.policies import PROOF, versions
 from plumbline.runs.promotions import Promotion, promote
 from plumbline.runs.rollouts import BEST_SCHEMA
+from plumbline.runs.rows import Rows
 from plumbline.runs.storage import Storage, redacted
 
 
@@ -594,7 +596,7 @@ def raft(tmp_path: Path, model: Path, storage: Storage) -> tuple[Context, RaftMe
         device="cpu",
         dtype="float32",
         tokenizer=load_tokenizer(str(model)),
-        prompts=prompts,
+        rows=Rows(prompts=prompts, fits={"ple": Fit(prompts=prompts, unfit=[])}),
         events=EventLog(tmp_path / "run" / "events.jsonl", shown.append),
         fleet=fleet,  # type: ignore[arg-type]
         storage=storage,

@@ -1,0 +1,87 @@
+"""Shipped configs with anything wrong in them: valid, or refused in one line that names a key.
+
+PLUMBLINE_EXAMPLES=1000 looks longer.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from plumbline.config.file import dump_config, parse_config, parse_text
+from plumbline.errors import ConfigError
+
+EXAMPLES = int(os.environ.get("PLUMBLINE_EXAMPLES", "100"))
+FILES = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
+TREES = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in FILES}
+TEXT = st.text() | st.sampled_from(["auto", "", "\x00", "inf", "1e999", "../x", "lora", "{}", "ple"])
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 2**63, 10**400, float("inf"), float("nan")])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT | st.integers() | st.none(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (mapping or list, key) of a tree."""
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        yield node, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> dict[str, Any]:
+    tree = copy.deepcopy(TREES[draw(st.sampled_from(sorted(TREES)))])
+    for _ in range(draw(st.integers(1, 3))):
+        found = list(places(tree))
+        if not found:
+            break
+        node, key = draw(st.sampled_from(found))
+        kind = draw(st.sampled_from(["value", "drop", "rename", "swap"]))
+        if kind == "drop":
+            del node[key]
+        elif kind == "rename" and isinstance(node, dict):
+            node[draw(TEXT | st.sampled_from(["max_len", "steps", "share", "pairs", "train", "keep"]))] = node.pop(key)
+        elif kind == "swap":
+            other, at = draw(st.sampled_from(found))
+            node[key] = copy.deepcopy(
+                other.get(at) if isinstance(other, dict) else other[at] if at < len(other) else None
+            )
+        else:
+            node[key] = draw(VALUES)
+    return tree
+
+
+def told(error: ConfigError) -> None:
+    message = str(error)
+    assert message.startswith("x.yaml: ") and message.count(": ") >= 2 and "\n" not in message, message
+    message.encode()
+
+
+@settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
+@given(tree=mutated())
+def test_a_tree_that_is_another(tree: dict[str, Any]) -> None:
+    try:
+        config = parse_config(tree, "x.yaml")
+    except ConfigError as error:
+        told(error)
+    else:
+        assert parse_text(dump_config(config), "kept") == config, "what a run keeps is not what was given"
+
+
+@settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(sorted(TREES)), at=st.floats(0, 1), cut=st.integers(0, 9), put=TEXT)
+def test_a_text_that_is_another(name: str, at: float, cut: int, put: str) -> None:
+    text = next(path for path in FILES if path.name == name).read_text("utf-8")
+    start = int(at * len(text))
+    try:
+        parse_text(text[:start] + put + text[start + cut :], "x.yaml")
+    except ConfigError as error:
+        assert str(error).startswith("x.yaml: ") and "\n" not in str(error)
