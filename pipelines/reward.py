@@ -11,6 +11,7 @@ from pipelines.loop import train_on
 from pipelines.sft import shuffled_batches
 from plumbline.config.data import Source
 from plumbline.config.pipelines import RewardModel
+from plumbline.config.section import planned
 from plumbline.data.dataset import read_labelled, read_preferences
 from plumbline.models.classifier import reward_ids
 from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
@@ -61,7 +62,7 @@ def read_requests(source: Source, section: RewardModel) -> list[Labelled]:
 def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRequest], label: float) -> Sample:
     """A group without a prompt: its responses are what the classifier reads."""
     texts = [
-        reward_ids(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=section.max_len)[0]
+        reward_ids(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=planned(section.max_len))[0]
         for r in requests
     ]
     return Sample(group=TokenGroup([], texts), rewards=(label,))
@@ -69,7 +70,8 @@ def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRe
 
 async def heldout_accuracy(context: Context, section: RewardModel, directory: Path, rows: list[Labelled]) -> float:
     """Share of texts on the right side of 0, or of pairs in the right order, as the scorer actor judges them."""
-    spec = ScorerSpec(path=str(directory), reads=section.reads, max_len=section.max_len, device=context.device)
+    longest = planned(section.max_len)
+    spec = ScorerSpec(path=str(directory), reads=section.reads, max_len=longest, device=context.device)
     scorer = context.fleet.add_scorers(context.config.fleet.scorer.model_copy(update={"replicas": 1}), spec)[0]
     context.fleet.others.append(scorer)
     scores = await ask(scorer.score.remote([request for requests, _ in rows for request in requests]))

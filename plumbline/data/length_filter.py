@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from plumbline.config.pipelines import MethodSection, Preference
+from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.data.prompting import encode_response, render, steerings
 from plumbline.errors import DataError
@@ -41,7 +42,7 @@ def prompt_lengths(
         plain=plain,
         guided=max((len(render(tokenizer, prompt.messages, principle=text)) for text in steerings), default=plain),
         limit=config.data.max_prompt_tokens,
-        room=config.model.max_len - max_tokens,
+        room=planned(config.model.max_len) - max_tokens,
     )
 
 
@@ -58,7 +59,7 @@ def sft_group(config: Config, tokenizer: "PreTrainedTokenizerBase", prompt: Prom
     """(plain prompt, target with EOS); None where it does not fit. `check_targets` has passed."""
     assert prompt.target is not None
     group = TokenGroup(render(tokenizer, prompt.messages), [encode_response(tokenizer, prompt.target)])
-    fits = len(group.prompt_ids) <= config.data.max_prompt_tokens and group.tokens <= config.model.max_len
+    fits = len(group.prompt_ids) <= config.data.max_prompt_tokens and group.tokens <= planned(config.model.max_len)
     return group if fits else None
 
 

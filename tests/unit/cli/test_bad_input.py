@@ -578,8 +578,8 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LOOKS = [
-    *("versions", "model", "reward", "data", "devices", "engine", "memory", "storage", "run directory", "tracking"),
-    "ports",
+    *("versions", "model", "reward", "weights", "lengths", "data", "devices", "engine", "memory", "storage"),
+    *("run directory", "tracking", "ports"),
 ]
 PLAN = ["role", "generator", "scorer", "learner of ple"]
 """First words of the table that follows."""
@@ -624,7 +624,7 @@ def test_doctor_names_all_that_is_wrong(
     failed = [line.split(":")[0].removeprefix("FAIL ") for line in captured.err.splitlines()]
     assert failed == ["model", "reward", "data", "devices", "run directory", "ports"]
     fine = [line.split(":")[0].removeprefix("ok   ") for line in captured.out.splitlines()]
-    assert fine == ["versions", "memory", "storage", "tracking", "placement"], "none was made, which is no news"
+    assert fine == ["versions", "weights", "lengths", "memory", "storage", "tracking", "placement"], "none was made, which is no news"
     holds(
         captured.err,
         "no config.json",
