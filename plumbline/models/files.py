@@ -44,7 +44,7 @@ def model_files(path: str, key: str) -> dict[str, Stored]:
     if not directory.exists():
         raise ModelError(f"{key}: {path}: no such directory; give a model's directory (config.json, model.safetensors)")
     if (directory / ADAPTER_CONFIG).is_file():  # also beside a config.json: transformers would look for its base
-        raise ModelError(f"{key}: {path}: an adapter{_base_of(directory)}, no model; {_remedy(key)}")
+        raise ModelError(f"{key}: {path}: an adapter{_base_of(directory)}, no model; {_MERGE}")
     if not (directory / CONFIG).is_file():
         raise ModelError(f"{key}: {path}: no model: there is no config.json in it")
     _json(directory / CONFIG, key, "a model's config.json is one")
@@ -55,6 +55,7 @@ def model_files(path: str, key: str) -> dict[str, Stored]:
     return read_headers(_weights(directory, key), key)
 
 
+_MERGE = "merge it into that (PEFT's merge_and_unload), and name what you save then"
 _NO_GGUF = "give the model that it was made from, in safetensors"
 
 
@@ -184,15 +185,9 @@ def _whole_size(file: Path) -> int | None:
     return 8 + length + max(ends, default=0)
 
 
-def _remedy(key: str) -> str:
-    if key == "model.path":
-        return "name its base as `model.path` and it as `model.adapter`"
-    return "merge it into its base (PEFT's merge_and_unload), and name what that saves"
-
-
 def _base_of(directory: Path) -> str:
     try:
         base = json.loads((directory / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, OSError):
-        return ""
-    return f" on {base}" if base else ""
+        base = None
+    return f" on {base}" if base else " on some base"
