@@ -7,12 +7,13 @@ prompt. What has no cosine is nan: `plumbline.methods.selection` leaves it out, 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.metrics import EMBEDDER_ITEMS, EMBEDDER_SECONDS
 from plumbline.errors import ModelError
+from plumbline.models.positions import positions
 from plumbline.records import Generation
+from plumbline.runs.models import check_body, embedder_parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,12 +103,11 @@ class Embedder:
 
 def _load(spec: EmbedderSpec) -> Any:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
 
-    if not (Path(spec.path) / "modules.json").is_file():  # without, it would get a pooling that nobody chose
-        raise ModelError(
-            f"embedder.path: {spec.path}: no sentence-transformers model (there is no modules.json); "
-            "give the directory of one"
-        )
+    for folder, kind, stored in embedder_parts(spec.path):
+        if kind == "Transformer":
+            check_body(str(folder), stored)  # what its files lack would be random
     try:
         model = SentenceTransformer(
             spec.path,
@@ -119,4 +119,7 @@ def _load(spec: EmbedderSpec) -> Any:
     except Exception as error:  # its modules raise a dozen kinds, from OSError to those of Rust parts
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelError(f"embedder.path: {spec.path}: cannot be loaded ({what})") from error
+    limit = positions(model[0].config) if isinstance(model[0], Transformer) else None
+    if limit is not None and model.max_seq_length is not None:
+        model.max_seq_length = min(model.max_seq_length, limit)
     return model.float().eval()

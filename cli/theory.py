@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from plumbline.data.prompting import load_tokenizer
-from plumbline.errors import ModelError, UserError
+from plumbline.errors import UserError
 from plumbline.methods.theory import MIN_PROMPTS, Theory, estimate, needed
 from plumbline.models.loading import load_whole
+from plumbline.models.positions import positions, read_config
 from plumbline.runs.preferences import sample_groups
 
 
@@ -32,17 +33,12 @@ def measure(
         raise UserError(f"{prompts} prompts are too few to estimate from; at least {MIN_PROMPTS} are needed")
     if not beta > 0:
         raise UserError(f"beta is {beta:g}; it should be above 0, such as 0.1")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     tokenizer = load_tokenizer(model_path)
     logging.disable_progress_bar()  # an error is to be the only line on stderr
-    try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {model_path}: its config.json cannot be read ({what})") from None
-    max_len = min(max_len, getattr(config, "max_position_embeddings", max_len))
+    max_len = min(max_len, positions(read_config(model_path, "model")) or max_len)
     groups = sample_groups(
         data, tokenizer, columns=columns, prompts=prompts, least=MIN_PROMPTS, max_len=max_len, seed=seed
     )

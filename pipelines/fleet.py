@@ -176,7 +176,7 @@ def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scor
         spec = ScorerSpec(
             path=model_path(reward.path),
             reads=reward.reads,
-            max_len=reward.max_len,
+            max_len=planned(reward.max_len),
             batch_tokens=reward.batch_tokens,
             device="cuda" if planned(context.config.fleet.scorer.gpus) else "cpu",
         )
@@ -192,11 +192,12 @@ PROBE_GROUPS = {"float32": 16, "bfloat16": 64}
 def make_probe(config: Config, checked: Checked) -> tuple[TokenGroup, ...]:
     """Prompts with their targets, or with their own words where there are none: text the policy's changes show on."""
     groups: list[TokenGroup] = []
+    longest = planned(config.model.max_len)
     count = PROBE_GROUPS[checked.placed.dtype]
     for prompt in checked.rows.prompts[: 4 * count]:
-        ids = render(checked.tokenizer, prompt.messages)[: config.model.max_len // 2]
+        ids = render(checked.tokenizer, prompt.messages)[: longest // 2]
         text = prompt.target or prompt.query
-        response = encode_response(checked.tokenizer, text)[: config.model.max_len // 4]
+        response = encode_response(checked.tokenizer, text)[: longest // 4]
         if len(groups) < count and response:
             groups.append(TokenGroup(ids, [response]))
     return tuple(groups)

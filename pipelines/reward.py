@@ -11,6 +11,7 @@ from pipelines.batches import Batches
 from pipelines.context import Context
 from pipelines.loop import train_on
 from plumbline.config.pipelines import RewardModel
+from plumbline.config.section import planned
 from plumbline.data.dataset import LabelledText
 from plumbline.models.classifier import reward_text
 from plumbline.records import PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
@@ -62,7 +63,7 @@ def as_requests(rows: Sequence[LabelledText | Prompt]) -> list[Labelled]:
 def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRequest], label: float) -> Sample:
     """A group without a prompt: its responses are what the classifier reads."""
     texts = [
-        reward_text(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=section.max_len)
+        reward_text(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=planned(section.max_len))
         for r in requests
     ]
     return Sample(group=TokenGroup([], [t.ids for t in texts], [t.beside for t in texts]), rewards=(label,))
@@ -70,7 +71,8 @@ def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRe
 
 async def heldout_accuracy(context: Context, section: RewardModel, directory: Path, rows: list[Labelled]) -> float:
     """Share of texts on the right side of 0, or of pairs in the right order, as the scorer actor judges them."""
-    spec = ScorerSpec(path=str(directory), reads=section.reads, max_len=section.max_len, device=context.device)
+    longest = planned(section.max_len)
+    spec = ScorerSpec(path=str(directory), reads=section.reads, max_len=longest, device=context.device)
     scorer = context.fleet.add_scorers(context.config.fleet.scorer.model_copy(update={"replicas": 1}), spec)[0]
     context.fleet.others.append(scorer)
     scores = await ask(scorer.score.remote([request for requests, _ in rows for request in requests]))

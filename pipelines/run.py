@@ -31,8 +31,9 @@ from plumbline.config.demand import demand, named
 from plumbline.config.file import load_config as read_config
 from plumbline.config.pipelines import Pipeline, RewardModel, Sft
 from plumbline.config.tree import Config
-from plumbline.doctor import Checked, check, check_fits, model_directory, run_tokenizer
+from plumbline.doctor import Checked, check, check_fits
 from plumbline.errors import ConfigError, PlumblineError, RunError, UserError
+from plumbline.placement.lengths import settle_lengths
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.start import place
 from plumbline.placement.table import line
@@ -42,6 +43,7 @@ from plumbline.runs.directory import open_run_dir
 from plumbline.runs.disk import writing
 from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
+from plumbline.runs.models import check_causal, run_tokenizer
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
 from plumbline.runs.rows import heldout_fit
 from plumbline.runs.storage import Storage
@@ -111,10 +113,10 @@ def compare(
     named = {name: None if Path(name).is_dir() else parse_ref(run_dir, name) for name in candidates}
     for name, ref in named.items():
         if ref is None:
-            model_directory(name, "--of")
+            check_causal(name, "--of")
     checked = check(config, run_dir, check_engine, look, "evaluation")
     for name in (name for name, ref in named.items() if ref is None):
-        other = of_directory(config, name)
+        other = settle_lengths(of_directory(config, name))
         heldout_fit(other, run_tokenizer(other), checked.rows.heldout)
     storage = run_storage(config, run_dir)
     if prompts is not None:

@@ -14,6 +14,7 @@ from pipelines.context import Context
 from pipelines.method import Method, Rollout, Row, rejected_row
 from pipelines.offline import OfflinePairs
 from plumbline.config.pipelines import SelfContrast
+from plumbline.config.section import planned
 from plumbline.data.prompting import encode_response
 from plumbline.methods.evaluation import data_accuracy
 from plumbline.methods.selection import select_negatives
@@ -97,8 +98,7 @@ class SelfContrastMethod(Method):
             longest = len(self._plain_ids(prompt)) + max(len(one.ids) for one in answers)
             if not others:
                 rejected.append(rejected_row(step, prompt, "equal answers", "chosen and rejected are the same text"))
-            elif longest > self._context.config.model.max_len:
-                limit = self._context.config.model.max_len
+            elif longest > (limit := planned(self._context.config.model.max_len)):
                 rejected.append(rejected_row(step, prompt, "answer too long", f"{longest} tokens, limit {limit}"))
             else:
                 groups.append((prompt, answers))

@@ -1,8 +1,8 @@
 """All that a run needs, looked at before anything is loaded or written: `plumbline doctor`, and every run's start."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import socket
 import sys
@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from plumbline.config.data import ClassifierReward, ProgramReward, Reward
 from plumbline.config.demand import demand, named
-from plumbline.config.pipelines import Dlma, Preference, RewardModel
+from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.importing import PACKAGES
+from plumbline.placement.lengths import lengths_of, settle_lengths
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.plan import without_gpus
 from plumbline.placement.roles import Part
@@ -27,6 +28,7 @@ from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
 from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.mirror import check_storage
+from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards, run_tokenizer
 from plumbline.runs.policies import model_path
 from plumbline.runs.rows import Read, Rows, fit_rows, read_rows
 from plumbline.tracking.feed import check_tracking
@@ -99,9 +101,10 @@ def check(
     check_fits(placed)
     if part == "run":
         check_seen(placed, run_dir)
-    rows = fit_rows(config, tokenizer, read)
+    rows = fit_rows(placed.plan.config, tokenizer, read)
     _check_parts(config, read)
     _engine(placed, engine)
+    check_values(config)
     return Checked(rows=rows, digests=digests, tokenizer=tokenizer, placed=placed)
 
 
@@ -110,15 +113,17 @@ def examine(
 ) -> Iterator[Finding]:
     """Everything that a run would need, one finding at a time; an error does not end it. The plan comes last."""
     machine = look()
-    try:
+    settled = placed = None
+    with contextlib.suppress(UserError):  # another finding says so
+        settled = settle_lengths(config)
         placed = place(config, machine)
-    except UserError:  # another finding says so
-        placed = None
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
         ("model", lambda: _model(config)[0]),
         ("reward", lambda: _rewards(config)),
-        ("data", lambda: _data(config, run_dir)),
+        ("weights", lambda: check_values(config)),
+        ("lengths", lambda: _lengths(config)),
+        ("data", lambda: _data(config, run_dir, settled)),
         ("devices", lambda: _devices(config, machine, run_device(config, machine))),
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
@@ -136,56 +141,20 @@ def examine(
             yield Finding(what=what, note=str(error), error=error, table=table)
 
 
-def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `model`, with a chat template where a pipeline renders conversations. Raises ModelError."""
-    from plumbline.data.prompting import load_tokenizer, read_tokenizer
-
-    renders = any(not isinstance(p, RewardModel) or p.reads == "conversation" for p in config.pipelines)
-    if renders or config.model.chat_template:
-        return load_tokenizer(config.model.tokenizer_path, config.model.chat_template)
-    return read_tokenizer(config.model.tokenizer_path)
-
-
-def model_directory(path: str, key: str) -> str:
-    """Check that `path` is a transformers model in safetensors. Raises ModelError naming `key`."""
-    directory = Path(path)
-    if not directory.exists():
-        raise ModelError(f"{key}: {path}: no such directory; give a model's directory (config.json, model.safetensors)")
-    config = directory / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{key}: {path}: no model: there is no config.json in it")
-    try:
-        kind = json.loads(config.read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        raise ModelError(f"{key}: {config}: not a JSON object; a model's config.json is one") from None
-    if not any(directory.glob("*.safetensors")):
-        raise ModelError(f"{key}: {path}: no *.safetensors in it; save the model with safe_serialization=True")
-    return f"{kind} in {path}"
-
-
 def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
-    path = config.model.path
-    note = "random weights" if path is None else model_directory(path, "model.path")
-    from plumbline.models.adapters import check_policies  # torch: after what is found without it
-
-    check_policies(config)
-    return note, run_tokenizer(config)
+    return check_base(config), run_tokenizer(config)
 
 
 def _rewards(config: Config) -> str:
-    notes = []
-    judge = config.evaluation.judge if config.evaluation else None
-    for key, reward in (("reward", config.reward), ("evaluation.judge", judge)):
-        if reward is not None:
-            notes.append(_reward(key, reward))
+    notes = [_reward(key, reward) for key, reward in rewards(config).items()]
     if config.embedder is not None and any(p.embeds for p in config.methods):
-        notes.append(_embedder(config.embedder.path))
+        notes.append(check_embedder(config.embedder.path))
     return "; ".join(notes) or "none"
 
 
 def _reward(key: str, reward: Reward) -> str:
     if isinstance(reward, ClassifierReward):
-        return _classifier(f"{key}.path", model_path(reward.path))
+        return check_classifier(model_path(reward.path), f"{key}.path")
     assert isinstance(reward, ProgramReward)
     module, _, function = reward.function.partition(":")
     ours = module.partition(".")[0]
@@ -205,34 +174,12 @@ def _reward(key: str, reward: Reward) -> str:
     return reward.function
 
 
-def _embedder(path: str) -> str:
-    """Sentence-transformers' own list of modules must be there: without it a pooling would be guessed."""
-    if not Path(path).is_dir():
-        raise ModelError(f"embedder.path: {path}: no such directory; give a sentence-transformers model's")
-    if not (Path(path) / "modules.json").is_file():
-        raise ModelError(f"embedder.path: {path}: no sentence-transformers model: there is no modules.json in it")
-    return path
-
-
-def _classifier(key: str, path: str) -> str:
-    from plumbline.data.prompting import read_tokenizer
-
-    note = model_directory(path, key)
-    settings = json.loads((Path(path) / "config.json").read_text("utf-8"))
-    kinds = settings.get("architectures") or []
-    if not any("SequenceClassification" in kind for kind in kinds):
-        is_a = ", ".join(kinds) or "of no architecture"
-        raise ModelError(f"{key}: {path}: no sequence classifier (it is {is_a}); a `reward` pipeline trains one")
-    if (labels := len(settings.get("id2label") or (0, 1))) > 2:
-        raise ModelError(f"{key}: {path}: a classifier of {labels} labels; a reward has 1 or 2")
-    read_tokenizer(path)
-    return note
-
-
-def _data(config: Config, run_dir: Path) -> str:
+def _data(config: Config, run_dir: Path, settled: Config | None) -> str:
+    """`settled`: with its lengths as numbers; without them nobody can say what fits."""
     read = read_rows(config)
     check_digests(run_dir, digests_of(config, read))
-    fit_rows(config, run_tokenizer(config), read)
+    if settled:
+        fit_rows(settled, run_tokenizer(config), read)
     _check_parts(config, read)
     return read.counts()
 
@@ -269,6 +216,13 @@ def _devices(config: Config, machine: Machine, device: Device) -> str:
         offers = "nodes of the cluster must offer" if os.environ.get("RAY_ADDRESS") else "a Ray started here offers"
         note += f"; {offers} {', '.join(names)}"
     return note
+
+
+def _lengths(config: Config) -> str:
+    try:
+        return ", ".join(map(str, lengths_of(config)))
+    except ModelError:
+        return "not known, for what is wrong above"
 
 
 def _engine(placed: Placed, engine: EngineCheck) -> str:

@@ -3,6 +3,9 @@
 ``UserError`` is wrong use (the CLI prints its one line and exits with 2); the others are failures at run time (exit 1).
 """
 
+import re
+from collections.abc import Sequence
+
 
 class PlumblineError(Exception):
     """Base of all errors below; its message is one line fit for a user's eyes."""
@@ -65,6 +68,33 @@ class SyncError(RunError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's type and the last line of its message, which says most where a library raised it."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"
+    """An error's type and what it says, in one line: of a traceback in its message what was raised at its end, without
+    the hints and addresses that libraries put below.
+    """
+    kind, text = type(error).__name__, _COLOURS.sub("", str(error)).strip()
+    *_, after = _FRAME.split(f"\n{text}")
+    if after != f"\n{text}" and (raised := _RAISED.search(after)):  # another process's, as Ray hands it over
+        kind, text = raised["kind"].rpartition(".")[2], after[raised.start("said") :].strip()
+    return f"{kind}: {_said(text.splitlines())}"
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r'\n\s+File "[^\n]*')
+_RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(?:: |:?$)(?P<said>)", re.MULTILINE)
+_COUNT = re.compile(r"\d+ validation errors? for ")
+
+
+def _said(lines: Sequence[str]) -> str:
+    """The line of a message that says most: its first, for most libraries."""
+    if len(lines) < 2:
+        return "".join(lines)
+    first, second, last = lines[0], lines[1], lines[-1]
+    if _COUNT.match(first):  # pydantic: a place on a line of its own, unless it is the whole, then what is wrong there
+        place = "" if second.startswith("  ") else f"{second}: "
+        told = " ".join(line.strip() for line in lines[2 if place else 1 :])
+        return place + told.partition(" [type=")[0].removeprefix("Value error, ")
+    if first.endswith(":"):  # a heading
+        return f"{first} {second.strip()}"
+    if second.startswith("\t") and not last.startswith("\t"):  # Ray's deaths: which actor, and below that why
+        return last
+    return first

@@ -15,11 +15,13 @@ from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.section import planned
 from plumbline.config.serving import Serve
 from plumbline.config.tree import Config
-from plumbline.doctor import run_tokenizer
 from plumbline.errors import ModelError
+from plumbline.models.positions import positions, read_config
+from plumbline.placement.lengths import settle_lengths
 from plumbline.placement.memory import adapter_slots
 from plumbline.placement.sizes import read_shape
 from plumbline.placement.start import place_engines, resolve_device, resolve_dtype, run_device
+from plumbline.runs.models import check_causal, run_tokenizer
 from plumbline.runs.policies import base_directory, read_probe
 from plumbline.runs.promotions import Catalog
 from serve.deploy import Served, check_settings, start_endpoint, wait_for_endpoint
@@ -75,7 +77,7 @@ def _settings(settings: Serve, overrides: dict[str, object]) -> Serve:
 def _run_replica(config: Config, run_dir: Path, settings: Serve) -> tuple[GeneratorFleet, ReplicaSpec]:
     """Engines over a run's versions, with the machine to themselves: the run has ended."""
     machine, base, versions = find_machine(), base_directory(config, run_dir), 1 + settings.pinned
-    device = run_device(config, machine)
+    config, device = settle_lengths(config, base), run_device(config, machine)
     dtype = resolve_dtype(config.model.dtype, device)
     generator = place_engines(
         config.fleet.generator,
@@ -85,7 +87,7 @@ def _run_replica(config: Config, run_dir: Path, settings: Serve) -> tuple[Genera
         read_shape(Path(base)),
         engine=config.fleet.engine,
         replicas=settings.most_replicas,
-        max_len=config.model.max_len,
+        max_len=planned(config.model.max_len),
         slots=adapter_slots(config, versions),
     )
     fleet = config.fleet.model_copy(update={"generator": generator})
@@ -109,10 +111,9 @@ def _run_replica(config: Config, run_dir: Path, settings: Serve) -> tuple[Genera
 
 
 def _model_replica(path: Path, settings: Serve) -> tuple[GeneratorFleet, ReplicaSpec]:
-    from transformers import AutoConfig
-
     machine = find_machine()
-    longest = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", 2048)
+    check_causal(str(path), "MODEL_DIR")
+    longest = positions(read_config(str(path), "MODEL_DIR")) or 2048
     device = resolve_device("auto", machine)
     dtype, max_len = resolve_dtype("auto", device), min(longest, 8192)
     generator = place_engines(

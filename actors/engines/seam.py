@@ -96,7 +96,7 @@ def engine_spec(
         model_path=model_path,
         dtype=dtype,
         device=device,
-        max_model_len=config.model.max_len,
+        max_model_len=planned(config.model.max_len),
         max_num_seqs=settings.max_num_seqs,
         max_lora_rank=max((policy.r for policy in adapters), default=8),
         max_adapters=0 if whole else versions,

@@ -159,4 +159,4 @@ class TransformersEngine:
     def _ends(self, token: int, response: list[int], sampling: Sampling) -> bool:
         if token == self._tokenizer.eos_token_id:
             return True
-        return bool(sampling.stop) and any(stop in self._tokenizer.decode(response) for stop in sampling.stop)
+        return bool(sampling.stop) and any(stop in decode(self._tokenizer, response) for stop in sampling.stop)

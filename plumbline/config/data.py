@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from plumbline.config.reading import Reading
-from plumbline.config.section import Count, Section
+from plumbline.config.section import Count, MaxLen, Section, Tokens
 
 
 class Model(Section):
@@ -24,7 +24,10 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: float32 on CPUs, else bfloat16"
     )
-    max_len: int = Field(default=1024, ge=16, description="tokens of a prompt and its response together")
+    max_len: MaxLen = Field(
+        default="auto",
+        description="tokens of a prompt and its response together; auto: 1024, or what the model reads if that is less",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
@@ -89,7 +92,10 @@ class ClassifierReward(RewardBase):
         default="response",
         description="the answer alone, (query, answer) as a text pair, or the chat template's rendering",
     )
-    max_len: Count = Field(default=512, description="tokens; longer inputs are cut, and counted")
+    max_len: Tokens = Field(
+        default="auto",
+        description="tokens; longer inputs are cut, and counted; auto: 512, or what it reads if that is less",
+    )
     batch_tokens: Count = Field(default=8192, description="tokens of one forward, padding included")
 
 

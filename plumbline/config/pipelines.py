@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from plumbline.config.data import Source
 from plumbline.config.learner import FullPolicy, Learner, LoraPolicy, Policy
-from plumbline.config.section import Count, Name, Section, Share
+from plumbline.config.section import Count, Name, Section, Share, Tokens
 
 
 class Generation(Section):
@@ -233,7 +233,10 @@ class RewardModel(PipelineBase):
     source: Literal["labelled", "pairs"] = Field(default="labelled", description="what the rows of the data are")
     reads: Literal["response", "pair", "conversation"] = Field(default="response", description="see `reward.reads`")
     epochs: Count = Field(default=1, description="passes over the data")
-    max_len: Count = Field(default=256, description="tokens; longer texts are cut, and counted")
+    max_len: Tokens = Field(
+        default="auto",
+        description="tokens; longer texts are cut, and counted; auto: 256, or what the model reads if that is less",
+    )
 
 
 Pipeline = Annotated[Ple | Dlma | SelfContrast | Raft | Sft | RewardModel, Field(discriminator="type")]

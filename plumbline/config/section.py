@@ -56,10 +56,13 @@ def _gpus(value: Any) -> Any:
     return value
 
 
-def _cpus(value: Any) -> Any:
-    if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        raise ValueError("should be auto, or a whole number of 1 or more")
-    return value
+def _whole(least: int) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+            raise ValueError(f"should be auto, or a whole number of {least} or more")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _share(value: Any) -> Any:
@@ -70,7 +73,9 @@ def _share(value: Any) -> Any:
 
 
 Gpus = Annotated[Annotated[float, Field(ge=0)] | Auto, BeforeValidator(_gpus)]
-Cpus = Annotated[Count | Auto, BeforeValidator(_cpus)]
+Cpus = Annotated[Count | Auto, _whole(1)]
+Tokens = Annotated[Count | Auto, _whole(1)]
+MaxLen = Annotated[Annotated[int, Field(ge=16)] | Auto, _whole(16)]
 MemoryShare = Annotated[Share | Auto, BeforeValidator(_share)]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plumbline.config.pipelines import MethodSection, Preference
+from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.data.prompting import encode_responses, render_text, steerings
 from plumbline.errors import DataError, ModelError
@@ -119,7 +120,7 @@ def section_fit(config: Config, section: MethodSection, lengths: Lengths) -> Fit
 def target_fit(config: Config, lengths: Lengths) -> Fit:
     """Prompts that fit together with their targets, which all have one."""
     plain, whole = lengths.under(None), lengths.under(None) + lengths.targets()
-    limit, room = config.data.max_prompt_tokens, config.model.max_len
+    limit, room = config.data.max_prompt_tokens, planned(config.model.max_len)
     return _parted(
         lengths.prompts,
         (plain <= limit) & (whole <= room),
@@ -142,9 +143,9 @@ def _sizes(config: Config, section: MethodSection, lengths: Lengths) -> tuple[np
     """
     plain = lengths.under(None)
     if isinstance(section, Preference) and section.pairs is not None:
-        return plain, plain, config.model.max_len
+        return plain, plain, planned(config.model.max_len)
     guided = [lengths.under(text) for text in steerings(section)] or [plain]
-    return plain, np.maximum.reduce(guided), config.model.max_len - section.generation.max_tokens
+    return plain, np.maximum.reduce(guided), planned(config.model.max_len) - section.generation.max_tokens
 
 
 @contextmanager

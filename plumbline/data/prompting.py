@@ -217,7 +217,9 @@ def encode_responses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-    """Text of a response: no special tokens, nothing from the first stop string on."""
+    """Text of a response: no special tokens, none of a padded vocabulary, nothing from the first stop string on."""
+    if not tokenizer.is_fast:  # it raises an IndexError for an id without a token; others pass over it
+        ids = [one for one in ids if one < len(tokenizer) or one in tokenizer.added_tokens_decoder]
     text = tokenizer.decode(list(ids), skip_special_tokens=True)
     assert isinstance(text, str)
     return strip_stop(text, stop)

@@ -8,9 +8,9 @@ soon as it is there (`Cut`), so that no more than one is ever whole.
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from unittest import mock
 
 import torch
@@ -22,14 +22,18 @@ from transformers import modeling_utils
 from transformers.utils import logging
 
 from plumbline.errors import ModelError, in_one_line
+from plumbline.models.files import INDEX, WEIGHTS, Stored
 
 NAMED = 3
 """Weights that a message names; of more it says how many."""
 SHARD = 5 * 10**9
 """Bytes of a file of weights, at most."""
-WEIGHTS = "model.safetensors"
 _THERE = "_is_hf_initialized"
 """Transformers' own mark of a weight that was loaded, and is not to be drawn."""
+
+Heads = Literal["whole", "new", "none"]
+"""What of a head a model's files must have: all, as of the body; none, for it is random and to be trained; or they may
+have what they like, for the body alone is read."""
 
 
 class Cut(Protocol):
@@ -60,11 +64,9 @@ def load_whole(
         ModelError: the files cannot be read, lack a weight, have one that the model has not or of another shape, or
             one that is not finite.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report, a table of warnings, becomes one line below
     pieces = Pieces(cut) if cut else None
     try:
-        with pieces.taken() if pieces else contextlib.nullcontext():
+        with quiet(), pieces.taken() if pieces else contextlib.nullcontext():
             model, report = factory.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype, dtype),
@@ -76,23 +78,83 @@ def load_whole(
             )
     except Exception as error:  # of safetensors, of transformers, of the disk: all mean that the files are no model
         raise ModelError(f"model {path}: cannot be loaded ({in_one_line(error)})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    body = f"{model.base_model_prefix}."
-    shapes = [name for name, *_ in report["mismatched_keys"]]
-    for what, names in (
-        ("lacks", report["missing_keys"]),
-        ("has what its config.json knows nothing of:", report["unexpected_keys"]),
-        ("has another shape than its config.json says:", shapes),
-    ):
-        if wrong := sorted(name for name in names if not new_head or name.startswith(body)):
-            more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-            raise ModelError(f"model {path}: it {what} {', '.join(wrong[:NAMED])}{more}; save it whole again")
+    refuse(model, report, f"model {path}", "new" if new_head else "whole")
     if name := pieces.first_not_finite(model) if pieces else first_not_finite(model.named_parameters()):
         raise ModelError(f"model {path}: {name} has values that are no finite numbers; it was damaged, or diverged")
     if pieces:
         pieces.put_into(model)
     return model
+
+
+def check_names(
+    factory: Any, path: str, key: str, stored: Mapping[str, Stored], heads: Heads = "whole", **settings: Any
+) -> None:
+    """What `load_whole` would say of the weights' names and shapes, by the headers of the files alone: transformers
+    loads them without memory. One that is quantised is left to its loader.
+
+    Args:
+        key: what names the model, in messages.
+
+    Raises:
+        ModelError: as `load_whole`.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **settings)
+        if getattr(config, "quantization_config", None) is not None:
+            return
+        with quiet(), torch.device("meta"):
+            weights = {name: torch.empty(one.shape) for name, one in stored.items()}
+            model, report = type(factory.from_config(config)).from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:  # see `load_whole`
+        raise ModelError(f"{key}: {path}: cannot be loaded ({in_one_line(error)})") from None
+    refuse(model, report, f"{key}: {path}", heads)
+
+
+def refuse(model: Any, report: Mapping[str, Any], called: str, heads: Heads) -> None:
+    """Raises ModelError where transformers' report of a model that it loaded says that it is not what its files have.
+
+    Args:
+        called: how a message begins.
+    """
+    prefix = model.base_model_prefix
+    body = f"{prefix}." if prefix and getattr(model, prefix, None) is not None else ""
+
+    def counts(name: str) -> bool:
+        return name.startswith(body) if heads == "new" else not name.startswith("pooler.") if heads == "none" else True
+
+    for what, names in (
+        ("lacks", report["missing_keys"]),
+        ("has what its config.json knows nothing of:", () if heads == "none" else report["unexpected_keys"]),
+        ("has another shape than its config.json says:", [name for name, *_ in report["mismatched_keys"]]),
+    ):
+        if wrong := sorted(name for name in names if counts(name)):
+            more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+            other = next((name for name in report["unexpected_keys"] if name.endswith(f".{wrong[0]}")), None)
+            there = f" (there is {other})" if other else ""
+            raise ModelError(f"{called}: it {what} {', '.join(wrong[:NAMED])}{more}{there}; save it whole again")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers says nothing meanwhile: its report, a table of warnings, becomes one line of ours."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 class Pieces:
@@ -189,7 +251,7 @@ def write_shards(directory: Path, weights: Iterable[tuple[str, Tensor]], most: i
     if count > 1:
         weight_map = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def nf4_settings(dtype: str, device: str) -> dict[str, Any]:

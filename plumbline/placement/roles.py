@@ -8,7 +8,7 @@ from plumbline.config.data import ClassifierReward
 from plumbline.config.demand import reference_replicas
 from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.pipelines import Pipeline
-from plumbline.config.section import Auto, bounds
+from plumbline.config.section import Auto, bounds, planned
 from plumbline.config.tree import Config
 from plumbline.placement.memory import (
     EngineNeed,
@@ -102,7 +102,7 @@ def engines_of(config: Config, sizes: Sizes, width: int, part: Part, *, splits: 
     replicas = settings.replicas
     return Engines(
         settings=settings,
-        max_len=config.model.max_len,
+        max_len=planned(config.model.max_len),
         shape=sizes.model,
         width=width,
         slots=adapter_slots(config, config.kept_versions * max(1, len(config.served)) + pinned),

@@ -1,4 +1,4 @@
-"""From a config to one without `auto`: device, sizes, plan. Called by `plumbline.doctor` and `serve`."""
+"""From a config to one without `auto`: lengths, device, sizes, plan. Called by `plumbline.doctor` and `serve`."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ from plumbline.config.demand import demand
 from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
+from plumbline.placement.lengths import settle_lengths
 from plumbline.placement.machine import Machine
 from plumbline.placement.memory import bytes_of
 from plumbline.placement.plan import Plan, engine_changes, find_seats, make_plan, without_gpus
@@ -37,9 +38,10 @@ def place(config: Config, machine: Machine, part: Part = "run") -> Placed:
 
     Raises:
         ConfigError: `fleet.device: cuda` where there is no GPU.
+            A length is above what its model reads.
         ModelError: the size of a model cannot be read.
     """
-    device = run_device(config, machine)
+    config, device = settle_lengths(config), run_device(config, machine)
     dtype, sizes = resolve_dtype(config.model.dtype, device), read_sizes(config)
 
     def plan(config: Config, machine: Machine) -> Plan:

@@ -156,7 +156,7 @@ def _some(fit: Fit, lengths: Lengths, name: str) -> Fit:
         first = fit.unfit[0]
         raise DataError(
             f"{lengths.source}: all {len(fit.unfit)} prompts are too long for {name}; the first has {first.detail}: "
-            "raise data.max_prompt_tokens, and model.max_len above generation.max_tokens"
+            "raise data.max_prompt_tokens and, as far as the model reads, model.max_len, or lower generation.max_tokens"
         )
     return fit
 

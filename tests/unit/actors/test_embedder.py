@@ -286,4 +286,4 @@ def test_what_cannot_be_loaded_is_named_in_one_line(bert: Path, tmp_path: Path, 
     with pytest.raises(ModelError) as caught:
         embedder(directory)
     text = str(caught.value)
-    assert text.startswith(f"embedder.path: {directory}: ") and "\n" not in text
+    assert text.startswith(f"embedder.path: {directory}") and "\n" not in text

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -449,6 +450,103 @@ def test_the_option_that_the_message_names_mends_it(world: World, monkeypatch: p
     assert main(["run", world.write(), "--run-dir", str(world.run_dir), "--set", "model.chat_template=chatml"]) == 0
 
 
+def rewrite(world: World, change: Callable[[dict[str, Any]], object], **settings: Any) -> None:
+    """The model's weights changed in place, and keys of its config.json."""
+    from safetensors.torch import load_file, save_file
+
+    file = world.directory / "model" / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    config = world.directory / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+
+
+def resize(world: World, rows: int) -> None:
+    import torch
+
+    def change(weights: dict[str, Any]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = torch.cat([weights[name], weights[name]])[:rows].clone()
+
+    rewrite(world, change, vocab_size=rows)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda weights: weights.pop(NORM), f"model: it lacks {NORM}; save it whole again"),
+        (
+            lambda weights: weights.update({"a": weights[NORM].clone()}),
+            "what its config.json knows nothing of: a; save it",
+        ),
+        (lambda weights: weights[NORM].fill_(math.nan), f"{NORM} has values that are no finite numbers"),
+    ],
+)
+def test_a_model_that_is_damaged(world: World, refused: Refused, change: Callable[..., object], part: str) -> None:
+    rewrite(world, change)
+    holds(run(world, refused), "model.path: ", part)
+
+
+@pytest.mark.parametrize("pipeline", [{"type": "sft"}, {"type": "reward"}])
+def test_names_with_a_prefix_are_nobodys(world: World, refused: Refused, pipeline: dict[str, Any]) -> None:
+    (world.directory / "a.jsonl").write_bytes(lines({"text": "good", "label": 1}, {"text": "bad", "label": 0}))
+    if pipeline["type"] == "reward":
+        world.tree["data"] = {"train": {"path": "a.jsonl"}}
+    world.tree["pipelines"] = [pipeline]
+    rewrite(world, lambda weights: [weights.update({f"module.{k}": weights.pop(k)}) for k in list(weights)])
+    holds(run(world, refused), "model.path: ", "it lacks ", "(there is module.", "save it whole again")
+
+
+def test_a_vocabulary_may_be_larger_than_the_tokenizers_and_not_smaller(
+    world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize(world, 668)
+    holds(run(world, refused), "model.path: ", "its vocabulary has 668 entries, and the tokenizer goes to id 670 ('")
+    resize(world, 700)
+    monkeypatch.setitem(sys.modules, "pipelines.run", SimpleNamespace(run=lambda *_: {}))
+    assert main(["run", world.write(), "--run-dir", str(world.run_dir)]) == 0
+
+
+# Lengths
+
+
+def test_more_tokens_than_the_model_reads(world: World, refused: Refused) -> None:
+    line = run(world, refused, "--set", "model.max_len=268")
+    assert line == "model.max_len: 268, but its model reads 256 tokens at most; write auto"
+
+
+def test_a_length_that_is_not_given_is_what_the_model_reads(world: World, refused: Refused) -> None:
+    del world.tree["model"]["max_len"]
+    line = run(world, refused, "--set", "pipelines.0.generation.max_tokens=255")
+    holds(line, "(1)", "raise data.max_prompt_tokens, and lower generation.max_tokens: the model reads 256 tokens")
+
+
+@pytest.mark.parametrize("key", ["reward", "evaluation.judge"])
+def test_more_tokens_than_a_reward_reads(world: World, refused: Refused, key: str) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    path = world.directory / "classifier"
+    shutil.copytree(world.directory / "model", path)
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=671,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(path)
+    reward = {"type": "classifier", "path": str(path), "max_len": 65}
+    section = world.tree if key == "reward" else world.tree["evaluation"]
+    section[key.rpartition(".")[2]] = reward
+    assert run(world, refused) == f"{key}.max_len: 65, but its model reads 64 tokens at most; write auto"
+
+
 # Rewards
 
 
@@ -636,8 +734,8 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LOOKS = [
-    *("versions", "model", "reward", "data", "devices", "engine", "memory", "storage", "run directory", "tracking"),
-    "ports",
+    *("versions", "model", "reward", "weights", "lengths", "data", "devices", "engine", "memory", "storage"),
+    *("run directory", "tracking", "ports"),
 ]
 PLAN = ["role", "generator", "scorer", "learner of ple"]
 """First words of the table that follows."""
@@ -682,7 +780,9 @@ def test_doctor_names_all_that_is_wrong(
     failed = [line.split(":")[0].removeprefix("FAIL ") for line in captured.err.splitlines()]
     assert failed == ["model", "reward", "data", "devices", "run directory", "ports"]
     fine = [line.split(":")[0].removeprefix("ok   ") for line in captured.out.splitlines()]
-    assert fine == ["versions", "memory", "storage", "tracking", "placement"], "none was made, which is no news"
+    assert fine == ["versions", "weights", "lengths", "memory", "storage", "tracking", "placement"], (
+        "none was made, which is no news"
+    )
     holds(
         captured.err,
         "no config.json",

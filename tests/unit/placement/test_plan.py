@@ -71,7 +71,7 @@ METHODS: list[dict[str, Any]] = [{"type": "ple"}, {"type": "dlma"}, {"type": "se
 def config_of(pipelines: list[dict[str, Any]] = METHODS, **sections: Any) -> Config:
     tree = {
         "name": "placed",
-        "model": {"path": "base"},
+        "model": {"path": "base", "max_len": 1024},
         "data": {"train": {"path": "prompts.jsonl"}},
         "reward": {"type": "classifier", "path": "reward"},
         "embedder": {"path": "embedder"},
