@@ -145,6 +145,12 @@ def free() -> Mapping[str, float]:
     return ray.available_resources()
 
 
+def driver_node() -> Mapping[str, float]:
+    """A little of the resource that the driver's node alone offers: whoever asks for it is started there."""
+    own = ray.get_runtime_context().get_node_id()
+    return {f"node:{node['NodeManagerAddress']}": 0.001 for node in ray.nodes() if node["NodeID"] == own}
+
+
 def beside_driver() -> dict[str, Any]:
     """Options of a light actor that holds what a run cannot lose: it is where the driver is, never on a spot node."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def serve_command(options: argparse.Namespace) -> int:
         display({"message": f"starting an engine for {options.target}"})
 
         def ready(url: str) -> None:
+            if f":{read.settings.port}" not in url:
+                display({"message": f"port {read.settings.port} is not used: Ray Serve of this cluster has its own"})
             display({"message": f"serving {', '.join(read.names)} on {url}/v1 (Ctrl-C ends)"})
             display({"message": f"try: plumbline chat --url {url}/v1"})
 
@@ -86,7 +89,7 @@ def detach(options: argparse.Namespace, target: Path) -> int:
     deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None and time.monotonic() < deadline:
         said = (target / LOG).read_text("utf-8", errors="replace")
-        if " on http" in said:
+        if _address(said):
             print(said.strip())
             print(f"end it with: plumbline serve {options.target} --stop")
             return 0
@@ -101,17 +104,35 @@ def detach(options: argparse.Namespace, target: Path) -> int:
 
 
 def stop(target: Path) -> int:
-    """End what `--detach` left running."""
-    pid_file = target / PID
-    if not running(pid_file):
-        raise UserError(f"{target}: is not served by a detached process")
-    pid = int(pid_file.read_text())
-    os.kill(pid, signal.SIGTERM)
-    while running(pid_file):
-        time.sleep(0.2)
-    pid_file.unlink()
-    print("the endpoint has ended")
+    """End what `--detach` left running, or any process on the cluster of RAY_ADDRESS, over this directory alone."""
+    pid_file, address = target / PID, None
+    found = running(pid_file)
+    if found:
+        address = _address((target / LOG).read_text("utf-8", errors="replace"))
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        while running(pid_file):
+            time.sleep(0.2)
+        pid_file.unlink()
+    if os.environ.get("RAY_ADDRESS"):
+        from serve.target import stop_target
+
+        left = stop_target(target)
+        found, address = found or left is not None, left or address
+    if not found:
+        raise UserError(f"{target}: is not served by a detached process{_elsewhere()}")
+    print(f"the endpoint over {target}{f' on {address}/v1' if address else ''} has ended")
     return 0
+
+
+def _elsewhere() -> str:
+    where = os.environ.get("RAY_ADDRESS")
+    return f", nor on the cluster at {where}" if where else "; for one on a cluster, set RAY_ADDRESS"
+
+
+def _address(log: str) -> str | None:
+    """Where a detached process has said that it answers, before `/v1`."""
+    found = re.search(r" on (http\S+)/v1", log)
+    return found[1] if found else None
 
 
 def running(pid_file: Path) -> bool:
