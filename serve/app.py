@@ -81,13 +81,14 @@ class Endpoint:
         name, body = parse(kind, asked, self.limits)
         try:
             ref = self.catalog.resolve(name)
+            digest = self.catalog.digest(ref)
         except KeyError:
             raise unknown_model(name[:64]) from None
         except ModelError as error:
             log.error("%s", error)
             raise lost_model(name) from None
         call.of(public_name(ref.policy), ref.version)
-        answer = self.backend.answer(UserRequest(kind=kind, body=body, ref=ref))
+        answer = self.backend.answer(UserRequest(kind=kind, body=body, ref=ref, digest=digest))
         try:
             head = await anext(answer)
             assert isinstance(head, Head)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
@@ -23,7 +24,6 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from actors.spawn import driver_node
 from plumbline.config.serving import Serve
 from plumbline.errors import ConfigError, RunError, in_one_line
 from plumbline.runs.promotions import Catalog
@@ -34,6 +34,8 @@ from serve.replica import Replica, ReplicaSpec
 
 PATIENCE_S = 120.0
 """For health checks: a busy machine is not a broken replica."""
+HEALTH_S = 2.0
+"""Between them: after three that fail Ray Serve starts an engine anew."""
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 """Of all of Ray Serve's processes: what users ask for is not logged."""
 _GONE = (ApplicationStatus.DELETING, ApplicationStatus.NOT_STARTED)
@@ -172,6 +174,12 @@ def deployed(directory: Path) -> Place | None:
     return Place(app=app, url=f"http://{host}:{port}{routes[app].rstrip('/')}") if app in routes else None
 
 
+def driver_node() -> Mapping[str, float]:
+    """A little of the resource that the driver's node alone offers: whoever asks for it is started there."""
+    own = ray.get_runtime_context().get_node_id()
+    return {f"node:{node['NodeManagerAddress']}": 0.001 for node in ray.nodes() if node["NodeID"] == own}
+
+
 def application(
     settings: Serve, served: Served, keys: Keys, cpus: int, gpus: float, node: Mapping[str, float] | None = None
 ) -> Any:
@@ -191,7 +199,7 @@ def application(
     public = replace(served, replica=None)
     if served.replica is None:
         return ingress.bind(public, keys, settings)
-    return ingress.bind(public, keys, settings, replicas(settings, served.replica, cpus, gpus))
+    return ingress.bind(public, keys, settings, replicas(settings, replace(served.replica, node=node), cpus, gpus))
 
 
 def is_there(place: Place) -> bool:
@@ -231,6 +239,7 @@ def replicas(settings: Serve, spec: ReplicaSpec, cpus: int, gpus: float) -> Any:
         name="engine",
         max_ongoing_requests=2 * seats,
         max_queued_requests=settings.limits.in_flight,
+        health_check_period_s=HEALTH_S,
         health_check_timeout_s=PATIENCE_S,
         ray_actor_options=actor,
         logging_config=QUIET,

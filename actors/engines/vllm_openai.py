@@ -56,6 +56,7 @@ class OpenAIAnswers:
         from vllm.entrypoints.openai.models.serving import OpenAIServingModels
         from vllm.renderers.online_renderer import OnlineRenderer
 
+        self._llm = llm
         self._vocabulary: int = llm.model_config.get_vocab_size()
         self._models = OpenAIServingModels(llm, [BaseModelPath(name=PolicyRef().public, model_path=model_path)])
         template: Any = {"chat_template": chat_template, "chat_template_content_format": "auto"}
@@ -89,6 +90,8 @@ class OpenAIAnswers:
             result = create_error_response(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}")
         except Exception as error:  # vLLM's server maps them alike: a wrong value of the user's is a 400
             result = create_error_response(error)
+        if isinstance(result, ErrorResponse) and self._llm.errored:
+            raise RuntimeError("vLLM's engine is dead")
         if isinstance(result, ErrorResponse):
             yield Head(status=int(result.error.code or 500), streams=False)
             yield result.model_dump_json()

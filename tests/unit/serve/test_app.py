@@ -19,6 +19,7 @@ from plumbline.runs.promotions import Catalog, Promotion, promote
 from serve.app import Endpoint, build_app
 from serve.errors import ApiError
 from serve.keys import Keys, check_bind, read_keys
+from tests.unit.conftest import TENSORS
 
 KEY = "sk-a-key-of-our-own"
 HELLO = {"model": "ple", "messages": [{"role": "user", "content": "Hello"}]}
@@ -74,6 +75,7 @@ def run_dir(tmp_path: Path) -> Path:
         (directory / "proof.json").write_text('{"probe_logps": [-1.0]}')
         (tmp_path / "policies" / "ple" / f"v{version:06d}").mkdir(parents=True)
         (tmp_path / "policies" / "ple" / f"v{version:06d}" / "proof.json").write_text('{"probe_logps": [-1.0]}')
+        (tmp_path / "policies" / "ple" / f"v{version:06d}" / "model.safetensors").write_bytes(TENSORS)
     (tmp_path / "policies" / "reward" / "v000001").mkdir(parents=True)
     return tmp_path
 
