@@ -1,12 +1,14 @@
 """`plumbline serve`, `promote` and `rollback`."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from plumbline.errors import RunError, UserError
@@ -77,7 +79,15 @@ def detach(options: argparse.Namespace, target: Path) -> int:
     arguments = [a for a in sys.argv[1:] if a != "--detach"]
     # Not `-m cli`, which would be the working directory's own, where it has one.
     code = f"import sys; sys.path.append({HOME!r}); from cli.main import main; sys.exit(main())"
-    with (target / LOG).open("wb") as log:
+    try:
+        pid_file.write_text("")  # before there is a process whose number could not be kept
+        log = (target / LOG).open("wb")
+    except OSError as error:
+        raise UserError(
+            f"{target}: `--detach` keeps {PID} and {LOG} there, which cannot be written ({error.strerror}); "
+            "make room, or serve without it"
+        ) from None
+    with log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, *arguments],
             stdin=subprocess.DEVNULL,
@@ -144,8 +154,17 @@ def running(pid_file: Path) -> bool:
     try:
         process = psutil.Process(int(pid_file.read_text()))
         return "serve" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError):
+    except (psutil.Error, ValueError, OSError):
         return False
+
+
+@contextlib.contextmanager
+def no_run_to_resume() -> Iterator[None]:
+    """What would end a run is told by itself here, without the line that continues one."""
+    try:
+        yield
+    except RunError as error:
+        raise UserError(str(error)) from None
 
 
 def promote_command(options: argparse.Namespace) -> int:
@@ -155,7 +174,8 @@ def promote_command(options: argparse.Namespace) -> int:
 
     name, at, version = options.version.partition("@")
     ref = parse_ref(options.run_dir, policy_named(options.run_dir, name) + at + version)
-    promote(options.run_dir, Promotion(ref=ref, by="hand"))
+    with no_run_to_resume():
+        promote(options.run_dir, Promotion(ref=ref, by="hand"))
     print(f"{name} means {ref} from now on")
     return 0
 
@@ -164,6 +184,7 @@ def rollback_command(options: argparse.Namespace) -> int:
     """`plumbline rollback`."""
     from plumbline.runs.promotions import policy_named, rollback
 
-    ref = rollback(options.run_dir, policy_named(options.run_dir, options.policy))
+    with no_run_to_resume():
+        ref = rollback(options.run_dir, policy_named(options.run_dir, options.policy))
     print(f"{options.policy} means {ref} again")
     return 0

@@ -62,7 +62,7 @@ class VllmEngine:
         self._tokenizer = read_tokenizer(spec.model_path)
         self._ids = itertools.count()
         self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
-        self._users = OpenAIAnswers(self._llm, spec.model_path, spec.chat_template) if spec.seats else None
+        self._users = OpenAIAnswers(self._llm, spec.model_path, spec.chat_template, spec.seats) if spec.seats else None
 
     def _lora(self, adapter: Adapter | None):
         from vllm.lora.request import LoRARequest
