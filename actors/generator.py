@@ -119,7 +119,7 @@ class Generator:
 
     async def answer(self, request: UserRequest) -> AsyncIterator[Head | str]:
         """A user's answer, before rollouts: its head, then pieces of its body. Raises SyncError (see `load`)."""
-        async with _Busy(self), self._serving(request.ref, pin=True) as (engine, adapter):
+        async with _Busy(self), self._serving(request.ref, pin=True, digest=request.digest) as (engine, adapter):
             async for piece in engine.answer(request, adapter=adapter):
                 yield piece
 
@@ -132,6 +132,11 @@ class Generator:
         await self.start()
         async with self._answering():
             return await self._versions.load(ref)
+
+    async def check_health(self) -> None:
+        """Raises RuntimeError where the engine is dead; one that is still loading is not."""
+        if self._engine is not None:
+            await self._engine.check_health()
 
     async def busy_seconds(self) -> float:
         """Seconds, since the start, in which at least one request was being worked on."""
@@ -154,11 +159,13 @@ class Generator:
             self._versions.close()
 
     @asynccontextmanager
-    async def _serving(self, ref: PolicyRef, *, pin: bool = False) -> AsyncIterator[tuple[Engine, Adapter | None]]:
+    async def _serving(
+        self, ref: PolicyRef, *, pin: bool = False, digest: str = ""
+    ) -> AsyncIterator[tuple[Engine, Adapter | None]]:
         """The engine, which holds `ref` until the end; every request that was begun must have ended by then."""
         await self.start()
         async with self._answering() as engine:
-            adapter = await self._versions.acquire(ref, pin=pin)
+            adapter = await self._versions.acquire(ref, pin=pin, digest=digest)
             try:
                 yield engine, adapter
             finally:

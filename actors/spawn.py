@@ -42,7 +42,7 @@ from plumbline.config.section import bounds, planned
 from plumbline.errors import ConfigError, LostError, PlumblineError, RunError, in_one_line
 from plumbline.placement.machine import Machine, sign_in, this_machine
 from plumbline.records import PolicyRef, Publication, TokenGroup
-from plumbline.runs.policies import read_publication, version_directory
+from plumbline.runs.policies import read_publication, version_digest, version_directory
 
 RESTARTS = 100
 """Deaths of one generator or scorer that Ray mends before a run gives up."""
@@ -348,26 +348,34 @@ class Fleet:
                 ray.kill(handle)
 
 
-def fetcher(store_name: str | None, run_dir: Path | None) -> Fetch:
+def fetcher(store_name: str | None, run_dir: Path | None, node: Mapping[str, float] | None = None) -> Fetch:
     """How a generator gets a version: from the run's policy store, or an older one from the run's directory.
 
     A whole model is read where its files lie, if that place is seen here, and is else sent from its learner's node.
+
+    Args:
+        node: the resource of a node that has the run's directory, for where it is not seen.
 
     Raises:
         KeyError: there is no such version in either, or a whole model's files are nowhere any more.
     """
 
-    async def fetch(ref: PolicyRef) -> Publication:
+    async def fetch(ref: PolicyRef, digest: str) -> Publication:
         if store_name is not None:
             # By name: a handle among the arguments would put them where a restart may not find them.
             store: Any = ray.get_actor(store_name)
             with contextlib.suppress(KeyError):
                 held: Publication = await store.fetch.options(max_task_retries=-1).remote(ref)
+                if digest not in ("", version_digest(held.digests, held.probe_logps)):
+                    raise KeyError(ref)  # its learner was started anew, and made it anew in the run's directory
                 if held.files or (held.directory and Path(held.directory).is_dir()):
                     return held
                 if box := await store.box.options(max_task_retries=-1).remote(ref):
                     with contextlib.suppress(ObjectLostError):  # its learner died since
                         return replace(held, files=await box.ref, directory=None)
+        if run_dir is not None and node and not (run_dir / "config.yaml").is_file():
+            read: Any = ray.remote(read_publication).options(num_cpus=0, resources=node)
+            return await read.remote(run_dir, ref, True)
         if run_dir is None or not version_directory(run_dir, ref).is_dir():
             raise KeyError(f"no published version {ref}")
         return await asyncio.to_thread(read_publication, run_dir, ref)

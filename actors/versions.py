@@ -19,10 +19,14 @@ from typing import Protocol
 from actors.engines.seam import Adapter, Engine
 from actors.metrics import PROBE_DIFFERENCE, PROOF_SECONDS
 from actors.proof import Digests, Proof, prove
-from plumbline.errors import SyncError
+from plumbline.errors import SyncError, in_one_line
 from plumbline.records import PolicyRef, Publication, TokenGroup
+from plumbline.runs.policies import version_digest
 
-Fetch = Callable[[PolicyRef], Awaitable[Publication]]
+Fetch = Callable[[PolicyRef, str], Awaitable[Publication]]
+"""Gets a published version by its digest, "" for whatever there is by its name."""
+REMEMBERED_S = 60.0
+"""For how long a version that could not be loaded is not tried again for users."""
 
 
 class Versions(Protocol):
@@ -32,11 +36,15 @@ class Versions(Protocol):
         """Fetch, load and prove a version. Raises SyncError."""
         ...
 
-    async def acquire(self, ref: PolicyRef, *, pin: bool = False) -> Adapter | None:
+    async def acquire(self, ref: PolicyRef, *, pin: bool = False, digest: str = "") -> Adapter | None:
         """Wait until requests may be answered by `ref`, which stays until `release`; returns what names it.
 
         Args:
             pin: a user asks: the version stays loaded after it, until as many others were asked for as are pinned.
+            digest: what it is known by; what is loaded under its name with another digest is replaced.
+
+        Raises:
+            SyncError: it does not load, or not as itself.
         """
         ...
 
@@ -45,6 +53,23 @@ class Versions(Protocol):
     def close(self) -> None:
         """Remove files."""
         ...
+
+
+class Failures:
+    """Versions that could not be loaded for users: for a while they are told so at once, and nothing is tried again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[PolicyRef, str], tuple[float, SyncError]] = {}
+
+    def check(self, ref: PolicyRef, digest: str) -> None:
+        """Raises the SyncError with which it failed, not long ago."""
+        since, error = self._kept.get((ref, digest), (-math.inf, None))
+        if error is not None and time.monotonic() - since < REMEMBERED_S:
+            raise error.with_traceback(None)
+
+    def note(self, ref: PolicyRef, digest: str, error: SyncError) -> None:
+        """It has failed so."""
+        self._kept[ref, digest] = time.monotonic(), error
 
 
 class Prober:
@@ -137,28 +162,39 @@ class AdapterVersions:
         self._directory = Path(tempfile.mkdtemp(prefix="plumbline-adapters-"))
         self._loading: dict[PolicyRef, asyncio.Task[Proof]] = {}
         self._users: dict[PolicyRef, int] = {}
+        self._digests: dict[PolicyRef, str] = {}
+        self._replaced: dict[PolicyRef, list[Adapter]] = {}  # under the same name, and perhaps still in use
+        self._failures = Failures()
         self.ids = itertools.count(1)
         self.adapters: dict[PolicyRef, Adapter] = {}
 
-    async def load(self, ref: PolicyRef) -> Proof:
+    async def load(self, ref: PolicyRef, digest: str = "") -> Proof:
+        if digest and self._digests.get(ref, digest) != digest:
+            self._set_aside(ref)
         if ref not in self._loading:
-            self._loading[ref] = asyncio.create_task(self._load(ref))
+            self._loading[ref] = asyncio.create_task(self._load(ref, digest))
+        loading = self._loading[ref]
         try:
-            return await asyncio.shield(self._loading[ref])
-        except Exception:
-            self._loading.pop(ref, None)
+            return await asyncio.shield(loading)
+        except Exception as error:
+            if self._loading.get(ref) is loading:
+                del self._loading[ref]
+            if isinstance(error, SyncError):
+                self._failures.note(ref, digest, error)
             raise
 
-    async def acquire(self, ref: PolicyRef, *, pin: bool = False) -> Adapter | None:
+    async def acquire(self, ref: PolicyRef, *, pin: bool = False, digest: str = "") -> Adapter | None:
         if ref.version == 0:
             return None
+        if pin:
+            self._failures.check(ref, digest)
         if pin:
             if ref in self._pins:
                 self._pins.remove(ref)
             self._pins.append(ref)
         self._users[ref] = self._users.get(ref, 0) + 1
         try:
-            await self.load(ref)
+            await self.load(ref, digest)
         except BaseException:
             self.release(ref)
             raise
@@ -173,17 +209,47 @@ class AdapterVersions:
     def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _load(self, ref: PolicyRef) -> Proof:
-        publication = await self._fetch(ref)
+    async def _load(self, ref: PolicyRef, digest: str) -> Proof:
+        publication = await self._fetch(ref, digest)
         number = next(self.ids)
         directory = self._directory / str(number)  # not by version: the same one may be on its way out
-        write_files(directory, publication.files)
         adapter = Adapter(id=number, name=ref.public, path=str(directory))
-        await self._engine.add_adapter(adapter)
-        proof = await self._prober.prove(publication, adapter)
+        added = False
+        try:
+            write_files(directory, publication.files)
+            await self._add(ref, adapter)
+            added = True
+            proof = await self._prober.prove(publication, adapter)
+        except BaseException:
+            await self._drop(adapter, loaded=added)
+            raise
         self.adapters[ref] = adapter
+        self._digests[ref] = version_digest(publication.digests, publication.probe_logps)
         await self.forget(ref)
         return proof
+
+    async def _add(self, ref: PolicyRef, adapter: Adapter) -> None:
+        """Raises SyncError where the engine lives, and cannot read it."""
+        try:
+            await self._engine.add_adapter(adapter)
+        except Exception as error:
+            await self._engine.check_health()
+            reason = f"the engine cannot read it ({in_one_line(error)})"
+            raise SyncError(ref.policy, ref.version, self._prober.name, math.nan, reason) from None
+
+    def _set_aside(self, ref: PolicyRef) -> None:
+        """Have a version loaded anew; requests under way end on the adapter that they began with."""
+        self._loading.pop(ref, None)
+        self._digests.pop(ref, None)
+        if ref in self.adapters:
+            self._replaced.setdefault(ref, []).append(self.adapters.pop(ref))
+
+    async def _drop(self, adapter: Adapter, *, loaded: bool = True) -> None:
+        try:
+            if loaded:
+                await self._engine.remove_adapter(adapter)
+        finally:
+            shutil.rmtree(adapter.path, ignore_errors=True)
 
     async def forget(self, newest: PolicyRef) -> None:
         """Drop the versions of a policy that are old and that no request uses."""
@@ -192,8 +258,11 @@ class AdapterVersions:
             if ref in self.adapters and ref not in self._users and ref not in self._pins:  # or dropped meanwhile
                 adapter = self.adapters.pop(ref)
                 self._loading.pop(ref, None)
-                await self._engine.remove_adapter(adapter)
-                shutil.rmtree(adapter.path, ignore_errors=True)
+                self._digests.pop(ref, None)
+                await self._drop(adapter)
+        for ref in [ref for ref in self._replaced if ref not in self._users]:
+            for adapter in self._replaced.pop(ref):
+                await self._drop(adapter)
 
 
 class WholeVersions:
@@ -214,6 +283,8 @@ class WholeVersions:
         self._idle.set()
         self._users = 0
         self._replacing: asyncio.Task[None] | None = None
+        self._digest = ""
+        self._failures = Failures()
         self._proofs = {PolicyRef(): Proof(ref=PolicyRef(), engine=prober.name, difference=0.0, drift=math.nan)}
         self.serves: PolicyRef | None = PolicyRef()  # None: what is loaded was not proved
 
@@ -222,14 +293,20 @@ class WholeVersions:
         self.release(ref)
         return self._proofs[of_base(ref)]
 
-    async def acquire(self, ref: PolicyRef, *, pin: bool = False) -> None:
+    async def acquire(self, ref: PolicyRef, *, pin: bool = False, digest: str = "") -> None:
         async with self._turn:
             if self._replacing is not None:  # begun for a request that was given up meanwhile
                 await asyncio.wait([self._replacing])
-            if of_base(ref) != self.serves:
+            if of_base(ref) != self.serves or digest not in ("", self._digest):
+                if pin:
+                    self._failures.check(ref, digest)
                 await self._idle.wait()
-                self._replacing = asyncio.create_task(self._replace(of_base(ref)))
-                await asyncio.shield(self._replacing)
+                self._replacing = asyncio.create_task(self._replace(of_base(ref), digest))
+                try:
+                    await asyncio.shield(self._replacing)
+                except SyncError as error:
+                    self._failures.note(ref, digest, error)
+                    raise
             self._users += 1
             self._idle.clear()
 
@@ -241,8 +318,8 @@ class WholeVersions:
     def close(self) -> None:
         pass
 
-    async def _replace(self, ref: PolicyRef) -> None:
-        publication = await self._fetch(ref) if ref.version else None
+    async def _replace(self, ref: PolicyRef, digest: str) -> None:
+        publication = await self._fetch(ref, digest) if ref.version else None
         left, self.serves = self.serves, None
         if publication is None:
             await self._engine.load_weights(self._base)
@@ -252,9 +329,10 @@ class WholeVersions:
             async with model_directory(publication) as directory:
                 self._proofs[ref] = await self._load_and_prove(publication, directory)
         self.serves = ref
+        self._digest = version_digest(publication.digests, publication.probe_logps) if publication else ""
 
     async def _load_and_prove(self, publication: Publication, directory: str) -> Proof:
-        in_memory = await self._engine.load_weights(directory, publication.shared)
+        in_memory = await self._read(publication, directory)
         try:
             return await self._prober.prove(publication, None)
         except SyncError:
@@ -262,6 +340,15 @@ class WholeVersions:
                 raise
         await self._engine.load_weights(directory)  # its learner laid out the next version meanwhile, or died
         return await self._prober.prove(publication, None)
+
+    async def _read(self, publication: Publication, directory: str) -> bool:
+        """See `Engine.load_weights`. Raises SyncError where the engine lives, and cannot read them."""
+        try:
+            return await self._engine.load_weights(directory, publication.shared)
+        except Exception as error:
+            await self._engine.check_health()
+            ref, reason = publication.ref, f"the engine cannot read it ({in_one_line(error)})"
+            raise SyncError(ref.policy, ref.version, self._prober.name, math.nan, reason) from None
 
 
 async def score(engine: Engine, group: TokenGroup, adapter: Adapter | None) -> list[list[float]]:

@@ -1,11 +1,14 @@
 """`plumbline serve`, `promote` and `rollback`."""
 
 import argparse
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from plumbline.errors import RunError, UserError
@@ -59,6 +62,8 @@ def serve_command(options: argparse.Namespace) -> int:
         display({"message": f"starting an engine for {options.target}"})
 
         def ready(url: str) -> None:
+            if f":{read.settings.port}" not in url:
+                display({"message": f"port {read.settings.port} is not used: Ray Serve of this cluster has its own"})
             display({"message": f"serving {', '.join(read.names)} on {url}/v1 (Ctrl-C ends)"})
             display({"message": f"try: plumbline chat --url {url}/v1"})
 
@@ -74,7 +79,15 @@ def detach(options: argparse.Namespace, target: Path) -> int:
     arguments = [a for a in sys.argv[1:] if a != "--detach"]
     # Not `-m cli`, which would be the working directory's own, where it has one.
     code = f"import sys; sys.path.append({HOME!r}); from cli.main import main; sys.exit(main())"
-    with (target / LOG).open("wb") as log:
+    try:
+        pid_file.write_text("")  # before there is a process whose number could not be kept
+        log = (target / LOG).open("wb")
+    except OSError as error:
+        raise UserError(
+            f"{target}: `--detach` keeps {PID} and {LOG} there, which cannot be written ({error.strerror}); "
+            "make room, or serve without it"
+        ) from None
+    with log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, *arguments],
             stdin=subprocess.DEVNULL,
@@ -86,7 +99,7 @@ def detach(options: argparse.Namespace, target: Path) -> int:
     deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None and time.monotonic() < deadline:
         said = (target / LOG).read_text("utf-8", errors="replace")
-        if " on http" in said:
+        if _address(said):
             print(said.strip())
             print(f"end it with: plumbline serve {options.target} --stop")
             return 0
@@ -101,17 +114,35 @@ def detach(options: argparse.Namespace, target: Path) -> int:
 
 
 def stop(target: Path) -> int:
-    """End what `--detach` left running."""
-    pid_file = target / PID
-    if not running(pid_file):
-        raise UserError(f"{target}: is not served by a detached process")
-    pid = int(pid_file.read_text())
-    os.kill(pid, signal.SIGTERM)
-    while running(pid_file):
-        time.sleep(0.2)
-    pid_file.unlink()
-    print("the endpoint has ended")
+    """End what `--detach` left running, or any process on the cluster of RAY_ADDRESS, over this directory alone."""
+    pid_file, address = target / PID, None
+    found = running(pid_file)
+    if found:
+        address = _address((target / LOG).read_text("utf-8", errors="replace"))
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        while running(pid_file):
+            time.sleep(0.2)
+        pid_file.unlink()
+    if os.environ.get("RAY_ADDRESS"):
+        from serve.target import stop_target
+
+        left = stop_target(target)
+        found, address = found or left is not None, left or address
+    if not found:
+        raise UserError(f"{target}: is not served by a detached process{_elsewhere()}")
+    print(f"the endpoint over {target}{f' on {address}/v1' if address else ''} has ended")
     return 0
+
+
+def _elsewhere() -> str:
+    where = os.environ.get("RAY_ADDRESS")
+    return f", nor on the cluster at {where}" if where else "; for one on a cluster, set RAY_ADDRESS"
+
+
+def _address(log: str) -> str | None:
+    """Where a detached process has said that it answers, before `/v1`."""
+    found = re.search(r" on (http\S+)/v1", log)
+    return found[1] if found else None
 
 
 def running(pid_file: Path) -> bool:
@@ -123,8 +154,17 @@ def running(pid_file: Path) -> bool:
     try:
         process = psutil.Process(int(pid_file.read_text()))
         return "serve" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError):
+    except (psutil.Error, ValueError, OSError):
         return False
+
+
+@contextlib.contextmanager
+def no_run_to_resume() -> Iterator[None]:
+    """What would end a run is told by itself here, without the line that continues one."""
+    try:
+        yield
+    except RunError as error:
+        raise UserError(str(error)) from None
 
 
 def promote_command(options: argparse.Namespace) -> int:
@@ -134,7 +174,8 @@ def promote_command(options: argparse.Namespace) -> int:
 
     name, at, version = options.version.partition("@")
     ref = parse_ref(options.run_dir, policy_named(options.run_dir, name) + at + version)
-    promote(options.run_dir, Promotion(ref=ref, by="hand"))
+    with no_run_to_resume():
+        promote(options.run_dir, Promotion(ref=ref, by="hand"))
     print(f"{name} means {ref} from now on")
     return 0
 
@@ -143,6 +184,7 @@ def rollback_command(options: argparse.Namespace) -> int:
     """`plumbline rollback`."""
     from plumbline.runs.promotions import policy_named, rollback
 
-    ref = rollback(options.run_dir, policy_named(options.run_dir, options.policy))
+    with no_run_to_resume():
+        ref = rollback(options.run_dir, policy_named(options.run_dir, options.policy))
     print(f"{options.policy} means {ref} again")
     return 0

@@ -201,8 +201,8 @@ async def run_pipelines(
             raise the_failure(config, failed)
         return result
     finally:
-        if endpoint:
-            endpoint.stop()
+        if endpoint and (address := endpoint.stop()):
+            context.events.say(f"the endpoint on {address}/v1 has ended")
         await context.close()
 
 

@@ -130,11 +130,17 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserRequest:
-    """A user's request in OpenAI's form, for one version: `body` as it came, checked, without the model's name."""
+    """A user's request in OpenAI's form, for one version: `body` as it came, checked, without the model's name.
+
+    `digest` is the version's (`plumbline.runs.policies.version_digest`): weights that were remade under its name are
+    others. `caller` tells users apart, and is neither a key nor an address.
+    """
 
     kind: Literal["chat", "completion"]
     body: Mapping[str, object]
     ref: PolicyRef
+    digest: str = ""
+    caller: str = ""
 
     @property
     def streams(self) -> bool:

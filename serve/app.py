@@ -4,11 +4,13 @@ It imports no engine. What comes from users is neither stored nor logged.
 """
 
 import asyncio
+import hashlib
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -21,15 +23,18 @@ from plumbline.config.serving import Limits
 from plumbline.errors import ModelError
 from plumbline.records import Head, PolicyRef, UserRequest, public_name
 from plumbline.runs.promotions import Catalog
+from serve.admission import Admission, amounts
 from serve.backends import Backend
 from serve.errors import ApiError, from_engine, lost_model, unknown_model
 from serve.keys import Keys
 from serve.metrics import Call, Metrics
-from serve.requests import Kind, parse, read_body
+from serve.requests import Kind, check, read_body, read_object
+from serve.responses import Form, as_chat
 from serve.schema import describe
 
 log = logging.getLogger(__name__)
 
+BASE = PolicyRef()
 VERSION_HEADER = "x-plumbline-version"
 HUNG_UP = 499
 """How a request is counted whose user did not wait for the end."""
@@ -47,52 +52,53 @@ class Endpoint:
         self.catalog, self.backend, self.keys, self.limits = catalog, backend, keys, limits
         self.metrics = Metrics()
         self.started = int(time.time())
-        self.in_flight = 0
+        self.admission = Admission(limits)
 
-    async def handle(self, kind: Kind, request: Request) -> Response:
-        """One chat or completion."""
+    async def handle(self, kind: Kind | Literal["response"], request: Request) -> Response:
+        """One chat, completion or response."""
         call = self.metrics.begin()
-        taken = False
+        left: Callable[[], None] | None = None
         try:
-            self.keys.check(request.headers.get("authorization"))
+            caller = self.keys.check(request.headers.get("authorization")) or _address(request)
             # The place is taken afterwards: a body that never comes takes nobody's.
             body = await read_body(request.stream(), self.limits.body_bytes, self.limits.body_s)
-            if self.in_flight >= self.limits.in_flight:
-                raise ApiError(
-                    429,
-                    f"This server answers {self.limits.in_flight} requests at once; try again.",
-                    code="rate_limit_exceeded",
-                    retry_after=1,
-                )
-            self.in_flight += 1
-            taken = True
-            response = await self._answer(kind, body, call)
+            given = read_object(body)
+            form = Form(given) if kind == "response" else None
+            asked: Kind = "chat" if kind == "response" else kind
+            name, fields = check(asked, as_chat(given) if form else given, self.limits)
+            left = self.admission.enter(caller, amounts(fields))
+            asks = UserRequest(kind=asked, body=fields, ref=BASE, caller=caller)
+            response = await self._answer(asks, name, call, left, form)
         except BaseException as error:
-            self.in_flight -= taken
+            if left is not None:
+                left()
             gone = isinstance(error, asyncio.CancelledError | ClientDisconnect)
             call.end(error.status if isinstance(error, ApiError) else HUNG_UP if gone else 500)
             raise
         if not isinstance(response, Stream):  # which is under way from now on
-            self.in_flight -= 1
+            left()
             call.end(200)
         return response
 
-    async def _answer(self, kind: Kind, asked: bytes, call: Call) -> Response:
-        name, body = parse(kind, asked, self.limits)
+    async def _answer(
+        self, request: UserRequest, name: str, call: Call, left: Callable[[], None], form: Form | None
+    ) -> Response:
+        """The answer of the version that `name` means, in its form; `left` is called at the end of a stream."""
         try:
             ref = self.catalog.resolve(name)
+            digest = self.catalog.digest(ref)
         except KeyError:
             raise unknown_model(name[:64]) from None
         except ModelError as error:
             log.error("%s", error)
             raise lost_model(name) from None
         call.of(public_name(ref.policy), ref.version)
-        answer = self.backend.answer(UserRequest(kind=kind, body=body, ref=ref))
+        answer = self.backend.answer(replace(request, ref=ref, digest=digest))
         try:
             head = await anext(answer)
             assert isinstance(head, Head)
             if head.streams:
-                return Stream(answer, call, self._left, version_header(ref))
+                return Stream(answer, call, left, version_header(ref), form)
             text = "".join([str(piece) async for piece in answer])
         except BaseException:
             await aclose(answer)
@@ -101,10 +107,7 @@ class Endpoint:
             raise from_engine(head.status, text)
         call.first()
         call.tokens(json.loads(text).get("usage", {}).get("completion_tokens", 0))
-        return Response(text, media_type="application/json", headers=version_header(ref))
-
-    def _left(self) -> None:
-        self.in_flight -= 1
+        return Response(form.whole(text) if form else text, media_type="application/json", headers=version_header(ref))
 
     def models(self) -> list[dict[str, Any]]:
         """Base and the aliases, with the version that each means."""
@@ -122,6 +125,7 @@ class Stream(StreamingResponse):
     Args:
         answer: the pieces.
         ended: called once.
+        form: of a response, which a chat answers.
     """
 
     def __init__(
@@ -130,8 +134,10 @@ class Stream(StreamingResponse):
         call: Call,
         ended: Callable[[], None],
         headers: Mapping[str, str],
+        form: Form | None,
     ) -> None:
-        super().__init__(self._pieces(), media_type="text/event-stream", headers=headers)
+        pieces = self._pieces()
+        super().__init__(form.events(pieces) if form else pieces, media_type="text/event-stream", headers=headers)
         self._answer, self._call, self._ended = answer, call, ended
         self._status = HUNG_UP  # unless it comes to its end
 
@@ -153,6 +159,12 @@ class Stream(StreamingResponse):
         except ApiError as error:  # the status was sent: it can only be told in the stream
             self._status = error.status
             yield f"data: {json.dumps(error.body)}\n\n"
+
+
+def _address(request: Request) -> str:
+    """What tells callers without keys apart."""
+    host = request.client.host if request.client else ""
+    return hashlib.sha256(host.encode()).hexdigest()[:16]
 
 
 def version_header(ref: PolicyRef) -> dict[str, str]:
@@ -213,6 +225,10 @@ def build_app(endpoint: Endpoint) -> FastAPI:
     @app.post("/v1/chat/completions", summary="Answer a conversation", **describe("chat", endpoint.limits))
     async def chat(request: Request) -> Response:
         return await endpoint.handle("chat", request)
+
+    @app.post("/v1/responses", summary="Answer a text or a conversation", **describe("response", endpoint.limits))
+    async def responses(request: Request) -> Response:
+        return await endpoint.handle("response", request)
 
     @app.post("/v1/completions", summary="Continue a text", **describe("completion", endpoint.limits))
     async def completions(request: Request) -> Response:

@@ -33,6 +33,11 @@ def lost_model(name: str) -> ApiError:
     return ApiError(503, f"The version that `{name}` means is not on this server; its operator must put it back.")
 
 
+def unfit_model(name: str) -> ApiError:
+    """Its files are there, and no engine can answer from them as the version that they should be."""
+    return ApiError(503, f"`{name}` does not load on this server as what was published; its operator must put it back.")
+
+
 def from_engine(status: int, body: str) -> ApiError:
     """What an engine refused, whose own fields are vLLM's."""
     said: dict[str, Any] = json.loads(body).get("error", {})

@@ -22,10 +22,17 @@ class Keys:
 
     digests: tuple[bytes, ...] = field(default=(), repr=False)
 
-    def check(self, authorization: str | None) -> None:
-        """Let a request pass by its `Authorization` header. Raises ApiError (401)."""
+    def check(self, authorization: str | None) -> str:
+        """Let a request pass by its `Authorization` header.
+
+        Returns:
+            What tells the key's owner from others; "" where there are no keys.
+
+        Raises:
+            ApiError: 401.
+        """
         if not self.digests:
-            return
+            return ""
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise ApiError(401, "You didn't provide an API key: send it as `Authorization: Bearer KEY`.")
@@ -35,13 +42,15 @@ class Keys:
             found |= hmac.compare_digest(digest, known)
         if not found:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+        return digest.hex()[:16]
 
 
 def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> Keys:
     """Keys of a file, one a line, or of the environment.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, or a key is too short to be one. No key is in the message.
+        ConfigError: the file cannot be read, is empty, or a key is too short to be one, or no client could send it. No
+            key is in the message.
     """
     if path is None:
         return _keys(environment.get(VARIABLE, "").split(","), VARIABLE)
@@ -66,6 +75,10 @@ def check_bind(host: str, keys: Keys) -> None:
 
 def _keys(texts: Iterable[str], origin: str) -> Keys:
     keys = [text.strip() for text in texts if text.strip()]
+    if odd := sum(not (key.isascii() and key.isprintable()) or " " in key for key in keys):
+        raise ConfigError(
+            f"{origin}: {odd} of {len(keys)} keys cannot be sent in a header; use letters, digits and signs of ASCII"
+        )
     if short := sum(len(key) < SHORTEST for key in keys):
         raise ConfigError(
             f"{origin}: {short} of {len(keys)} keys have less than {SHORTEST} characters; use longer ones"

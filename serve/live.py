@@ -6,7 +6,7 @@ from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 from plumbline.runs.endpoint import LiveRun
-from serve.deploy import Served, check_settings, start_endpoint, stop_endpoint, wait_for_endpoint
+from serve.deploy import Place, Served, check_settings, start_endpoint, stop_endpoint, wait_for_endpoint
 from serve.replica import ReplicaSpec
 
 
@@ -27,21 +27,27 @@ class LiveEndpoint:
                 f"serve.enabled: it needs vLLM, and `fleet.engine: {config.fleet.engine}` gives none here"
             )
         self._config, self._keys = config, check_settings(config.serve)
+        self._place: Place | None = None
 
     def start(self, run: LiveRun) -> None:
         """On the run's own generators, or on engines of its own."""
         settings, generator = self._config.serve, self._config.fleet.generator
         replica = self._replica(run) if settings.placement == "replicas" else None
         served = Served(run_dir=run.run_dir, live=run.policies, store=run.store, replica=replica)
-        start_endpoint(settings, served, self._keys, planned(generator.cpus), planned(generator.gpus))
+        cpus, gpus = planned(generator.cpus), planned(generator.gpus)
+        self._place = start_endpoint(settings, served, self._keys, run.run_dir, cpus, gpus)
 
     async def ready(self) -> str:
         """See `wait_for_endpoint`."""
-        return await wait_for_endpoint(self._config.serve)
+        assert self._place is not None
+        return await wait_for_endpoint(self._place)
 
-    def stop(self) -> None:
+    def stop(self) -> str | None:
         """See `stop_endpoint`."""
-        stop_endpoint()
+        if self._place is None:
+            return None
+        stop_endpoint(self._place)
+        return self._place.url
 
     def _replica(self, run: LiveRun) -> ReplicaSpec:
         config = self._config

@@ -1,7 +1,7 @@
 """An engine of the endpoint's own: the same generator that runs draw from, held by a replica of Ray Serve."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ class ReplicaSpec:
         run_dir: where versions lie; None serves a plain model.
         store_name: of the policy store of a live run, which has newer ones.
         tolerance: nats that a version's proof may be off.
+        node: the resource of a node that has `run_dir`, where not all have it.
     """
 
     engine: EngineSpec
@@ -26,6 +27,7 @@ class ReplicaSpec:
     tolerance: float
     run_dir: Path | None
     store_name: str | None
+    node: Mapping[str, float] | None = None
 
 
 class Replica:
@@ -38,7 +40,7 @@ class Replica:
             spec.engine,
             spec.probe,
             spec.tolerance,
-            fetcher(spec.store_name, spec.run_dir),
+            fetcher(spec.store_name, spec.run_dir, spec.node),
             keep=1,
             pinned=spec.engine.max_adapters - 1,
         )
@@ -49,6 +51,11 @@ class Replica:
         async for piece in self._generator.answer(request):
             yield piece
 
+    async def check_health(self) -> None:
+        """Ray Serve starts another in its place where this raises."""
+        await self._generator.check_health()
+
     async def ready(self) -> bool:
-        """Replicas that are not are not asked."""
+        """Replicas that are starting are not asked. Raises RuntimeError where the engine is dead."""
+        await self.check_health()
         return True

@@ -55,14 +55,24 @@ async def read_body(stream: AsyncIterator[bytes], limit: int, seconds: float) ->
     return bytes(body)
 
 
-def parse(kind: Kind, body: bytes, limits: Limits) -> tuple[str, dict[str, Any]]:
-    """The model's name, and the fields for the engine. Raises ApiError (400)."""
+def read_object(body: bytes) -> dict[str, Any]:
+    """The fields of a body. Raises ApiError (400) where it is no JSON object, or one that cannot be written again."""
     try:
+        body.decode("utf-8")
         fields = json.loads(body)
     except (ValueError, RecursionError):
         raise ApiError(400, "We could not parse the JSON body of your request.") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "The JSON body of your request should be an object.")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise ApiError(400, "A text in the body of your request holds half of a surrogate pair.") from None
+    return fields
+
+
+def check(kind: Kind, fields: Mapping[str, Any], limits: Limits) -> tuple[str, dict[str, Any]]:
+    """The model's name, and the fields for the engine. Raises ApiError (400)."""
     fields = {key: value for key, value in fields.items() if value is not None and key not in IGNORED}
     for place, number in out_of_reach(fields, sys.float_info.max):
         raise ApiError(400, f"`{place}` is {number}; it should be a finite number.", param=place.partition(".")[0])

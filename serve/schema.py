@@ -1,62 +1,116 @@
-"""The OpenAPI description of the two bodies, from which clients and tests are made."""
+"""The description of the bodies, from which clients and tests are made: fields that count, and those left out."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from plumbline.config.serving import Limits
-from serve.requests import ROLES, Kind
+from serve import responses
+from serve.requests import IGNORED, NEUTRAL, ROLES, Kind
 
 _NUMBER = {"type": "number"}
+_TEXT = {"type": "string"}
+_FLAG = {"type": "boolean"}
 
 
-def describe(kind: Kind, limits: Limits) -> dict[str, Any]:
-    """What FastAPI adds to the description of a route whose body it does not parse itself."""
-    properties: dict[str, Any] = {
-        "model": {"type": "string", "maxLength": 128, "description": "a name of /v1/models, or a version: ple@12"},
-        "max_tokens": {"type": "integer", "minimum": 1},
+def _several(one: Mapping[str, Any], most: int, **more: Any) -> dict[str, Any]:
+    return {"anyOf": [one, {"type": "array", "items": one, "maxItems": most, **more}]}
+
+
+def _common() -> dict[str, Any]:
+    return {
+        "model": {**_TEXT, "maxLength": 128, "description": "a name of /v1/models, or a version: ple@12"},
         "temperature": {**_NUMBER, "minimum": 0, "maximum": 2},
         "top_p": {**_NUMBER, "exclusiveMinimum": 0, "maximum": 1},
+        "stream": _FLAG,
+        "user": {**_TEXT, "description": "means nothing here"},
+    }
+
+
+def _sampled(limits: Limits) -> dict[str, Any]:
+    return {
+        **_common(),
+        "max_tokens": {"type": "integer", "minimum": 1},
         "n": {"type": "integer", "minimum": 1, "maximum": limits.n},
-        "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]},
+        "stop": _several(_TEXT, 4),
         "seed": {"type": "integer", "minimum": 0},
-        "stream": {"type": "boolean"},
+        "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}, "additionalProperties": False},
         "presence_penalty": {**_NUMBER, "minimum": -2, "maximum": 2},
         "frequency_penalty": {**_NUMBER, "minimum": -2, "maximum": 2},
-    }
-    if kind == "chat":
-        turn = {
+        "logit_bias": {
             "type": "object",
-            "properties": {
-                "role": {"type": "string", "enum": list(ROLES)},
-                "content": {"type": "string"},
-            },
-            "required": ["role", "content"],
-        }
-        properties |= {
-            "messages": {"type": "array", "items": turn, "minItems": 1, "maxItems": limits.messages},
-            "max_completion_tokens": {"type": "integer", "minimum": 1},
-            "logprobs": {"type": "boolean"},
-            "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
-        }
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "additionalProperties": {**_NUMBER, "minimum": -100, "maximum": 100},
+            "description": "by token id",
+        },
+        "top_k": {"type": "integer", "minimum": 0, "description": "not OpenAI's; 0: all tokens"},
+        "min_p": {**_NUMBER, "minimum": 0, "maximum": 1, "description": "not OpenAI's"},
+        "repetition_penalty": {**_NUMBER, "exclusiveMinimum": 0, "maximum": 2, "description": "not OpenAI's"},
+    }
+
+
+def _chat(limits: Limits) -> dict[str, Any]:
+    return {
+        **_sampled(limits),
+        "messages": {"type": "array", "items": _turn(_TEXT), "minItems": 1, "maxItems": limits.messages},
+        "max_completion_tokens": {"type": "integer", "minimum": 1},
+        "logprobs": _FLAG,
+        "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
+    }
+
+
+def _completion(limits: Limits) -> dict[str, Any]:
+    return {
+        **_sampled(limits),
+        "prompt": _several({**_TEXT, "minLength": 1}, limits.messages, minItems=1),
+        "logprobs": {"type": "integer", "minimum": 0, "maximum": 5},
+        "echo": _FLAG,
+    }
+
+
+def _response(limits: Limits) -> dict[str, Any]:
+    part = {
+        "type": "object",
+        "properties": {"type": {**_TEXT, "enum": list(responses.PARTS)}, "text": _TEXT},
+        "required": ["type", "text"],
+    }
+    turn = _turn(_several(part, limits.messages)["anyOf"][1])
+    turns = {"type": "array", "items": turn, "minItems": 1, "maxItems": limits.messages}
+    return {
+        **_common(),
+        "input": {"anyOf": [{**_TEXT, "minLength": 1}, turns]},
+        "instructions": _TEXT,
+        "max_output_tokens": {"type": "integer", "minimum": 1},
+    }
+
+
+def _turn(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"role": {**_TEXT, "enum": list(ROLES)}, "content": content},
+        "required": ["role", "content"],
+    }
+
+
+def _left_out(ignored: Iterable[str], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Fields that are taken, and change nothing: whatever they hold, or only where they ask for no more than text."""
+    any_value = {key: {"description": "taken, and left out"} for key in sorted(ignored)}
+    return any_value | {
+        key: {"enum": [*values, None], "description": "left out; another value is refused"}
+        for key, values in neutral.items()
+    }
+
+
+def describe(kind: Kind | Literal["response"], limits: Limits) -> dict[str, Any]:
+    """What FastAPI adds to the description of a route whose body it does not parse itself."""
+    if kind == "response":
+        properties = _response(limits) | _left_out(responses.IGNORED, responses.NEUTRAL)
     else:
-        properties |= {
-            "prompt": {
-                "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {
-                        "type": "array",
-                        "items": {"type": "string", "minLength": 1},
-                        "minItems": 1,
-                        "maxItems": limits.messages,
-                    },
-                ]
-            },
-            "logprobs": {"type": "integer", "minimum": 0, "maximum": 5},
-            "echo": {"type": "boolean"},
-        }
+        properties = (_chat(limits) if kind == "chat" else _completion(limits)) | _left_out(IGNORED, NEUTRAL)
+    asked = {"chat": "messages", "completion": "prompt", "response": "input"}[kind]
     schema = {
         "type": "object",
         "properties": properties,
-        "required": ["model", "messages" if kind == "chat" else "prompt"],
+        "required": ["model", asked],
         "additionalProperties": False,
     }
     refusals = {

@@ -15,7 +15,7 @@ from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.section import planned
 from plumbline.config.serving import Serve
 from plumbline.config.tree import Config
-from plumbline.errors import ModelError
+from plumbline.errors import ModelError, RunError, UserError
 from plumbline.models.positions import positions, read_config
 from plumbline.placement.lengths import settle_lengths
 from plumbline.placement.memory import adapter_slots
@@ -24,14 +24,27 @@ from plumbline.placement.start import place_engines, resolve_device, resolve_dty
 from plumbline.runs.models import check_causal, run_tokenizer
 from plumbline.runs.policies import base_directory, read_probe
 from plumbline.runs.promotions import Catalog
-from serve.deploy import Served, check_settings, start_endpoint, wait_for_endpoint
+from serve.deploy import (
+    Place,
+    Served,
+    check_settings,
+    deployed,
+    is_there,
+    start_endpoint,
+    stop_endpoint,
+    wait_for_endpoint,
+)
 from serve.replica import ReplicaSpec
+
+LOOK_S = 5.0
+"""How often to look whether it is still there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is served, with which settings, by engines of how many processors."""
+    """What is served, a run's `directory` or a model's, with which settings, by engines of how many processors."""
 
+    directory: Path
     served: Served
     settings: Serve
     cpus: int
@@ -63,6 +76,7 @@ def read_target(path: Path, overrides: dict[str, object]) -> Target:
         raise ModelError(f"{path}: neither a run's directory (no config.yaml in it) nor a model's (no config.json)")
     run_dir = replica.run_dir
     return Target(
+        directory=path,
         served=Served(run_dir=run_dir, replica=replica),
         settings=settings,
         cpus=planned(generator.cpus),
@@ -144,28 +158,50 @@ def _model_replica(path: Path, settings: Serve) -> tuple[GeneratorFleet, Replica
 
 
 def serve_target(target: Target, ready: Callable[[str], None]) -> None:
-    """Serve until interrupted; `ready` is called with the address once requests are answered.
+    """Serve until interrupted, or until it is ended from elsewhere; `ready` is told the address once it answers.
 
     Raises:
-        UserError: before Ray is started, where the settings cannot be served.
-        RunError: it did not come up.
+        UserError: before Ray is started, where the settings cannot be served; or the directory is served already.
+        RunError: it did not come up, or another process ended it.
     """
     keys = check_settings(target.settings)
     start_ray(target.settings.most_replicas * target.cpus + 1, target.settings.resources)
     try:
-        start_endpoint(target.settings, target.served, keys, target.cpus, target.gpus)
-        asyncio.run(_serve(target, ready))
+        if there := deployed(target.directory):
+            raise UserError(
+                f"{target.directory}: is served already on {there.url}/v1; "
+                f"`plumbline serve {target.directory} --stop` ends that"
+            )
+        place = start_endpoint(target.settings, target.served, keys, target.directory, target.cpus, target.gpus)
+        try:
+            asyncio.run(_serve(place, ready))
+        finally:
+            stop_endpoint(place)
     finally:
         stop_ray()
 
 
-async def _serve(target: Target, ready: Callable[[str], None]) -> None:
+async def _serve(place: Place, ready: Callable[[str], None]) -> None:
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        ready(await wait_for_endpoint(target.settings))
-        await asyncio.Event().wait()
+        ready(await wait_for_endpoint(place))
+        while await asyncio.to_thread(is_there, place):
+            await asyncio.sleep(LOOK_S)
     except asyncio.CancelledError:  # that is how serving ends
         return
+    raise RunError(f"the endpoint on {place.url}/v1 was ended from elsewhere")
+
+
+def stop_target(directory: Path) -> str | None:
+    """End what another process left on the cluster of RAY_ADDRESS; returns the address that it had."""
+    start_ray(0)
+    try:
+        place = deployed(directory)
+        if place is not None:
+            stop_endpoint(place)
+        return place and place.url
+    finally:
+        stop_ray()

@@ -89,6 +89,9 @@ class TransformersEngine:
                 held[module] = pair_digest(layer.lora_A[name].weight, layer.lora_B[name].weight * scaling)
             return [held]
 
+    async def check_health(self) -> None:
+        """It lives in this process."""
+
     async def close(self) -> None:
         self._model = None
 

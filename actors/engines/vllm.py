@@ -36,6 +36,9 @@ CHOOSES_GRAPHS = {
 def import_vllm(spec: EngineSpec) -> None:
     """The slow part of a start that needs no model yet. What vLLM reads of the environment is set before."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Else it sets up logging as if the process were its own, and closes the handlers of others: Ray Serve takes a
+    # replica that cannot log for a broken one.
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if spec.device == "cpu":
         # One worker inside the engine's own process: two processes instead of three.
@@ -59,7 +62,7 @@ class VllmEngine:
         self._tokenizer = read_tokenizer(spec.model_path)
         self._ids = itertools.count()
         self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
-        self._users = OpenAIAnswers(self._llm, spec.model_path, spec.chat_template) if spec.seats else None
+        self._users = OpenAIAnswers(self._llm, spec.model_path, spec.chat_template, spec.seats) if spec.seats else None
 
     @property
     def dead(self) -> bool:
@@ -157,6 +160,10 @@ class VllmEngine:
         if adapter is None:
             return await self._llm.collective_rpc("weight_digests", args=(list(names),))
         return await self._llm.collective_rpc("adapter_digests", args=(adapter.id, list(names)))
+
+    async def check_health(self) -> None:
+        if self._llm.errored:
+            raise RuntimeError("vLLM's engine is dead")
 
     async def close(self) -> None:
         self._llm.shutdown()

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from actors.engines.places import CALLER, Places, Queued
 from plumbline.records import Head, PolicyRef, UserRequest
 
 NO_CHANCE = -9999.0
@@ -47,22 +48,25 @@ class OpenAIAnswers:
         llm: vLLM's `AsyncLLM`.
         model_path: directory of its base model.
         chat_template: a Jinja template; None is the tokenizer's own.
+        seats: answers of one user at once.
     """
 
-    def __init__(self, llm: Any, model_path: str, chat_template: str | None) -> None:
+    def __init__(self, llm: Any, model_path: str, chat_template: str | None, seats: int) -> None:
         from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
         from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
         from vllm.entrypoints.openai.models.protocol import BaseModelPath
         from vllm.entrypoints.openai.models.serving import OpenAIServingModels
         from vllm.renderers.online_renderer import OnlineRenderer
 
+        self._llm = llm
+        queued: Any = Queued(llm, Places(seats))
         self._vocabulary: int = llm.model_config.get_vocab_size()
         self._models = OpenAIServingModels(llm, [BaseModelPath(name=PolicyRef().public, model_path=model_path)])
         template: Any = {"chat_template": chat_template, "chat_template_content_format": "auto"}
         renderer = OnlineRenderer(llm.model_config, llm.renderer, request_logger=None, **template)
         common: Any = {"online_renderer": renderer, "request_logger": None}
-        self._chat = OpenAIServingChat(llm, self._models, "assistant", **common, **template)
-        self._completion = OpenAIServingCompletion(llm, self._models, **common)
+        self._chat = OpenAIServingChat(queued, self._models, "assistant", **common, **template)
+        self._completion = OpenAIServingCompletion(queued, self._models, **common)
 
     async def answer(self, request: UserRequest, lora: Any) -> AsyncIterator[Head | str]:
         """A head, then the body: pieces of an event stream, or one JSON object.
@@ -73,6 +77,7 @@ class OpenAIAnswers:
         from vllm.entrypoints.serve import create_error_response
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+        CALLER.set(request.caller)
         name = request.ref.public
         if lora is not None:
             self._models.lora_requests[name] = lora
@@ -89,6 +94,8 @@ class OpenAIAnswers:
             result = create_error_response(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}")
         except Exception as error:  # vLLM's server maps them alike: a wrong value of the user's is a 400
             result = create_error_response(error)
+        if isinstance(result, ErrorResponse) and self._llm.errored:
+            raise RuntimeError("vLLM's engine is dead")
         if isinstance(result, ErrorResponse):
             yield Head(status=int(result.error.code or 500), streams=False)
             yield result.model_dump_json()
@@ -105,6 +112,8 @@ class OpenAIAnswers:
         self._models.lora_requests.pop(name, None)
 
     async def _begin(self, request: UserRequest, body: dict[str, Any]) -> Any:
+        if body.get("temperature") == 0 and body.get("n", 1) > 1:
+            body |= {"temperature": 1.0, "top_k": 1}  # the likeliest token again: vLLM takes several of these alone
         if request.kind == "chat":
             from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 

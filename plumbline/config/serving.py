@@ -16,7 +16,11 @@ class Limits(Section):
     body_s: float = Field(default=30, gt=0, description="seconds in which it must be there; beyond it 408")
     messages: Count = Field(default=256, description="of a conversation, or prompts of a completion")
     n: Count = Field(default=8, description="answers to one prompt")
-    in_flight: Count = Field(default=64, description="requests being answered; beyond it 429 with Retry-After")
+    in_flight: Count = Field(
+        default=64, description="requests being answered, three quarters of them of one caller; beyond it 429"
+    )
+    answers: Count = Field(default=1024, description="the same for their answers, which are prompts times `n`")
+    tokens: Count = Field(default=2**20, description="the same for the tokens that these may become, by `max_tokens`")
 
 
 class Gate(Section):

@@ -43,6 +43,6 @@ class RunEndpoint(Protocol):
         """Wait until it answers; returns its address. Raises RunError where it does not come up."""
         ...
 
-    def stop(self) -> None:
-        """End it, also where it did not start."""
+    def stop(self) -> str | None:
+        """End it, also where it did not start; returns the address that it had."""
         ...

@@ -4,9 +4,10 @@ The learner writes them; evaluation, serving and resume find and read them. The 
 transformers write, so that other tools load them as they are.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,61 @@ def read_probe(run_dir: Path) -> list[TokenGroup]:
     return [TokenGroup(prompt, responses) for prompt, responses in json.loads(path.read_text("utf-8"))]
 
 
-def read_publication(run_dir: Path, ref: PolicyRef) -> Publication:
-    """A version and what proves it, as published: with an adapter's files, or the directory of a whole model's."""
+def read_publication(run_dir: Path, ref: PolicyRef, sent: bool = False) -> Publication:
+    """A version and what proves it, as published: with an adapter's files, or the directory of a whole model's.
+
+    Args:
+        sent: to where that directory is not: with the files of a whole model too.
+    """
     directory = version_directory(run_dir, ref)
     proof: dict[str, Any] = json.loads((directory / PROOF).read_text("utf-8"))
-    if not (directory / ADAPTER_CONFIG).exists():
+    if not sent and not (directory / ADAPTER_CONFIG).exists():
         return Publication(ref=ref, files={}, directory=str(directory.absolute()), **proof)
     return Publication(ref=ref, files=read_files(directory), **proof)
+
+
+def version_digest(digests: Mapping[str, Mapping[str, str]], probe_logps: Sequence[float]) -> str:
+    """What a version is known by, of its tensors' digests; of its log-probs, where it was published without any."""
+    known = json.dumps([digests or {}, [] if digests else list(probe_logps)], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
+def read_digest(run_dir: Path, ref: PolicyRef) -> str:
+    """What the version that lies there is known by. Raises ModelError where its proof cannot be read."""
+    path = version_directory(run_dir, ref) / PROOF
+    try:
+        proof = json.loads(path.read_text("utf-8"))
+        return version_digest(proof.get("digests", {}), proof["probe_logps"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{path}: is no proof of a version; put back what the run wrote") from None
+
+
+def check_files(run_dir: Path, ref: PolicyRef) -> None:
+    """Whether a version's tensors lie there whole, as far as their files say, without reading them.
+
+    Raises:
+        ModelError: there are none, or a file is empty, cut off, or none of safetensors.
+    """
+    directory = version_directory(run_dir, ref)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{directory}: no weights in it (*.safetensors); put back what the run wrote")
+    for path in files:
+        if (size := _expected_size(path)) != path.stat().st_size:
+            reason = "is no safetensors file" if size is None else f"has {path.stat().st_size} bytes in place of {size}"
+            raise ModelError(f"{path}: {reason}; put back what the run wrote")
+
+
+def _expected_size(path: Path) -> int | None:
+    """The bytes that a safetensors file has by its own header; None where it has no header."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 2**27)))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return 8 + length + max(ends)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
 
 
 def read_files(directory: Path) -> dict[str, bytes]:

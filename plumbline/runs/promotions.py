@@ -1,8 +1,8 @@
 """Which version an alias means: the ledger of promotions of each policy, and the names that an endpoint answers to.
 
 A version is published by its learner, proved by engines, and promoted by a gate, or by hand. Each change is a line of
-``policies/NAME/promotions.jsonl``; the last one stands. Whoever serves reads the file again, so that a change by
-`plumbline promote` reaches a running endpoint too. It is an event of the run as well.
+``policies/NAME/promotions.jsonl`` with the version's digest; the last one stands. Whoever serves reads the file again,
+so that a change by `plumbline promote` reaches a running endpoint too. It is an event of the run as well.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from plumbline.errors import ModelError
 from plumbline.records import PolicyRef, public_name
 from plumbline.runs.disk import append_line
-from plumbline.runs.policies import PROOF, proved_versions, servable, version_directory
+from plumbline.runs.policies import PROOF, check_files, proved_versions, read_digest, servable, version_directory
 
 LEDGER = "promotions.jsonl"
 By = Literal["gate", "proof", "hand", "rollback"]
@@ -41,7 +41,7 @@ def promote(run_dir: Path, promotion: Promotion) -> None:
     """Note that an alias moves.
 
     Raises:
-        ModelError: there is no such version, with what proves it.
+        ModelError: there is no such version, with what proves it, or its files are not whole.
         DiskError: it cannot be noted.
     """
     ref = promotion.ref
@@ -50,6 +50,9 @@ def promote(run_dir: Path, promotion: Promotion) -> None:
         known = f"{there[0]} to {there[-1]}" if there else "none"
         raise ModelError(f"{run_dir}: no version {ref} to promote; there are {known}")
     line = {"time": time.time(), "version": ref.version, "by": promotion.by, "figures": dict(promotion.figures)}
+    if ref.version:
+        check_files(run_dir, ref)
+        line["digest"] = read_digest(run_dir, ref)
     append_line(ledger_path(run_dir, ref.policy), json.dumps(line), sync=True)
     event = {"pipeline": "serve", "policy": ref.policy, **line}
     append_line(run_dir / "events.jsonl", json.dumps(event), sync=True)
@@ -75,17 +78,26 @@ def promoted(run_dir: Path, policy: str) -> list[int]:
     Raises:
         ModelError: a line of the ledger is none.
     """
-    return [version for version, _ in _promotions(run_dir, policy)]
+    return [entry.version for entry in _promotions(run_dir, policy)]
 
 
 def spared(run_dir: Path, policy: str) -> set[int]:
     """Versions that are not to be pruned: that a gate or a person promoted, and the last two of those that a proof
     alone did, which is every one."""
     past = _promotions(run_dir, policy)
-    return {version for version, by in past if by != "proof"} | {version for version, _ in past[-2:]}
+    return {entry.version for entry in past if entry.by != "proof"} | {entry.version for entry in past[-2:]}
 
 
-def _promotions(run_dir: Path, policy: str) -> list[tuple[int, By]]:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A line of a ledger; it has no `digest` where it is of version 0, or of a run that was older than digests."""
+
+    version: int
+    by: By
+    digest: str | None
+
+
+def _promotions(run_dir: Path, policy: str) -> list[_Entry]:
     path = ledger_path(run_dir, policy)
     if not path.exists():
         return []
@@ -100,8 +112,8 @@ class _Ledger:
         self._reading = threading.Lock()
         self._forget()
 
-    def read_on(self) -> list[tuple[int, By]]:
-        """What it says now: versions, the present one last. Raises ModelError: a line of it is none."""
+    def read_on(self) -> list[_Entry]:
+        """What it says now, the present version last. Raises ModelError: a line of it is none."""
         with self._reading, self._path.open("rb") as file:
             file.seek(max(0, self._read - len(self._end)))
             if os.fstat(file.fileno()).st_ino != self._file or file.read(len(self._end)) != self._end:
@@ -118,22 +130,22 @@ class _Ledger:
             return list(self._stack)
 
     def _forget(self) -> None:
-        self._stack: list[tuple[int, By]] = []
+        self._stack: list[_Entry] = []
         self._read, self._lines, self._file, self._end = 0, 0, 0, b""
 
     def _add(self, line: bytes) -> None:
         try:
-            entry = json.loads(line)
-            version, by = int(entry["version"]), entry["by"]
+            read = json.loads(line)
+            entry = _Entry(int(read["version"]), read["by"], read.get("digest"))
         except (ValueError, KeyError, TypeError):
             raise ModelError(f"{self._path}: line {self._lines + 1} is no promotion; remove it") from None
         stack = self._stack
-        if by == "rollback" and len(stack) > 1:
+        if entry.by == "rollback" and len(stack) > 1:
             stack.pop()
-        elif not stack or stack[-1][0] != version:
-            stack.append((version, by))
+        elif not stack or stack[-1].version != entry.version:
+            stack.append(entry)
         else:
-            stack[-1] = (version, by)  # by hand what a proof had promoted
+            stack[-1] = entry  # by hand what a proof had promoted, or made anew since
 
 
 _LEDGERS: dict[Path, _Ledger] = {}
@@ -164,6 +176,7 @@ class Catalog:
         self._live = policies is not None
         found = policies if policies is not None else (servable(run_dir) if run_dir else [])
         self._policies = {public_name(policy): policy for policy in found}
+        self._digests: dict[PolicyRef, tuple[tuple[int, int, int], str]] = {}
 
     def resolve(self, name: str) -> PolicyRef:
         """Which version answers to `name` now.
@@ -183,6 +196,24 @@ class Catalog:
         if not (number.isascii() and number.isdigit() and len(number) < 10) or int(number) not in self._there(policy):
             raise KeyError(name)
         return PolicyRef(policy=policy, version=int(number))
+
+    def digest(self, ref: PolicyRef) -> str:
+        """What the weights of a version are known by, whatever was known by its name before; "" of version 0.
+
+        Raises:
+            ModelError: its proof cannot be read.
+        """
+        if ref.version == 0:
+            return ""
+        assert self._run_dir is not None
+        try:
+            there = (version_directory(self._run_dir, ref) / PROOF).stat()
+        except OSError:
+            raise ModelError(f"{self._run_dir}: {ref.policy} has lost its version {ref.version}") from None
+        stamp = (there.st_mtime_ns, there.st_size, there.st_ino)
+        if self._digests.get(ref, (None, ""))[0] != stamp:
+            self._digests[ref] = stamp, read_digest(self._run_dir, ref)
+        return self._digests[ref][1]
 
     def aliases(self) -> dict[str, PolicyRef | None]:
         """Base and every alias, with what they mean now; None where that is not here."""
@@ -206,9 +237,14 @@ class Catalog:
         assert self._run_dir is not None
         if not (self._run_dir / "config.yaml").is_file():
             raise ModelError(f"{self._run_dir}: the run's directory is not on this machine, or not whole")
-        there, past = self._there(policy), promoted(self._run_dir, policy)
-        meant = past[-1] if past else 0 if self._live else max(there, default=None)
+        there, past = self._there(policy), _promotions(self._run_dir, policy)
+        meant = past[-1].version if past else 0 if self._live else max(there, default=None)
         if meant is None or meant not in (0, *there):
             what = f"the version {meant} that it means" if meant is not None else "any version"
             raise ModelError(f"{self._run_dir}: {policy} has lost {what}: it is not there with its proof")
+        if past and past[-1].digest not in (None, self.digest(PolicyRef(policy=policy, version=meant))):
+            raise ModelError(
+                f"{self._run_dir}: {policy}@{meant} is not what was promoted: it was made anew, or replaced; "
+                f"`plumbline promote {self._run_dir} {public_name(policy)}@{meant}` promotes what is there now"
+            )
         return meant

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
+from benchmarks.mutations import ask_many
 from plumbline.runs.promotions import promoted
 from tests.endpoints import KEY, TURN, client, first_logprob, free_port, healthy, served, wait_until
-from tests.runs import events, finish, leftovers, start, wait_for
+from tests.runs import LIMIT_S, events, finish, kill, leftovers, start, wait_for
 from tests.tiny import make_prompts, tiny_config
 
 pytest.importorskip("vllm")
@@ -141,6 +143,10 @@ def check_protocol(url: str, vocabulary: int) -> None:
     assert text.choices[0].text.startswith("The goat") and text.choices[0].logprobs
     stopped = talker.completions.create(model="base", prompt="The goat", max_tokens=16, stop=[" "], seed=1)
     assert " " not in stopped.choices[0].text.strip()
+    alike = chat(talker, model=answer.model, max_tokens=8, n=3, temperature=0)
+    assert [c.message.content for c in alike.choices] == [whole.choices[0].message.content] * 3
+    response = talker.responses.create(model=answer.model, input=TURN, max_output_tokens=8, temperature=0)
+    assert response.output_text == whole.choices[0].message.content and response.status in ("completed", "incomplete")
     refused: list[tuple[type[openai.APIStatusError], int, str | None, Callable[[], Any]]] = [
         (openai.NotFoundError, 404, "model_not_found", lambda: chat(talker, model="nope")),
         (openai.NotFoundError, 404, "model_not_found", lambda: chat(talker, model="../run")),
@@ -209,6 +215,47 @@ def test_what_users_were_answered_meanwhile_is_what_these_versions_answer(live: 
         assert math.isclose(logprob, alone[version], abs_tol=2e-4), (version, logprob, alone[version])
 
 
+def test_wrong_requests_by_the_hundred_are_no_server_errors(over: str) -> None:
+    """`benchmarks/mutations.py` asks ten thousand."""
+    statuses = ask_many(over, 500, KEY)
+    assert max(statuses) < 500 and {200, 400, 499} <= set(statuses), statuses
+    header = {"Authorization": f"Bearer {KEY}"}
+    assert "plumbline_serve_in_flight 0.0" in httpx.get(f"{over}/metrics", headers=header).text
+
+
+def test_two_hundred_who_hang_up_hold_nobody_up(over: str) -> None:
+    body = {"model": "base", "prompt": "The goat", "max_tokens": 150, "stream": True}
+    talker = client(over)
+    for _ in range(200):
+        with httpx.stream(
+            "POST", f"{over}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}
+        ) as one:
+            next(one.iter_bytes())
+    began = time.monotonic()
+    assert chat(talker).choices
+    assert time.monotonic() - began < 3 * slowness()
+
+
+def test_what_was_made_anew_under_a_name_is_loaded_anew(live: Live, over: str) -> None:
+    talker, policies = client(over), live.run_dir / "policies" / "ple"
+    first, kept, other = first_logprob(talker, "ple@5"), policies / "v000005", policies / "v000040"
+    assert first != first_logprob(talker, "ple@40")
+    kept.rename(live.directory / "aside")
+    shutil.copytree(other, kept)
+    try:
+        assert first_logprob(talker, "ple@5")[1] == pytest.approx(first_logprob(talker, "ple@40")[1], abs=1e-5)
+        (kept / "adapter_model.safetensors").write_bytes(b"cut off")
+        (kept / "proof.json").write_bytes((policies / "v000041" / "proof.json").read_bytes())
+        for _ in range(3):
+            with pytest.raises(openai.APIStatusError, match="does not load on this server") as caught:
+                first_logprob(talker, "ple@5")
+            assert caught.value.status_code == 503
+    finally:
+        shutil.rmtree(kept)
+        (live.directory / "aside").rename(kept)
+    assert first_logprob(talker, "ple@5") == first
+
+
 def test_nothing_that_is_asked_is_a_server_error(over: str) -> None:
     """Requests made from the description of each operation, right ones and wrong ones."""
 
@@ -227,3 +274,18 @@ def test_nothing_that_is_asked_is_a_server_error(over: str) -> None:
         for mode in (right, wrong) if operation.method == "post" else (right,):
             few(given(case=operation.as_strategy(generation_mode=mode))(ask))()
     assert {200, 400} <= set(asked)
+
+
+def test_a_dead_engine_is_noticed_and_replaced(live: Live, over: str) -> None:
+    """Its process alone is killed; another proves its versions before it answers from them."""
+    talker, before = client(over), first_logprob(client(over), "ple@5")
+    assert kill(live.directory, "EngineCore") == 1
+    with pytest.raises(openai.APIStatusError) as caught:
+        chat(talker)
+    assert caught.value.status_code == 503
+    deadline = time.monotonic() + LIMIT_S
+    assert not healthy(over)
+    while not healthy(over):
+        assert time.monotonic() < deadline, "no engine in time"
+        time.sleep(1)
+    assert first_logprob(talker, "ple@5")[1] == pytest.approx(before[1], abs=1e-5)

@@ -15,7 +15,8 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1500)]
 STEPS = 16
 PATIENCE_S = 300
-ENGINE = "ServeReplica:plumbline:engine"
+ENGINE = ":engine"
+"""What the titles of its processes have, after the name of the application."""
 
 
 class Users:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +12,24 @@ from typing import Any
 import pytest
 
 from actors import generator as module
+from actors import versions
 from actors.engines.seam import Adapter, EngineSpec
 from actors.generator import Generator
 from actors.versions import AdapterVersions
 from actors.weights import PolicyStore
 from plumbline.errors import SyncError
-from plumbline.records import Completion, GenerateRequest, PolicyRef, Publication, Sampling, SharedWeights, TokenGroup
+from plumbline.records import (
+    Completion,
+    GenerateRequest,
+    Head,
+    PolicyRef,
+    Publication,
+    Sampling,
+    SharedWeights,
+    TokenGroup,
+    UserRequest,
+)
+from plumbline.runs.policies import version_digest
 from tests.tiny import engine_spec
 
 SPEC = engine_spec("model", max_model_len=64)
@@ -78,6 +90,15 @@ class FakeEngine:
             self.whole = 0.0 if path == SPEC.model_path else float((Path(path) / "shift").read_text())
         return shared is not None
 
+    async def answer(self, request: UserRequest, *, adapter: Adapter | None) -> AsyncIterator[Head | str]:
+        yield Head(status=200, streams=False)
+        await self.allowed.wait()
+        yield f"{self.loaded[adapter.id] if adapter else self.whole:.1f}"
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise RuntimeError("dead")
+
     async def close(self) -> None:
         self.closed = True
 
@@ -89,16 +110,17 @@ class Bench:
         self.engine = FakeEngine()
         self.starts = 0
         self.fetched: list[PolicyRef] = []
-        self.arrives: Callable[[int], float] = lambda version: version / 10
+        self.arrives: Callable[[int], object] = lambda version: version / 10 + self.offset
+        self.offset = 0.0  # of every version, published and arrived
         spec = replace(SPEC, max_adapters=0) if whole else SPEC
         self.generator = Generator("generator-0", "transformers", spec, PROBE, 1e-3, self.fetch, keep)
 
-    async def fetch(self, ref: PolicyRef) -> Publication:
+    async def fetch(self, ref: PolicyRef, digest: str = "") -> Publication:
         self.fetched.append(ref)
         await asyncio.sleep(0)
 
         def probe(version: int) -> list[float]:
-            return [BASE_LOGP + version / 10] * 3
+            return [BASE_LOGP + version / 10 + (self.offset if version else 0)] * 3
 
         return Publication(
             ref=ref,
@@ -375,6 +397,90 @@ def test_an_adapter_that_changes_the_base_is_never_served(play: Play) -> None:
     play(scenario)
 
 
+async def told(bench: Bench, version: int, digest: str = "") -> str:
+    """What a user is answered by a version."""
+    asked = UserRequest(kind="chat", body={}, ref=ple(version), digest=digest)
+    return [str(piece) async for piece in bench.generator.answer(asked)][1]
+
+
+async def digest_of(bench: Bench, version: int) -> str:
+    there = await bench.fetch(ple(version))
+    bench.fetched.pop()
+    return version_digest(there.digests, there.probe_logps)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_that_were_made_anew_under_a_name_are_loaded_anew(play: Play, whole: bool) -> None:
+    """What a user is answered by is known by its digest; who asked before ends on what he began with."""
+
+    async def scenario(bench: Bench) -> None:
+        first = await digest_of(bench, 1)
+        assert [await told(bench, 1, first) for _ in range(2)] == ["0.1", "0.1"]
+        assert bench.fetched == [ple(1)]
+        bench.engine.allowed.clear()
+        slow = asyncio.create_task(told(bench, 1, first))
+        await settle()
+        bench.offset = 0.4
+        second = await digest_of(bench, 1)
+        assert second != first
+        asked = asyncio.create_task(told(bench, 1, second))
+        await settle()
+        bench.engine.allowed.set()
+        assert (await slow, await asked) == ("0.1", "0.5")
+        assert bench.fetched == [ple(1), ple(1)]
+        assert await told(bench, 1, second) == "0.5" and len(bench.fetched) == 2
+        if not whole:
+            await bench.generator.load(ple(2))
+            assert len(bench.engine.removed) == 1 and len(list(directory_of(bench).iterdir())) == 2
+
+    play(scenario, whole=whole)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("wrong", ["unreadable", "another"])
+def test_a_version_that_does_not_load_is_tried_once_and_leaves_nothing(
+    play: Play, monkeypatch: pytest.MonkeyPatch, whole: bool, wrong: str
+) -> None:
+    """Users are told again and again; after a while it is tried anew."""
+
+    async def scenario(bench: Bench) -> None:
+        digest = await digest_of(bench, 1)
+        bench.arrives = lambda version: "cut off" if wrong == "unreadable" else 0.7
+        for _ in range(5):
+            with pytest.raises(SyncError, match="cannot read it" if wrong == "unreadable" else "moved"):
+                await told(bench, 1, digest)
+        assert bench.fetched == [ple(1)]
+        assert bench.engine.loaded == {}
+        assert whole or list(directory_of(bench).iterdir()) == []
+        assert await told(bench, 0) == "0.0"
+        bench.arrives = lambda version: version / 10
+        monkeypatch.setattr(versions, "REMEMBERED_S", 0.0)
+        assert await told(bench, 1, digest) == "0.1"
+
+    play(scenario, whole=whole)
+
+
+def test_an_engine_that_died_is_no_fault_of_a_version(play: Play) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.generator.check_health()
+        await bench.generator.start()
+        bench.engine.dead = True
+        with pytest.raises(RuntimeError, match="dead"):
+            await bench.generator.check_health()
+        bench.arrives = lambda version: "cut off"
+        with pytest.raises(RuntimeError, match="dead"):
+            await told(bench, 1)
+        bench.engine.dead, bench.arrives = False, lambda version: version / 10
+        assert await told(bench, 1) == "0.1"
+
+    play(scenario)
+
+
+def directory_of(bench: Bench) -> Path:
+    assert isinstance(bench.generator._versions, AdapterVersions)
+    return bench.generator._versions._directory
+
+
 def test_a_failed_load_is_tried_anew(play: Play) -> None:
     async def scenario(bench: Bench) -> None:
         bench.arrives = lambda version: 0.0
@@ -547,7 +653,7 @@ def test_whole_weights_are_read_where_they_lie(play: Play, tmp_path: Path) -> No
         for name, content in sent.files.items():
             (tmp_path / name).write_bytes(content)
 
-        async def fetch(ref: PolicyRef) -> Publication:
+        async def fetch(ref: PolicyRef, digest: str) -> Publication:
             return replace(sent, files={}, directory=str(tmp_path))
 
         bench.generator._fetch = fetch
@@ -567,7 +673,7 @@ def test_a_card_that_holds_the_next_version_already_is_noticed(
         sent = await bench.fetch(ple(1))
         (tmp_path / "shift").write_bytes(sent.files["shift"])
 
-        async def fetch(ref: PolicyRef) -> Publication:
+        async def fetch(ref: PolicyRef, digest: str) -> Publication:
             shared = SharedWeights(card="card", handle=holds, shapes={})
             return replace(sent, files={}, directory=str(tmp_path), shared=shared)
 

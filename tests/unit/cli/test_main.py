@@ -15,6 +15,7 @@ from cli import main as command_line
 from cli.display import Display, duration, pool_line, result_text, step_line
 from cli.main import main
 from plumbline.errors import DataError, LossError, RunError, SyncError, UserError
+from tests.unit.conftest import TENSORS
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "datasets", "pandas", "numpy", "pyarrow", "pydantic", "yaml")
 
@@ -279,3 +280,35 @@ def test_validate_of_labelled_texts_and_of_preferences(tmp_path: Path, capsys: p
     pairs.write_text('{"prompt": "Why?", "chosen": "So.", "rejected": "No."}\n')
     assert main(["validate", str(pairs), "--kind", "preferences"]) == 0
     assert "with preference: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("taken", ["serve.pid", "serve.log"])
+def test_a_directory_that_cannot_be_written_is_not_left_served(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], taken: str
+) -> None:
+    (run_dir / taken).mkdir()
+    assert main(["serve", str(run_dir), "--detach"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"plumbline: {run_dir}: `--detach` keeps serve.pid and serve.log there") and said[-1] == "\n"
+    assert said.count("\n") == 1
+
+
+def test_a_promotion_that_cannot_be_noted_is_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version = run_dir / "policies" / "ple" / "v000001"
+    version.mkdir(parents=True)
+    (version / "proof.json").write_text('{"probe_logps": [-1.0]}')
+    (version / "model.safetensors").write_bytes(TENSORS)
+    ledger = run_dir / "policies" / "ple" / "promotions.jsonl"
+    ledger.mkdir()
+    assert main(["promote", str(run_dir), "ple@1"]) == 2
+    assert capsys.readouterr().err == (
+        f"plumbline: {ledger}: cannot be written (Is a directory); make room, or make it writable\n"
+    )
+
+
+def test_what_nobody_serves_is_not_stopped(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["serve", str(run_dir), "--stop"]) == 2
+    assert "is not served by a detached process; for one on a cluster, set RAY_ADDRESS" in capsys.readouterr().err

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from plumbline.errors import ModelError
+from plumbline.errors import ModelError, RunError
 from plumbline.records import PolicyRef
 from plumbline.runs import promotions
+from plumbline.runs.policies import version_digest
 from plumbline.runs.promotions import Catalog, Promotion, ledger_path, promote, promoted, rollback
+from tests.unit.conftest import TENSORS
 
 
 def ref(version: int) -> PolicyRef:
@@ -95,3 +97,57 @@ def test_what_was_not_proved_is_not_promoted(run_dir: Path) -> None:
     with pytest.raises(ModelError, match="no version ple@4 to promote; there are 1 to 3"):
         promote(run_dir, Promotion(ref=ref(4), by="hand"))
     assert Catalog(run_dir).resolve("ple") == ref(3)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is no safetensors file"),
+        (TENSORS[:5], "is no safetensors file"),
+        (TENSORS[:-2], f"has {len(TENSORS) - 2} bytes in place of {len(TENSORS)}"),
+        (TENSORS + b"?", f"has {len(TENSORS) + 1} bytes in place of {len(TENSORS)}"),
+        (b"not tensors at all", "is no safetensors file"),
+        (None, "no weights in it"),
+    ],
+)
+def test_a_version_whose_files_are_not_whole_is_not_promoted(run_dir: Path, content: bytes | None, said: str) -> None:
+    path = run_dir / "policies" / "ple" / "v000002" / "adapter_model.safetensors"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=f"v000002.*{said}.*; put back what the run wrote"):
+        promote(run_dir, Promotion(ref=ref(2), by="hand"))
+    assert not ledger_path(run_dir, "ple").exists()
+
+
+def test_an_alias_means_the_version_that_was_promoted_not_what_took_its_name(run_dir: Path) -> None:
+    catalog, proof = Catalog(run_dir), run_dir / "policies" / "ple" / "v000002" / "proof.json"
+    promote(run_dir, Promotion(ref=ref(2), by="hand"))
+    before = catalog.digest(catalog.resolve("ple"))
+    proof.write_text('{"probe_logps": [-1.5]}')
+    with pytest.raises(ModelError, match=r"ple@2 is not what was promoted.*`plumbline promote .* ple@2` promotes what"):
+        catalog.resolve("ple")
+    assert catalog.digest(catalog.resolve("ple@2")) != before, "its own name means what is there"
+    promote(run_dir, Promotion(ref=ref(2), by="hand"))
+    assert catalog.resolve("ple") == ref(2)
+
+
+def test_a_version_is_known_by_its_tensors(run_dir: Path) -> None:
+    proof = run_dir / "policies" / "ple" / "v000002" / "proof.json"
+    proof.write_text('{"probe_logps": [-1.0], "digests": {"float32": {"a": "1"}}}')
+    catalog = Catalog(run_dir)
+    first = catalog.digest(ref(2))
+    proof.write_text('{"probe_logps": [-1.00001], "digests": {"float32": {"a": "1"}}}')
+    assert catalog.digest(ref(2)) == first == version_digest({"float32": {"a": "1"}}, [])
+    proof.write_text('{"probe_logps": [-1.00001], "digests": {"float32": {"a": "2"}}}')
+    assert catalog.digest(ref(2)) != first
+    assert catalog.digest(ref(0)) == ""
+    proof.write_text("{}")
+    with pytest.raises(ModelError, match="is no proof of a version"):
+        catalog.digest(ref(2))
+
+
+def test_a_promotion_that_cannot_be_noted_is_one_line(run_dir: Path) -> None:
+    ledger_path(run_dir, "ple").mkdir()
+    with pytest.raises(RunError, match=r"promotions.jsonl: cannot be written \(Is a directory\)"):
+        promote(run_dir, Promotion(ref=ref(2), by="hand"))

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from starlette.requests import ClientDisconnect
 
@@ -16,9 +18,12 @@ from plumbline.config.serving import Limits, Serve
 from plumbline.errors import ConfigError
 from plumbline.records import Head, PolicyRef, UserRequest
 from plumbline.runs.promotions import Catalog, Promotion, promote
+from serve import responses
 from serve.app import Endpoint, build_app
 from serve.errors import ApiError
 from serve.keys import Keys, check_bind, read_keys
+from serve.requests import FIELDS, IGNORED, NEUTRAL
+from tests.unit.conftest import TENSORS
 
 KEY = "sk-a-key-of-our-own"
 HELLO = {"model": "ple", "messages": [{"role": "user", "content": "Hello"}]}
@@ -36,6 +41,7 @@ class Engine:
         self.breaks: ApiError | None = None
         self.head = Head(status=200, streams=False)
         self.closed = 0
+        self.says: list[str] | None = None
 
     async def answer(self, request: UserRequest) -> AsyncIterator[Head | str]:
         self.asked.append(request)
@@ -46,6 +52,12 @@ class Engine:
             if self.head.status != 200:
                 yield self.head
                 yield json.dumps({"error": {"message": "maximum context length is 9 tokens", "param": "messages"}})
+            elif self.says:
+                yield Head(status=200, streams=request.streams)
+                for piece in self.says:
+                    yield piece
+                if self.breaks:
+                    raise self.breaks
             elif request.streams:
                 yield Head(status=200, streams=True)
                 yield "data: one\n\n"
@@ -74,6 +86,7 @@ def run_dir(tmp_path: Path) -> Path:
         (directory / "proof.json").write_text('{"probe_logps": [-1.0]}')
         (tmp_path / "policies" / "ple" / f"v{version:06d}").mkdir(parents=True)
         (tmp_path / "policies" / "ple" / f"v{version:06d}" / "proof.json").write_text('{"probe_logps": [-1.0]}')
+        (tmp_path / "policies" / "ple" / f"v{version:06d}" / "model.safetensors").write_bytes(TENSORS)
     (tmp_path / "policies" / "reward" / "v000001").mkdir(parents=True)
     return tmp_path
 
@@ -142,7 +155,7 @@ def test_an_alias_whose_version_is_lost_means_nothing(run_dir: Path, live: list[
         assert listed["ple"] is None and listed["base"] == "base"
         assert (await client.get("/v1/models/ple")).json()["root"] is None
         assert (await client.post("/v1/chat/completions", json={**HELLO, "model": "base"})).status_code == 200
-        assert endpoint.in_flight == 0
+        assert endpoint.admission.requests == 0
 
     talk(run_dir, work, live=live)
 
@@ -262,7 +275,7 @@ def test_what_is_wrong_with_a_request_is_told_in_openais_form(
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert said in answer.json()["error"]["message"]
-        assert engine.asked == [] and endpoint.in_flight == 0
+        assert engine.asked == [] and endpoint.admission.requests == 0
 
     talk(run_dir, work)
 
@@ -318,7 +331,7 @@ def test_beyond_its_bound_it_says_when_to_try_again(run_dir: Path) -> None:
     async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
         engine.hold.clear()
         held = [asyncio.create_task(client.post("/v1/chat/completions", json=HELLO)) for _ in range(2)]
-        while endpoint.in_flight < 2:
+        while endpoint.admission.requests < 2:
             await asyncio.sleep(0.01)
         answer = await client.post("/v1/chat/completions", json=HELLO)
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
@@ -326,7 +339,7 @@ def test_beyond_its_bound_it_says_when_to_try_again(run_dir: Path) -> None:
         assert (await client.get("/health")).status_code == 503
         engine.hold.set()
         assert [(await one).status_code for one in held] == [200, 200]
-        assert endpoint.in_flight == 0
+        assert endpoint.admission.requests == 0
 
     talk(run_dir, work, limits=Limits(in_flight=2))
 
@@ -343,7 +356,7 @@ def test_a_stream_carries_its_version_and_is_counted(run_dir: Path) -> None:
         counted = (await client.get("/metrics")).text
         assert 'plumbline_serve_requests_total{model="ple",status="200",version="12"} 1.0' in counted
         assert 'plumbline_serve_requests_total{model="ple",status="503",version="12"} 1.0' in counted
-        assert "plumbline_serve_in_flight 0.0" in counted and (endpoint.in_flight, engine.closed) == (0, 2)
+        assert "plumbline_serve_in_flight 0.0" in counted and (endpoint.admission.requests, engine.closed) == (0, 2)
 
     talk(run_dir, work)
 
@@ -378,19 +391,51 @@ async def by_hand(endpoint: Endpoint, body: Any, *, begins: bool = True, hangs_u
     return sent
 
 
+def test_one_caller_leaves_room_for_others(run_dir: Path, tmp_path: Path) -> None:
+    """Three quarters of requests, answers and tokens are one's at most; what alone is more is no matter of waiting."""
+
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        def ask(key: str, **fields: Any) -> Any:
+            body = {"model": "ple", "prompt": "a", "max_tokens": 1, **fields}
+            return client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+
+        engine.hold.clear()
+        for fields, count in ((dict(prompt=["a"] * 4, n=4), 3), (dict(max_tokens=250), 3), ({}, 6)):
+            held = [asyncio.create_task(ask(KEY, **fields)) for _ in range(count)]
+            while endpoint.admission.requests < count:
+                await asyncio.sleep(0.01)
+            refused = await ask(KEY, **fields)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            other = asyncio.create_task(ask("sk-another-of-our-own", **fields))
+            while endpoint.admission.requests <= count:
+                await asyncio.sleep(0.01)
+            engine.hold.set()
+            assert [(await one).status_code for one in [*held, other]] == [200] * (count + 1)
+            assert endpoint.admission.requests == 0
+            engine.hold.clear()
+        for fields in (dict(prompt=["a"] * 10, n=5), dict(max_tokens=751), dict(n=8, max_tokens=100)):
+            assert (await ask(KEY, **fields)).status_code == 400
+        assert len({request.caller for request in engine.asked}) == 2 and KEY not in str(engine.asked)
+
+    talk(run_dir, work, keys=keys(tmp_path), limits=Limits(in_flight=8, answers=64, tokens=1000))
+
+
 @pytest.mark.parametrize("begins", [True, False])
 def test_a_user_who_hangs_up_leaves_nothing_behind(run_dir: Path, begins: bool) -> None:
     async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
         engine.endless = True
-        for _ in range(5):
+        for _ in range(200):
             sent = await by_hand(
                 endpoint, {"model": "ple", "prompt": "a", "stream": True}, begins=begins, hangs_up_after=2
             )
             assert sent[0] == "http.response.start" and (len(sent) > 2) == begins
         counted = (await client.get("/metrics")).text
-        assert "plumbline_serve_in_flight 0.0" in counted and endpoint.in_flight == 0
-        assert 'status="499",version="12"} 5.0' in counted
-        assert engine.closed == 5
+        assert "plumbline_serve_in_flight 0.0" in counted and endpoint.admission.requests == 0
+        assert 'status="499",version="12"} 200.0' in counted
+        assert engine.closed == 200
+        engine.endless, began = False, time.monotonic()
+        assert (await client.post("/v1/chat/completions", json=HELLO)).status_code == 200
+        assert time.monotonic() - began < 1
 
     talk(run_dir, work)
 
@@ -415,7 +460,8 @@ def test_a_failure_of_ours_is_counted(run_dir: Path) -> None:
         engine.begins = ValueError("a bug")
         assert (await client.post("/v1/chat/completions", json=HELLO)).status_code == 500
         counted = (await client.get("/metrics")).text
-        assert "plumbline_serve_in_flight 0.0" in counted and 'status="500"' in counted and endpoint.in_flight == 0
+        assert "plumbline_serve_in_flight 0.0" in counted and 'status="500"' in counted
+        assert endpoint.admission.requests == 0
 
     talk(run_dir, work)
 
@@ -430,7 +476,7 @@ def test_what_an_engine_refuses_is_told_as_openai_would(run_dir: Path) -> None:
         assert answer.status_code == 500 and "context" not in answer.text, "an engine's inner failure is not a user's"
         engine.begins = ApiError(503, "no engine", retry_after=5)
         answer = await client.post("/v1/chat/completions", json=HELLO)
-        assert (answer.status_code, answer.headers["retry-after"], endpoint.in_flight) == (503, "5", 0)
+        assert (answer.status_code, answer.headers["retry-after"], endpoint.admission.requests) == (503, "5", 0)
 
     talk(run_dir, work)
 
@@ -446,7 +492,14 @@ def test_the_description_is_of_what_is_taken(run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("environment", "content", "said"),
-    [({}, "", "holds no key"), ({}, "short\n", "1 of 1 keys have less"), ({}, None, "cannot be read")],
+    [
+        ({}, "", "holds no key"),
+        ({}, "short\n", "1 of 1 keys have less"),
+        ({}, None, "cannot be read"),
+        ({}, "sk-a-key-of-our-öwn\n", "1 of 1 keys cannot be sent in a header"),
+        ({}, "sk-a-key of our own\n", "1 of 1 keys cannot be sent in a header"),
+        ({}, "sk-a-key\tof-our-own\n", "1 of 1 keys cannot be sent in a header"),
+    ],
 )
 def test_key_files_that_protect_nothing_are_refused(
     tmp_path: Path, environment: Mapping[str, str], content: str | None, said: str
@@ -473,3 +526,134 @@ def test_the_config_has_bounds() -> None:
     assert Serve(replicas=(1, 4)).most_replicas == 4
     with pytest.raises(ValueError, match="should not be the larger"):
         Serve(replicas=(4, 1))
+
+
+def chunk(**fields: Any) -> str:
+    return f"data: {json.dumps({'model': 'ple@12', 'choices': [], **fields})}\n\n"
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+CHAT = {
+    "model": "ple@12",
+    "choices": [{"message": {"content": "Hello you"}, "finish_reason": "stop"}],
+    "usage": USAGE,
+}
+CHUNKS = [
+    chunk(choices=[{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]),
+    chunk(choices=[{"delta": {"content": "Hello"}, "finish_reason": None}]),
+    chunk(choices=[{"delta": {"content": " you"}, "finish_reason": "length"}]),
+    chunk(usage=USAGE),
+    "data: [DONE]\n\n",
+]
+
+
+def openai_over(client: httpx.AsyncClient) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=client, max_retries=0)
+
+
+def test_a_response_is_a_chat_in_another_form(run_dir: Path) -> None:
+    """OpenAI's own client asks and reads it."""
+
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        engine.says = [json.dumps(CHAT)]
+        talker = openai_over(client)
+        answer = await talker.responses.create(
+            model="ple", input="Hello", instructions="Be brief.", max_output_tokens=9, temperature=0.5
+        )
+        assert (answer.output_text, answer.model, answer.status) == ("Hello you", "ple@12", "completed")
+        assert answer.usage and (answer.usage.input_tokens, answer.usage.output_tokens) == (3, 2)
+        assert dict(engine.asked[0].body) == {
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+            "max_completion_tokens": 9,
+            "temperature": 0.5,
+        }
+        turns: Any = [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "input_text", "text": "Hel"}, {"type": "input_text", "text": "lo"}]},
+            *[item.model_dump() for item in answer.output],
+            {"type": "message", "role": "user", "content": "And?"},
+        ]
+        await talker.responses.create(model="ple", input=turns, store=False, tools=[], truncation="disabled")
+        assert engine.asked[1].body["messages"] == [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hello you"},
+            {"role": "user", "content": "And?"},
+        ]
+
+    talk(run_dir, work)
+
+
+def test_a_response_is_streamed(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        engine.says = CHUNKS
+        events = [e async for e in await openai_over(client).responses.create(model="ple", input="Hello", stream=True)]
+        assert [event.type for event in events] == [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added",
+            "response.output_text.delta",
+            "response.output_text.delta",
+            "response.output_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.incomplete",
+        ]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        last: Any = events[-1]
+        assert (last.response.output_text, last.response.usage.total_tokens) == ("Hello you", 5)
+        assert last.response.incomplete_details.reason == "max_output_tokens"
+        assert engine.asked[0].body["stream_options"] == {"include_usage": True}
+        engine.says = CHUNKS[:2]
+        engine.breaks = ApiError(503, "lost")
+        answer = await client.post("/v1/responses", json={"model": "ple", "input": "Hello", "stream": True})
+        assert answer.text.splitlines()[-3] == "event: error" and '"message": "lost"' in answer.text
+        assert endpoint.admission.requests == 0 and engine.closed == 2
+
+    talk(run_dir, work)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": 3}, "input"),
+        ({}, "input"),
+        ({"input": [3]}, "input.0"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "input.0"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
+        ({"input": [{"role": "user", "content": [3]}]}, "input.0.content"),
+        ({"input": [{"role": "king", "content": "a"}]}, "messages.0.role"),
+        ({"input": "a", "instructions": ["a"]}, "instructions"),
+        ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
+        ({"input": "a", "text": {"format": {"type": "json_object"}}}, "text"),
+        ({"input": "a", "background": True}, "background"),
+        ({"input": "a", "messages": []}, "messages"),
+        ({"input": "a", "max_output_tokens": 0}, "max_completion_tokens"),
+        ({"input": "half of a pair: \ud800"}, None),
+    ],
+)
+def test_a_response_of_more_than_text_is_refused(run_dir: Path, fields: dict[str, Any], param: str | None) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        content = json.dumps({"model": "ple", **fields}).encode()
+        answer = await client.post("/v1/responses", content=content)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert engine.asked == []
+
+    talk(run_dir, work)
+
+
+def test_the_description_lists_what_is_taken_and_what_is_left_out(run_dir: Path) -> None:
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        for path, known in (
+            ("/v1/chat/completions", FIELDS["chat"] | IGNORED | {*NEUTRAL}),
+            ("/v1/completions", (FIELDS["completion"] | IGNORED | {*NEUTRAL}) - {"suffix", "best_of"}),
+            ("/v1/responses", (responses.FIELDS | responses.IGNORED | {*responses.NEUTRAL}) - {"stream_options"}),
+        ):
+            schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+            assert set(schema["properties"]) == known, path
+
+    talk(run_dir, work)
