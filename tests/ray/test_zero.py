@@ -274,9 +274,8 @@ class InfiniteOnOne(Summed):
         return scores[0].sum() + (math.inf if dist.get_rank() == 0 else 0), {}
 
 
-def left_out(dtype: Literal["float32", "bfloat16"]) -> dict[int, tuple[list[float], float]]:
-    """By stage, 0 being plain torch: weights after an update, after one that is left out, and after another; and the
-    norm of the one that is left out."""
+def left_out(dtype: Literal["float32", "bfloat16"]) -> dict[int, float]:
+    """The norm of an update that is left out between two others, by stage, 0 being plain torch."""
     found = {}
     for stage in (0, 1, 2, 3):
         policy: Any = OneLayer(getattr(torch, dtype))
@@ -289,7 +288,7 @@ def left_out(dtype: Literal["float32", "bfloat16"]) -> dict[int, tuple[list[floa
             weights.append([value for _, one in strategy.weights(trainable=True) for value in one.flatten().tolist()])
         assert norms[0] == norms[2] == pytest.approx(2.0, rel=1e-3)
         assert weights[0] == weights[1] != weights[2], stage
-        found[stage] = (weights[2], norms[1])
+        found[stage] = norms[1]
     return found
 
 
@@ -297,8 +296,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_left_out_by_all_workers() -> N
     for dtype in ("float32", "bfloat16"):
         one, other = together(2, left_out, dtype)
         for stage in (0, 1, 2, 3):
-            assert not math.isfinite(one[stage][1]) and not math.isfinite(other[stage][1])
-            assert one[stage][0] == other[stage][0] == pytest.approx(one[0][0], abs=1e-6), stage
+            assert not math.isfinite(one[stage]) and not math.isfinite(other[stage])
 
 
 # In bfloat16

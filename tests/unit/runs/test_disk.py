@@ -1,5 +1,6 @@
 """A disk that is full or may not be written: one line that names the file, and nothing half-written."""
 
+import contextlib
 import errno
 import json
 import os
@@ -26,13 +27,16 @@ LARGE = "".join(f"{number:06d}" for number in range(4096))  # does not compress 
 REJECTION = {"prompt_id": "p", "prompt": "?", "reason": LARGE, "detail": ""}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may become larger than `LIMIT`: a write fails in its midst, as on a full disk."""
+    """No file of this process may become larger than `LIMIT`: a write fails in its midst, as on a full disk. Around
+    the write alone: pytest's own output may be a file too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def part(root: Path) -> None:
@@ -73,10 +77,10 @@ def adapter(root: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [part, rejected, checkpoint, manifest, version, adapter, probe])
-def test_a_write_that_the_disk_does_not_take(tmp_path: Path, small_files: None, write: Callable[[Path], None]) -> None:
+def test_a_write_that_the_disk_does_not_take(tmp_path: Path, write: Callable[[Path], None]) -> None:
     root = tmp_path / "run"
     root.mkdir()
-    with pytest.raises(DiskError) as caught:
+    with small_files(), pytest.raises(DiskError) as caught:
         write(root)
     assert str(caught.value).startswith(f"{root}/")
     assert "cannot be written: files may not become that large there (File too large); all steps" in str(caught.value)
@@ -85,40 +89,39 @@ def test_a_write_that_the_disk_does_not_take(tmp_path: Path, small_files: None, 
     assert left == [] and latest_step(root) == 0, "nothing is left that takes room or could be read"
 
 
-def test_what_is_pulled_is_whole_or_not_there(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_what_is_pulled_is_whole_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "report.html").write_text(LARGE)
-    request.getfixturevalue("small_files")
-    with pytest.raises(RunError, match="File too large"):
+    with small_files(), pytest.raises(RunError, match="File too large"):
         pulled(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_line_is_there_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
+def test_a_line_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     """The next one, once there is room again, is not written behind half of it."""
     path = tmp_path / "events.jsonl"
     log = EventLog(path, lambda event: None)
     log.write({"pipeline": "ple", "step": 1, "text": "x" * (LIMIT - 200)})
-    with pytest.raises(DiskError, match=r"events\.jsonl: cannot be written"):
+    with small_files(), pytest.raises(DiskError, match=r"events\.jsonl: cannot be written"):
         log.write({"pipeline": "ple", "step": 2, "text": "x" * 300})
     log.write({"pipeline": "ple", "step": 2})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert EventLog(path, lambda event: None).keep("ple", 2) == 2
 
 
-def test_what_was_there_stays(tmp_path: Path, small_files: None) -> None:
+def test_what_was_there_stays(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     write_text(path, "before")
-    with pytest.raises(DiskError, match=r"evaluation\.json: cannot be written"):
+    with small_files(), pytest.raises(DiskError, match=r"evaluation\.json: cannot be written"):
         write_text(path, LARGE)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_promotion_that_cannot_be_noted(tmp_path: Path, small_files: None) -> None:
+def test_a_promotion_that_cannot_be_noted(tmp_path: Path) -> None:
     directory = tmp_path / "policies" / "ple" / "v000001"
     directory.mkdir(parents=True)
     (directory / "proof.json").write_text("{}")
-    with pytest.raises(DiskError, match=r"promotions\.jsonl: cannot be written"):
+    with small_files(), pytest.raises(DiskError, match=r"promotions\.jsonl: cannot be written"):
         promote(tmp_path, Promotion(ref=PolicyRef(policy="ple", version=1), by="gate", figures={"a": LARGE}))
     assert (tmp_path / "policies" / "ple" / "promotions.jsonl").read_text() == ""
 
