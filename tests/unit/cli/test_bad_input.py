@@ -287,7 +287,7 @@ def test_bad_data_of_a_reward_model(
     good = {"labelled": {"text": "bad", "label": 0}, "pairs": {"prompt": "a", "chosen": "b", "rejected": "c"}}[source]
     (world.directory / "a.jsonl").write_bytes(lines(good, row))
     world.tree["data"] = {"train": {"path": "a.jsonl"}}
-    world.tree |= {"evaluation": None, "reward": None}
+    world.tree |= {"evaluation": None, "reward": None, "model": {"path": world.tree["model"]["path"]}}
     world.tree["pipelines"] = [{"type": "reward", "source": source}]
     holds(run(world, refused), "a.jsonl, ", part)
 
@@ -296,7 +296,7 @@ def test_a_reward_model_of_pairs_without_prompts(world: World, refused: Refused)
     rows = [{"text": "good", "label": 1, "prompt": "Why?"}, {"text": "bad", "label": 0}]
     (world.directory / "a.jsonl").write_bytes(lines(*rows))
     world.tree["data"] = {"train": {"path": "a.jsonl"}}
-    world.tree |= {"evaluation": None, "reward": None}
+    world.tree |= {"evaluation": None, "reward": None, "model": {"path": world.tree["model"]["path"]}}
     world.tree["pipelines"] = [{"type": "reward", "reads": "pair"}]
     holds(run(world, refused), "a.jsonl, row 2: no `prompt`; a reward model of `reads: pair` needs one in each row")
 
