@@ -202,11 +202,7 @@ class _Row:
 
     def turn(self, position: int, turn: object) -> Message:
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            has = (
-                f"has {', '.join(map(str, turn))}"
-                if isinstance(turn, Mapping)
-                else f"is {_article(type(turn).__name__)}"
-            )
+            has = f"has {_shown(turn)}" if isinstance(turn, Mapping) else f"is {_article(type(turn).__name__)}"
             self.fail("messages", f"turn {position} {has}; it should have role and content")
         role = turn["role"]
         if role not in ROLES:
@@ -237,9 +233,9 @@ class _Row:
         name = self.columns.get(key, key)
         if name in self.values:
             self.fail(key, "is empty; write text, or remove the row")
-        has = ", ".join(map(str, self.values)) or "nothing"
+        has = _shown(self.values) or "nothing"
         near = _nearest(key, self.values) if key == name else next(iter(_close(name, self.values)), None)
-        remedy = f"name the column that holds it, as in `columns: {{{key}: {near or '...'}}}`"
+        remedy = f"name the column that holds it, as in `columns: {{{key}: {_shown([near or '...'])}}}`"
         what = wanted if key == name else repr(name)
         raise DataError(f"{self.place}: no {what}; it has {has}: {remedy}")
 
@@ -297,9 +293,7 @@ def _rows(path: str, keys: Sequence[str], reading: Reading) -> Iterator[_Row]:
     for ours, name in unseen.items():
         near = _close(name, seen)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise DataError(
-            f"{path}: columns maps {ours} to {name!r}, which no row has{hint} (rows have {', '.join(seen)})"
-        )
+        raise DataError(f"{path}: columns maps {ours} to {name!r}, which no row has{hint} (rows have {_shown(seen)})")
 
 
 def _matching(path: str, rows: Iterable[PlacedRow], where: Mapping[str, object]) -> Iterator[PlacedRow]:
@@ -321,6 +315,12 @@ def _matching(path: str, rows: Iterable[PlacedRow], where: Mapping[str, object])
     if not found:
         were = "; ".join(f"{name} is {', '.join([*values][:5])}" for name, values in seen.items())
         raise DataError(f"{path}: no row has {dict(where)}, as `where` asks for: {were}")
+
+
+def _shown(names: Iterable[object]) -> str:
+    """Names of a file's columns in one line, whatever characters they have."""
+    texts = map(str, names)
+    return ", ".join(text if text.isprintable() else ascii(text) for text in texts)
 
 
 def _is_text(value: object) -> TypeGuard[str]:

@@ -289,6 +289,7 @@ def test_bad_data_of_a_reward_model(
     good = {"labelled": {"text": "bad", "label": 0}, "pairs": {"prompt": "a", "chosen": "b", "rejected": "c"}}[source]
     (world.directory / "a.jsonl").write_bytes(lines(good, row))
     world.tree["data"] = {"train": {"path": "a.jsonl"}}
+    world.tree |= {"evaluation": None, "reward": None, "model": {"path": world.tree["model"]["path"]}}
     world.tree["pipelines"] = [{"type": "reward", "source": source}]
     holds(run(world, refused), "a.jsonl, ", part)
 
@@ -297,6 +298,7 @@ def test_a_reward_model_of_pairs_without_prompts(world: World, refused: Refused)
     rows = [{"text": "good", "label": 1, "prompt": "Why?"}, {"text": "bad", "label": 0}]
     (world.directory / "a.jsonl").write_bytes(lines(*rows))
     world.tree["data"] = {"train": {"path": "a.jsonl"}}
+    world.tree |= {"evaluation": None, "reward": None, "model": {"path": world.tree["model"]["path"]}}
     world.tree["pipelines"] = [{"type": "reward", "reads": "pair"}]
     holds(run(world, refused), "a.jsonl, row 2: no `prompt`; a reward model of `reads: pair` needs one in each row")
 
@@ -385,6 +387,8 @@ def test_a_row_that_a_rewards_chat_template_refuses(world: World, refused: Refus
 
 
 def test_sft_whose_every_prompt_is_too_long(world: World, refused: Refused) -> None:
+    world.tree |= {"evaluation": None, "reward": None}
+    del world.tree["data"]["heldout"]
     world.tree["pipelines"] = [{"type": "sft"}]
     line = run(world, refused, "--set", "data.max_prompt_tokens=3")
     holds(line, "prompts.jsonl: all 8 prompts are too long for sft; the first has 26 tokens (39 with the target)")
@@ -911,7 +915,7 @@ def test_self_contrast_without_targets(world: World, refused: Refused) -> None:
 def test_a_preference_file_with_missing_or_equal_answers(
     world: World, refused: Refused, rows: list[dict[str, Any]], parts: tuple[str, ...]
 ) -> None:
-    contrasting(world, pairs={"path": "pairs.jsonl"})
+    world.tree["pipelines"] = [{"type": "self_contrast", "pairs": {"path": "pairs.jsonl"}}]
     path = world.directory / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     holds(run(world, refused), *parts)
