@@ -92,7 +92,12 @@ def learning(model: Path, *learners: dict[str, Any], policy: str = "lora") -> Co
         for i, learner in enumerate(learners)
     ]
     return Config.model_validate(
-        {"name": "a", "model": {"path": str(model)}, "data": {"train": {"path": "d"}}, "pipelines": pipelines}
+        {
+            "name": "a",
+            "model": {"path": str(model), "max_len": 64},
+            "data": {"train": {"path": "d"}},
+            "pipelines": pipelines,
+        }
     )
 
 
