@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ReplicaState
 
 from actors.spawn import unwrap
 from plumbline.errors import SyncError

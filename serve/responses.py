@@ -69,8 +69,9 @@ def _turn(number: int, item: Any) -> dict[str, Any]:
         raise ApiError(400, f"`{place}` should be a message; these models read and write text.", param=place)
     content = item.get("content")
     if isinstance(content, list):
-        parts = [one.get("text") if isinstance(one, dict) and one.get("type") in PARTS else None for one in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        texts = [one.get("text") for one in content if isinstance(one, dict) and one.get("type") in PARTS]
+        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        content = "".join(map(str, texts)) if whole else None
     if not isinstance(content, str):
         raise ApiError(400, f"`{place}.content` should be a text, or parts of text.", param=f"{place}.content")
     return {"role": item.get("role"), "content": content}

@@ -483,10 +483,7 @@ NORM = "model.norm.weight"
     ("change", "part"),
     [
         (lambda weights: weights.pop(NORM), f"model: it lacks {NORM}; save it whole again"),
-        (
-            lambda weights: weights.update({"a": weights[NORM].clone()}),
-            "what its config.json knows nothing of: a; save it",
-        ),
+        (lambda weights: weights.update({"a": weights[NORM].clone()}), "its config.json knows nothing of: a; save"),
         (lambda weights: weights[NORM].fill_(math.nan), f"{NORM} has values that are no finite numbers"),
     ],
 )

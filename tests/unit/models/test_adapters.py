@@ -16,7 +16,7 @@ LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 
 
 def config(model: Path, *policies: dict[str, Any], sft: dict[str, Any] | None = None, tied: bool = False) -> Config:
-    origin: dict[str, Any] = {"path": str(model)}
+    origin: dict[str, Any] = {"path": str(model), "max_len": 64}
     if tied:
         shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
         origin = {"init": {"model_type": "llama", **shape, "tie_word_embeddings": True}, "tokenizer": str(model)}
@@ -92,7 +92,12 @@ def learning(model: Path, *learners: dict[str, Any], policy: str = "lora") -> Co
         for i, learner in enumerate(learners)
     ]
     return Config.model_validate(
-        {"name": "a", "model": {"path": str(model)}, "data": {"train": {"path": "d"}}, "pipelines": pipelines}
+        {
+            "name": "a",
+            "model": {"path": str(model), "max_len": 64},
+            "data": {"train": {"path": "d"}},
+            "pipelines": pipelines,
+        }
     )
 
 
