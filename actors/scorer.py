@@ -97,7 +97,7 @@ class ClassifierReward:
     def __init__(self, spec: ScorerSpec) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        from plumbline.data.prompting import read_tokenizer
+        from plumbline.data.tokenizer import read_tokenizer
         from plumbline.models.backend import set_up_torch
         from plumbline.models.loading import load_whole
 

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 from worlds import events, make_world, table
 
 from plumbline.data.dataset import read_prompts
-from plumbline.data.prompting import load_tokenizer, render
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.records import Prompt
 
 POSITIVE = "Give a lawful, correct, polite and complete answer."

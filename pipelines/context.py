@@ -131,7 +131,7 @@ class Context:
             device=self.device,
             probe=self.probe,
             tolerance=self.tolerance,
-            chat_template=self.tokenizer.chat_template,
+            chat_template=self.tokenizer.get_chat_template(),
             store=self.fleet.store,
             store_name=self.fleet.store_name,
         )

@@ -16,8 +16,9 @@ from pipelines.context import Context
 from plumbline.config.pipelines import Generation as Settings
 from plumbline.config.tree import Config
 from plumbline.data.dataset import read_prompts
+from plumbline.data.ending import encode_response
 from plumbline.data.length_filter import section_lengths
-from plumbline.data.prompting import encode_response, render, steerings
+from plumbline.data.prompting import render, steerings
 from plumbline.methods.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
 

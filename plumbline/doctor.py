@@ -129,7 +129,7 @@ def examine(
 
 def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """The tokenizer of `model`, with a chat template where a pipeline renders conversations. Raises ModelError."""
-    from plumbline.data.prompting import load_tokenizer, read_tokenizer
+    from plumbline.data.tokenizer import load_tokenizer, read_tokenizer
 
     renders = any(not isinstance(p, RewardModel) or p.reads == "conversation" for p in config.pipelines)
     if renders or config.model.chat_template:
@@ -210,7 +210,7 @@ def _embedder(path: str) -> str:
 
 
 def _classifier(key: str, path: str) -> str:
-    from plumbline.data.prompting import read_tokenizer
+    from plumbline.data.tokenizer import read_tokenizer
 
     note = model_directory(path, key)
     settings = json.loads((Path(path) / "config.json").read_text("utf-8"))

@@ -34,6 +34,11 @@ def describe(kind: Kind, limits: Limits) -> dict[str, Any]:
         properties |= {
             "messages": {"type": "array", "items": turn, "minItems": 1, "maxItems": limits.messages},
             "max_completion_tokens": {"type": "integer", "minimum": 1},
+            "chat_template_kwargs": {
+                "type": "object",
+                "additionalProperties": {"type": ["boolean", "number", "string"]},
+                "description": "variables that the chat template reads, such as enable_thinking",
+            },
             "logprobs": {"type": "boolean"},
             "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
         }

@@ -96,7 +96,7 @@ def _run_replica(config: Config, run_dir: Path, settings: Serve) -> tuple[Genera
         device,
         versions=versions,
         seats=generator.max_num_seqs,
-        chat_template=run_tokenizer(config).chat_template,
+        chat_template=run_tokenizer(config).get_chat_template(),
     )
     replica = ReplicaSpec(
         engine=spec,

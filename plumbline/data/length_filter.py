@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from plumbline.config.pipelines import MethodSection, Preference
 from plumbline.config.tree import Config
-from plumbline.data.prompting import encode_response, render, steerings
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render, steerings
 from plumbline.errors import DataError
 from plumbline.records import Prompt, TokenGroup
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from plumbline.config.data import Source
 from plumbline.data.dataset import read_preferences
-from plumbline.data.prompting import encode_response, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
 from plumbline.errors import DataError
 from plumbline.records import Message, Prompt, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, pair_samples

@@ -23,7 +23,9 @@ from actors.versions import AdapterVersions, WholeVersions
 from plumbline.config.data import Model
 from plumbline.config.pipelines import Ple
 from plumbline.data.dataset import read_prompts
-from plumbline.data.prompting import encode_response, load_tokenizer, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.errors import SyncError
 from plumbline.records import GenerateRequest, PolicyRef, Publication, Sampling, SharedWeights, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory

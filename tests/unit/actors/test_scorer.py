@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from actors.scorer import Query, Scorer, ScorerSpec, _batches, load_function
-from plumbline.data.prompting import read_tokenizer
+from plumbline.data.tokenizer import read_tokenizer
 from plumbline.errors import ConfigError
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.models.classifier import reward_ids
