@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
+from plumbline.data.reward_text import Reads, reward_ids
 from plumbline.errors import ConfigError
-from plumbline.models.classifier import Reads, classifier_logits, packs_texts, reward_ids
+from plumbline.models.classifier import classifier_logits, packs_texts
 from plumbline.records import Generation, Message, ScoreRequest
 
 RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]

@@ -12,7 +12,7 @@ from pipelines.sft import shuffled_batches
 from plumbline.config.data import Source
 from plumbline.config.pipelines import RewardModel
 from plumbline.data.dataset import read_labelled, read_preferences
-from plumbline.models.classifier import reward_ids
+from plumbline.data.reward_text import reward_ids
 from plumbline.records import PolicyRef, Sample, ScoreRequest, TokenGroup
 from plumbline.runs.policies import PROOF, version_directory
 

@@ -30,7 +30,8 @@ from plumbline.config.demand import demand, named
 from plumbline.config.file import load_config as read_config
 from plumbline.config.pipelines import Pipeline, RewardModel, Sft
 from plumbline.config.tree import Config
-from plumbline.doctor import Checked, check, check_fits, model_directory, run_tokenizer
+from plumbline.data.tokenizer import run_tokenizer
+from plumbline.doctor import Checked, check, check_fits, model_directory
 from plumbline.errors import ConfigError, PlumblineError, RunError
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.start import place
@@ -251,8 +252,7 @@ async def compare_policies(
     heldout: list[Prompt] = []
     result: dict[str, Any] = {}
     for directory, refs in pools.items():
-        model = config.model.model_copy(update={"path": directory, "init": None, "tokenizer": None})
-        other = config.model_copy(update={"model": model})
+        other = config.model_copy(update={"model": config.model.at(directory)})
         placed = place(other, checked.placed.machine, "evaluation")
         check_fits(placed)
         own = replace(checked, tokenizer=run_tokenizer(other), placed=placed)

@@ -17,6 +17,8 @@ from plumbline.config.demand import demand, named
 from plumbline.config.pipelines import Dlma, MethodSection, Preference, RewardModel, Sft
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import check_targets, section_lengths, sft_group
+from plumbline.data.tokenizer import run_tokenizer
+from plumbline.data.tokenizer_check import check_readings, check_thoughts
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.importing import PACKAGES
 from plumbline.placement.machine import Machine, this_machine
@@ -127,16 +129,6 @@ def examine(
             yield Finding(what=what, note=str(error), error=error, table=table)
 
 
-def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `model`, with a chat template where a pipeline renders conversations. Raises ModelError."""
-    from plumbline.data.tokenizer import load_tokenizer, read_tokenizer
-
-    renders = any(not isinstance(p, RewardModel) or p.reads == "conversation" for p in config.pipelines)
-    if renders or config.model.chat_template:
-        return load_tokenizer(config.model.tokenizer_path, config.model.chat_template)
-    return read_tokenizer(config.model.tokenizer_path)
-
-
 def model_directory(path: str, key: str) -> str:
     """Check that `path` is a transformers model in safetensors. Raises ModelError naming `key`."""
     directory = Path(path)
@@ -160,7 +152,8 @@ def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
     from plumbline.models.adapters import check_policies  # torch: after what is found without it
 
     check_policies(config)
-    return note, run_tokenizer(config)
+    tokenizer = run_tokenizer(config)
+    return f"{note}; {check_readings(config.model.tokenizer_path)}", tokenizer
 
 
 def _needs_prompts(config: Config) -> bool:
@@ -278,6 +271,7 @@ def _room(config: Config, rows: _Rows, tokenizer: "PreTrainedTokenizerBase") -> 
         _answers(config, tokenizer, section, rows.prompts)
     if config.sft or any(isinstance(p, Sft) for p in config.pipelines):
         check_targets(config, rows.prompts)
+        check_thoughts(tokenizer, config.data.train.path, rows.prompts)
         if not any(sft_group(config, tokenizer, p) for p in rows.prompts):
             raise DataError(
                 f"{config.data.train.path}: all {len(rows.prompts)} prompts are too long for sft; raise "
@@ -290,9 +284,10 @@ def _answers(
 ) -> None:
     """The targets or given pairs that a pipeline learns from. Raises DataError."""
     if isinstance(section, Preference) and section.pairs is not None:
-        _check_pairs(config, section)
+        _check_pairs(config, tokenizer, section)
     elif section.needs_target:
         check_targets(config, prompts, section.name)
+        check_thoughts(tokenizer, config.data.train.path, prompts)
         if not any(sft_group(config, tokenizer, p) for p in prompts):
             raise DataError(
                 f"{config.data.train.path}: all {len(prompts)} targets are too long for {section.name}; raise "
@@ -300,7 +295,7 @@ def _answers(
             )
 
 
-def _check_pairs(config: Config, section: Preference) -> None:
+def _check_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase", section: Preference) -> None:
     """Pairs from elsewhere: parts of this very model, or a preference file. Raises DataError."""
     from plumbline.models.logp_cache import model_fingerprint
     from plumbline.runs.preferences import check_model, is_parts, read_parts, read_preference_file
@@ -308,7 +303,7 @@ def _check_pairs(config: Config, section: Preference) -> None:
     source = section.pairs
     assert source is not None
     if not isinstance(section, Dlma) and not is_parts(source):
-        read_preference_file(source)
+        check_thoughts(tokenizer, source.path, read_preference_file(source))
         return
     rows = read_parts(source)  # dlma trains on parts alone: it needs their margins
     if isinstance(section, Dlma) and any(row["margin"] is None for row in rows):

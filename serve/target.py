@@ -15,7 +15,7 @@ from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.section import planned
 from plumbline.config.serving import Serve
 from plumbline.config.tree import Config
-from plumbline.doctor import run_tokenizer
+from plumbline.data.tokenizer import run_tokenizer
 from plumbline.errors import ModelError
 from plumbline.placement.memory import adapter_slots
 from plumbline.placement.sizes import read_shape

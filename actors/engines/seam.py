@@ -108,7 +108,7 @@ def engine_spec(
         memory_share=planned(settings.memory_share),
         seed=config.seed,
         seats=seats,
-        tokenizer_path=config.model.tokenizer if model_path == config.model.path else None,
+        tokenizer_path=config.model.at(model_path).tokenizer,
         chat_template=chat_template,
         lora_targets=tuple(targets),
         tensor_parallel=max(1, int(settings.gpus)) if device == "cuda" else 1,

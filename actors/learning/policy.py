@@ -149,7 +149,8 @@ class LearnedPolicy:
 
     def _tokenizer(self) -> Any:
         if self._reads_chats or self._origin.chat_template:
-            return load_tokenizer(self._origin.tokenizer_path, self._origin.chat_template)
+            origin = self._origin
+            return load_tokenizer(origin.tokenizer_path, origin.chat_template, origin.template_args)
         return read_tokenizer(self._origin.tokenizer_path)
 
 

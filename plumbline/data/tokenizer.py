@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plumbline.config.pipelines import RewardModel
+from plumbline.config.tree import Config
 from plumbline.errors import ModelError
 from plumbline.records import Message
 
@@ -31,6 +33,15 @@ TEMPLATES: Mapping[str, str] = {
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _USER_MARK = "plumbuserline"  # no word of any template: found in a rendering, the template kept it
+
+
+def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
+    """The tokenizer of `model`, with a chat template where a pipeline renders conversations. Raises ModelError."""
+    model, pipelines = config.model, config.pipelines
+    renders = any(not isinstance(p, RewardModel) or p.reads == "conversation" for p in pipelines)
+    if renders or model.chat_template or model.template_args:
+        return load_tokenizer(model.tokenizer_path, model.chat_template, model.template_args)
+    return read_tokenizer(model.tokenizer_path)
 
 
 def load_tokenizer(

@@ -1,36 +1,13 @@
-"""What a reward model reads of a conversation and an answer, and its logits: the same in training and in scoring."""
+"""A reward model's logits of tokenised texts: the same in training and in scoring."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
-
-from plumbline.records import Message
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-Reads = Literal["response", "pair", "conversation"]
-
-
-def reward_ids(
-    tokenizer: Any, messages: Sequence[Message], response: str, *, reads: Reads, max_len: int
-) -> tuple[list[int], bool]:
-    """Token ids that a sequence classifier is given, and whether they were cut to `max_len`.
-
-    An answer alone is cut at its end, a conversation at its beginning, so that the answer stays.
-    """
-    if reads == "conversation":
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        turns.append({"role": "assistant", "content": response})
-        ids = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
-        return ids[-max_len:], len(ids) > max_len
-    if reads == "pair":
-        ids = tokenizer(messages[-1].content, response)["input_ids"]
-    else:
-        ids = tokenizer(response)["input_ids"]
-    return ids[:max_len], len(ids) > max_len
 
 
 def classifier_logits(model: Any, texts: Sequence[Sequence[int]]) -> "Float[Tensor, 'n labels']":

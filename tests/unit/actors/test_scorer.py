@@ -12,10 +12,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from actors.scorer import Query, Scorer, ScorerSpec, _batches, load_function
+from plumbline.data.reward_text import reward_ids
 from plumbline.data.tokenizer import read_tokenizer
 from plumbline.errors import ConfigError
 from plumbline.miniature.tokenizer import make_tokenizer
-from plumbline.models.classifier import reward_ids
 from plumbline.records import Completion, Generation, Message, PolicyRef, ScoreRequest
 
 QUESTION = (Message(role="user", content="Why?"),)
