@@ -44,7 +44,6 @@ class FrozenLogps:
 
     Args:
         model: computes what π0 does, in evaluation mode, whenever a method is called.
-        eos: the token that ends an answer.
         batch_tokens: tokens of one forward.
         fingerprint: `model_fingerprint` of the directory that the weights are from.
         cache: directory of the cache; without one, it is in memory.
@@ -57,13 +56,12 @@ class FrozenLogps:
         self,
         model: Any,
         *,
-        eos: Any,
         batch_tokens: int,
         fingerprint: str,
         dtype: Literal["float32", "bfloat16"],
         cache: str | None,
     ) -> None:
-        self._model, self._eos, self._batch_tokens = model, eos, batch_tokens
+        self._model, self._batch_tokens = model, batch_tokens
         # Values of bfloat16 are not those of float32; a cache may outlive a change of the setting.
         self._cache = LogpCache(Path(cache) / CACHE_FILE if cache is not None else None, f"{fingerprint} {dtype}")
 
@@ -104,7 +102,7 @@ class FrozenLogps:
             prompts: one a pair.
             generations: two a pair in order, one completion each: the positive prompt's answer a1 (chosen), then the
                 negative prompt's a2 (rejected).
-            eos: whether a final EOS counts in the four, as it does in the reference log-probs.
+            eos: whether the end of an answer counts in the four, as it does in the reference log-probs.
 
         Raises:
             ValueError: generations are not two a prompt, or hold more or less than one completion.
@@ -114,7 +112,7 @@ class FrozenLogps:
         answers = [_only(generation) for generation in generations]
         groups: list[TokenGroup] = []
         for prompt, chosen, rejected in zip(prompts, answers[::2], answers[1::2], strict=True):
-            judged = [answer.ids if eos else self._without_eos(answer) for answer in (chosen, rejected)]
+            judged = [answer.ids if eos else without_end(answer) for answer in (chosen, rejected)]
             groups += [
                 TokenGroup(prompt.plain_ids, [chosen.ids, rejected.ids]),
                 TokenGroup(prompt.positive_ids, judged),
@@ -149,9 +147,10 @@ class FrozenLogps:
             self._cache.put(batch, [values[i] for i in indices])
         return values
 
-    def _without_eos(self, completion: Completion) -> list[int]:
-        ended = completion.finish_reason == "stop" and completion.ids[-1:] == [self._eos]
-        return completion.ids[:-1] if ended else completion.ids
+
+def without_end(completion: Completion) -> list[int]:
+    """An answer's tokens without the one that ends it, which only one that stopped has (`plumbline.data.ending`)."""
+    return completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
 
 
 def _only(generation: Generation) -> Completion:

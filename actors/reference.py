@@ -51,7 +51,6 @@ class Reference:
     def _frozen(self) -> FrozenLogps:
         from actors.learning.policy import load_model
         from plumbline.config.data import Model
-        from plumbline.data.prompting import read_tokenizer
         from plumbline.models.group_logps import disable_dropout
 
         spec, fingerprint = self._spec, self._fingerprint  # of the files that are loaded now
@@ -61,7 +60,6 @@ class Reference:
         disable_dropout(model)
         return FrozenLogps(
             model,
-            eos=read_tokenizer(spec.model_path).eos_token_id,
             batch_tokens=spec.batch_tokens,
             fingerprint=fingerprint,
             dtype=spec.dtype,

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
+from plumbline.data.reward_text import Reads, RewardText, reward_text
 from plumbline.errors import ConfigError, RunError, in_one_line
-from plumbline.models.classifier import Reads, RewardText, classifier_logits, packs_texts, reward_text
+from plumbline.models.classifier import classifier_logits, packs_texts
 from plumbline.records import Generation, Message, ScoreRequest
 
 RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
@@ -121,7 +122,7 @@ class ClassifierReward:
     def __init__(self, spec: ScorerSpec) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        from plumbline.data.prompting import read_tokenizer
+        from plumbline.data.tokenizer import read_tokenizer
         from plumbline.models.backend import set_up_torch
         from plumbline.models.loading import load_whole
 

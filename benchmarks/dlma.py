@@ -27,7 +27,9 @@ from transformers import AutoModelForCausalLM
 from worlds import events, make_world, table
 
 from plumbline.data.dataset import read_prompts
-from plumbline.data.prompting import load_tokenizer, render
+from plumbline.data.ending import turn_end
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.records import Prompt
 
 POSITIVE = "Give a lawful, correct, polite and complete answer."
@@ -91,7 +93,7 @@ class Peer:
         self.tokenizer: Any = load_tokenizer(str(model))
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.pad = self.tokenizer.pad_token_id or 0
-        self.eos = self.tokenizer.eos_token_id
+        self.eos = turn_end(self.tokenizer)
 
     def measure(self, prompts: list[Prompt], batch: int) -> Measured:
         torch.manual_seed(0)

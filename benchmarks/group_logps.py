@@ -23,11 +23,14 @@ from flex import in_place_of_varlen
 from small_model import VOCABULARY, make_shape
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.models.backend import set_up_torch
 from plumbline.models.group_logps import disable_dropout, group_logps, pack
-from plumbline.records import TokenGroup
+from plumbline.records import Message, TokenGroup
 
 SHAPES = [(146, 64, 8), (400, 64, 8), (146, 256, 8), (64, 128, 1)]  # prompt, response, negatives
 
@@ -122,14 +125,14 @@ def table(options: argparse.Namespace) -> None:
 
 def padding(path: Path, tokenizer_path: Path, rows_a_batch: int = 16) -> None:
     """Computed against useful tokens on real pairs: padded batches in file order, packed rows of the same budget."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = load_tokenizer(str(tokenizer_path))
     groups: list[TokenGroup] = []
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
-            answers = [tokenizer.encode(row[name], add_special_tokens=False) for name in ("chosen", "rejected")]
-            groups.append(TokenGroup(tokenizer.encode(str(text), add_special_tokens=False), answers))
+            prompt = render(tokenizer, [Message(**turn) for turn in row["messages"]])
+            answers = [encode_response(tokenizer, row[name], ended=False) for name in ("chosen", "rejected")]
+            groups.append(TokenGroup(prompt, answers))
 
     lengths = [len(g.prompt_ids) + len(response) for g in groups for response in g.response_ids]
     batches = [lengths[start : start + rows_a_batch] for start in range(0, len(lengths), rows_a_batch)]

@@ -7,7 +7,7 @@ policy store, promotions, checkpoints and versions as a learner writes and keeps
 actors are plain objects of this process, whose memory is therefore that of all of them; no Ray is started. At each
 thousandth step it prints the mean time of a step and the process's memory; at the end, their ratio of the last thousand
 to the first, and how long a resumed run takes until it asks for its next step. Without `--store` there is no storage;
-a directory stands in for an object store, with its listings counted by entry.
+a directory stands in for an object store.
 
 `--keep-all` keeps every version, as adapters are by default; else the newest 3.
 """
@@ -41,12 +41,14 @@ from pipelines.pool import Pool
 from plumbline.config.file import parse_config
 from plumbline.config.pipelines import Ple
 from plumbline.config.tree import Config
+from plumbline.data.length_filter import Fit
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.records import Completion, GenerateRequest, Generation, Message, PolicyRef, Prompt, Publication
 from plumbline.runs.checkpoint import remove_old, whole, write_directory, write_manifest, write_pieces
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.mirror import open_storage, push_logs, saved_step, seal_checkpoint
 from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, read_publication, version_directory, write_proof
+from plumbline.runs.rows import Rows
 
 EVERY = 1000
 """Steps between two lines."""
@@ -198,8 +200,12 @@ def make_config(out: Path, steps: int, store: Path | None, keep: int | None) -> 
 
 
 def make_context(config: Config, run_dir: Path, listen: Any) -> Context:
-    open_run_dir(config, run_dir)
+    with open_run_dir(config, run_dir):
+        pass
     tokenizer = make_tokenizer()
+    prompts = [
+        Prompt(id=f"p{i}", messages=(Message(role="user", content=f"Tell me about the goat {i}."),)) for i in range(512)
+    ]
     store = Local(PolicyStore(keep=6 + config.kept_versions))
     context = Context(
         config=config,
@@ -207,10 +213,7 @@ def make_context(config: Config, run_dir: Path, listen: Any) -> Context:
         device="cpu",
         dtype="float32",
         tokenizer=tokenizer,
-        prompts=[
-            Prompt(id=f"p{i}", messages=(Message(role="user", content=f"Tell me about the goat {i}."),))
-            for i in range(512)
-        ],
+        rows=Rows(prompts=prompts, fits={"ple": Fit(prompts=prompts, unfit=[])}),
         events=EventLog(run_dir / "events.jsonl", listen),
         fleet=SimpleNamespace(store=store, desks={}, scorer=[Local(InstantReward())]),  # type: ignore[arg-type]
         storage=open_storage(config, run_dir),

@@ -49,8 +49,10 @@ from plumbline.config.fleet import GeneratorFleet, ScorerFleet
 from plumbline.config.pipelines import Ple
 from plumbline.config.section import planned
 from plumbline.data.dataset import read_prompts
+from plumbline.data.ending import encode_response
 from plumbline.data.length_filter import Fit
-from plumbline.data.prompting import encode_response, load_tokenizer, render
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.miniature.language import TARGET, sample_answer, sample_request
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.models.ipc import Shelf

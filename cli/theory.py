@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from plumbline.data.prompting import load_tokenizer
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.errors import UserError
 from plumbline.methods.theory import MIN_PROMPTS, Theory, estimate, needed
 from plumbline.models.loading import load_whole

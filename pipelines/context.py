@@ -129,7 +129,7 @@ class Context:
             device=self.device,
             probe=self.probe,
             tolerance=self.tolerance,
-            chat_template=self.tokenizer.chat_template,
+            chat_template=self.tokenizer.get_chat_template(),
             store=self.fleet.store,
             store_name=self.fleet.store_name,
         )
@@ -148,9 +148,7 @@ class Context:
             serves: its versions go to generators; else there is one model at the end.
         """
         whole = isinstance(getattr(section, "policy", None), FullPolicy)
-        model = self.config.model
-        if self.model_path and self.model_path != model.path:
-            model = model.model_copy(update={"path": self.model_path, "init": None, "tokenizer": None})
+        model = self.config.model.at(self.model_path) if self.model_path else self.config.model
         return LearnerSpec(
             section=section,
             model=model,

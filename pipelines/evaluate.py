@@ -16,7 +16,8 @@ from pipelines.context import Context
 from pipelines.rewarding import RewardWatch
 from plumbline.config.pipelines import Generation as Settings
 from plumbline.config.tree import Config
-from plumbline.data.prompting import encode_response, render, steerings
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render, steerings
 from plumbline.errors import PlumblineError
 from plumbline.methods.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup

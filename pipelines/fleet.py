@@ -24,7 +24,8 @@ from plumbline.config.demand import beside_sft, reference_replicas
 from plumbline.config.pipelines import Preference
 from plumbline.config.section import planned
 from plumbline.config.tree import Config
-from plumbline.data.prompting import encode_response, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
 from plumbline.doctor import Checked
 from plumbline.models.logp_cache import model_fingerprint
 from plumbline.records import TokenGroup
@@ -132,7 +133,7 @@ def generator_spec(context: Context, model_path: str, *, train: bool) -> EngineS
         context.device,
         versions=config.kept_versions * max(1, len(config.served)) + (config.serve.pinned if users else 0),
         seats=config.serve.seats if users else 0,
-        chat_template=context.tokenizer.chat_template,
+        chat_template=context.tokenizer.get_chat_template(),
     )
 
 

@@ -13,7 +13,7 @@ from pipelines.loop import train_on
 from plumbline.config.pipelines import RewardModel
 from plumbline.config.section import planned
 from plumbline.data.dataset import LabelledText
-from plumbline.models.classifier import reward_text
+from plumbline.data.reward_text import reward_text
 from plumbline.records import PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
 from plumbline.runs.disk import write_text
 from plumbline.runs.policies import PROOF, version_directory

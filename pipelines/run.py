@@ -31,6 +31,7 @@ from plumbline.config.demand import demand, named
 from plumbline.config.file import load_config as read_config
 from plumbline.config.pipelines import Pipeline, RewardModel, Sft
 from plumbline.config.tree import Config
+from plumbline.data.tokenizer import run_tokenizer
 from plumbline.doctor import Checked, check, check_fits
 from plumbline.errors import ConfigError, PlumblineError, RunError, UserError
 from plumbline.placement.lengths import settle_lengths
@@ -43,7 +44,7 @@ from plumbline.runs.directory import open_run_dir
 from plumbline.runs.disk import writing
 from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
-from plumbline.runs.models import check_causal, run_tokenizer
+from plumbline.runs.models import check_causal
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
 from plumbline.runs.rows import heldout_fit
 from plumbline.runs.storage import Storage

@@ -15,7 +15,7 @@ from pipelines.method import Method, Rollout, Row, rejected_row
 from pipelines.offline import OfflinePairs
 from plumbline.config.pipelines import SelfContrast
 from plumbline.config.section import planned
-from plumbline.data.prompting import encode_response
+from plumbline.data.ending import encode_response, strip_stop
 from plumbline.methods.evaluation import data_accuracy
 from plumbline.methods.selection import select_negatives
 from plumbline.records import Generation, PolicyRef, Prompt, Sample, TokenGroup
@@ -41,10 +41,10 @@ class SelfContrastMethod(Method):
         return await self._of_samples(step, ref, prompts)
 
     async def _of_samples(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
-        """R samples a prompt from one request; the target is the positive."""
+        """R samples a prompt from one request; the positive is the target, up to a stop string as samples are."""
         settings = self._contrast
         asked = self._requests(step, prompts, ref, {"sample": None}, n=settings.samples)
-        targets = [prompt.target or "" for prompt in prompts]
+        targets = [strip_stop(prompt.target or "", self._sampling.stop) for prompt in prompts]
         then = []
         if settings.filter:
             embedder = self._context.pick(self._context.fleet.embedder)
@@ -53,8 +53,10 @@ class SelfContrastMethod(Method):
         groups: list[tuple[Prompt, list[Answer]]] = []
         rejected = []
         for i, prompt in enumerate(prompts):
-            picked = self._negatives(step, prompt, drawn[i], similarities[0][i] if similarities else None)
-            if picked:
+            picked = self._negatives(step, prompt, targets[i], drawn[i], similarities[0][i] if similarities else None)
+            if not targets[i].strip():
+                rejected.append(rejected_row(step, prompt, "blank target", "nothing stands before its stop string"))
+            elif picked:
                 positive = self._answer(targets[i])
                 groups.append((prompt, [positive, *picked]))
             else:
@@ -64,7 +66,7 @@ class SelfContrastMethod(Method):
         return Rollout(rows=rows, rejected=rejected, tokens=sum(one.tokens for one in drawn))
 
     def _negatives(
-        self, step: int, prompt: Prompt, drawn: Generation, similarities: Sequence[float] | None
+        self, step: int, prompt: Prompt, target: str, drawn: Generation, similarities: Sequence[float] | None
     ) -> list[Answer]:
         """m of the samples, filtered or not; none where fewer can be used (METHODS.md §2)."""
         settings, completions = self._contrast, drawn.completions
@@ -72,10 +74,10 @@ class SelfContrastMethod(Method):
         texts = [one.text for one in completions]
         if similarities is not None:
             chosen = select_negatives(
-                similarities, texts, prompt.target or "", keep=settings.keep, count=settings.negatives, seed=seed
+                similarities, texts, target, keep=settings.keep, count=settings.negatives, seed=seed
             )
         else:
-            first = {text: i for i, text in reversed(list(enumerate(texts))) if text.strip() and text != prompt.target}
+            first = {text: i for i, text in reversed(list(enumerate(texts))) if text.strip() and text != target}
             pool = sorted(first.values())
             chosen = random.Random(seed).sample(pool, settings.negatives) if len(pool) >= settings.negatives else []
         return [

@@ -7,8 +7,9 @@ from pipelines.batches import Batches
 from pipelines.context import Context
 from pipelines.loop import train_on
 from plumbline.config.pipelines import Sft
+from plumbline.data.ending import encode_responses
 from plumbline.data.length_filter import AT_ONCE
-from plumbline.data.prompting import encode_responses, render_all
+from plumbline.data.prompting import render_all
 from plumbline.records import PolicyRef, Sample, TokenGroup
 from plumbline.runs.policies import PROOF, version_directory
 

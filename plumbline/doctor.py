@@ -17,6 +17,8 @@ from plumbline.config.data import ClassifierReward, ProgramReward, Reward
 from plumbline.config.demand import demand, named
 from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
+from plumbline.data.tokenizer import run_tokenizer
+from plumbline.data.tokenizer_check import check_readings
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.importing import PACKAGES
 from plumbline.placement.lengths import lengths_of, settle_lengths
@@ -28,7 +30,7 @@ from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
 from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.mirror import check_storage
-from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards, run_tokenizer
+from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards
 from plumbline.runs.policies import model_path
 from plumbline.runs.rows import Read, Rows, fit_rows, read_rows
 from plumbline.tracking.feed import check_tracking
@@ -142,7 +144,8 @@ def examine(
 
 
 def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
-    return check_base(config), run_tokenizer(config)
+    note, tokenizer = check_base(config), run_tokenizer(config)
+    return f"{note}; {check_readings(config.model.tokenizer_path)}", tokenizer
 
 
 def _rewards(config: Config) -> str:

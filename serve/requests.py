@@ -17,7 +17,7 @@ _COMMON = {
     "presence_penalty", "frequency_penalty", "logit_bias", "user", "top_k", "min_p", "repetition_penalty",
 }  # fmt: skip
 FIELDS: dict[Kind, set[str]] = {
-    "chat": _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
+    "chat": _COMMON | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"},
     "completion": _COMMON | {"prompt", "echo", "suffix", "best_of"},
 }
 """What may be in a body. Engines know more, such as templates and scheduling, which is not a user's to set."""
@@ -97,6 +97,9 @@ def _bounds(kind: Kind, fields: dict[str, Any], limits: Limits) -> None:
         _bounded(fields, key, 1, 2**31)
     for key, most in (("top_logprobs", 20), *([("logprobs", 5)] if kind == "completion" else [])):
         _bounded(fields, key, 0, most)
+    if not isinstance(fields.get("chat_template_kwargs", {}), dict):
+        said = "`chat_template_kwargs` should be an object of what the chat template reads."
+        raise ApiError(400, said, param="chat_template_kwargs")
     if "stream" in fields and not isinstance(fields["stream"], bool):
         raise ApiError(400, "`stream` should be true or false.", param="stream")
     key = "messages" if kind == "chat" else "prompt"

@@ -53,6 +53,11 @@ def _chat(limits: Limits) -> dict[str, Any]:
         **_sampled(limits),
         "messages": {"type": "array", "items": _turn(_TEXT), "minItems": 1, "maxItems": limits.messages},
         "max_completion_tokens": {"type": "integer", "minimum": 1},
+        "chat_template_kwargs": {
+            "type": "object",
+            "additionalProperties": {"type": ["boolean", "number", "string"]},
+            "description": "variables that the chat template reads, such as enable_thinking",
+        },
         "logprobs": _FLAG,
         "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
     }

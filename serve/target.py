@@ -15,13 +15,14 @@ from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.section import planned
 from plumbline.config.serving import Serve
 from plumbline.config.tree import Config
+from plumbline.data.tokenizer import run_tokenizer
 from plumbline.errors import ModelError, RunError, UserError
 from plumbline.models.positions import positions, read_config
 from plumbline.placement.lengths import settle_lengths
 from plumbline.placement.memory import adapter_slots
 from plumbline.placement.sizes import read_shape
 from plumbline.placement.start import place_engines, resolve_device, resolve_dtype, run_device
-from plumbline.runs.models import check_causal, run_tokenizer
+from plumbline.runs.models import check_causal
 from plumbline.runs.policies import base_directory, read_probe
 from plumbline.runs.promotions import Catalog
 from serve.deploy import (
@@ -112,7 +113,7 @@ def _run_replica(config: Config, run_dir: Path, settings: Serve) -> tuple[Genera
         device,
         versions=versions,
         seats=generator.max_num_seqs,
-        chat_template=run_tokenizer(config).chat_template,
+        chat_template=run_tokenizer(config).get_chat_template(),
     )
     replica = ReplicaSpec(
         engine=spec,

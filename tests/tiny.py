@@ -41,6 +41,24 @@ def make_tiny_model(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+def make_byte_tokenizer(directory: Path, *special: str, **settings: Any) -> Path:
+    """A byte a token, the `special` ones before them, as files; `settings` are those of tokenizer_config.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*special, *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=list(special), eos_token=special[0]
+    )
+    tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **settings}), "utf-8")
+    return directory
+
+
 def engine_spec(model: Path | str, **changes: Any) -> EngineSpec:
     """An engine on this machine's CPU that is small in all ways."""
     spec = EngineSpec(

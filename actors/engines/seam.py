@@ -30,9 +30,10 @@ class EngineSpec:
     """All that an engine needs to start; picklable. `kv_cache_gib` counts on CPUs, `memory_share` on GPUs.
 
     `max_adapters` is 0 for an engine that takes whole weights (`Engine.load_weights`), and no adapters. With `seats` it
-    answers users too, up to so many beside the `max_num_seqs` of rollouts and before them, with `chat_template`. The
-    model is cut over `tensor_parallel` workers, a GPU each. `vllm` are arguments of vLLM's that a config adds.
-    `lora_targets`: last names of the layers that adapters touch; none are named where it is all linear ones.
+    answers users too, up to so many beside the `max_num_seqs` of rollouts and before them. The model is cut over
+    `tensor_parallel` workers, a GPU each. `vllm` are arguments of vLLM's that a config adds. `lora_targets`: last names
+    of the layers that adapters touch; none are named where it is all linear ones. `tokenizer_path` and `chat_template`
+    (its text) replace the model's own.
     """
 
     model_path: str
@@ -47,6 +48,7 @@ class EngineSpec:
     memory_share: float
     seed: int
     seats: int = 0
+    tokenizer_path: str | None = None
     chat_template: str | None = None
     lora_targets: tuple[str, ...] = ()
     tensor_parallel: int = 1
@@ -80,12 +82,13 @@ def engine_spec(
     *,
     versions: int,
     seats: int = 0,
-    chat_template: object = None,
+    chat_template: str | None = None,
 ) -> EngineSpec:
     """An engine for the policies of a run, with room for so many `versions` where they are adapters.
 
     Args:
-        chat_template: the tokenizer's; a set of several by name is left to the engine.
+        model_path: π0's directory, the config's model or what was made of it, with a tokenizer of its own then.
+        chat_template: text of the one that the run renders with.
     """
     settings = config.fleet.generator
     adapters = [p.policy for p in config.served if isinstance(p.policy, LoraPolicy)]
@@ -105,7 +108,8 @@ def engine_spec(
         memory_share=planned(settings.memory_share),
         seed=config.seed,
         seats=seats,
-        chat_template=chat_template if isinstance(chat_template, str) else None,
+        tokenizer_path=config.model.at(model_path).tokenizer,
+        chat_template=chat_template,
         lora_targets=tuple(targets),
         tensor_parallel=max(1, int(settings.gpus)) if device == "cuda" else 1,
         vllm=settings.vllm,

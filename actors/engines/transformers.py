@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from actors.engines.seam import Adapter, EngineKind, EngineSpec
-from plumbline.data.prompting import decode, read_tokenizer
+from actors.engines.tokens import EngineTokens
 from plumbline.errors import RunError
 from plumbline.models.backend import set_up_torch
 from plumbline.models.digest import digest, lora_scalings, pair_digest
@@ -31,7 +31,7 @@ class TransformersEngine:
         self._spec = spec
         self._base = self._read(spec.model_path)
         self._model: PeftModel | None = None
-        self._tokenizer = read_tokenizer(spec.model_path)
+        self._tokens = EngineTokens(spec)
         self._max_len = spec.max_model_len
         self._lock = asyncio.Lock()
 
@@ -114,7 +114,7 @@ class TransformersEngine:
         device = self._base.device
         draws = [torch.Generator().manual_seed(seed + i) for i in range(n)]
         responses: list[list[int]] = [[] for _ in range(n)]
-        done: dict[int, bool] = {}  # sample -> whether it ended by itself
+        done: set[int] = set()  # samples that ended by themselves
         ids = torch.tensor([prompt_ids] * n, device=device)
         cache = DynamicCache(config=self._base.config)
         limit = min(sampling.max_tokens, self._max_len - len(prompt_ids))
@@ -127,18 +127,13 @@ class TransformersEngine:
                 for i, token in enumerate(picked):
                     if i not in done:
                         responses[i].append(token)
-                        if self._ends(token, responses[i], sampling):
-                            done[i] = True
+                        if self._tokens.ends(responses[i], sampling.stop):
+                            done.add(i)
                 if len(done) == n:
                     break
                 ids = torch.tensor([[token] for token in picked], device=device)
         return [
-            Completion(
-                text=decode(self._tokenizer, response, sampling.stop),
-                ids=response,
-                finish_reason="stop" if i in done else "length",
-            )
-            for i, response in enumerate(responses)
+            self._tokens.completion(response, sampling.stop, stopped=i in done) for i, response in enumerate(responses)
         ]
 
     @torch.inference_mode()
@@ -158,8 +153,3 @@ class TransformersEngine:
             ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
             probabilities = torch.zeros_like(probabilities).scatter(0, index, ordered)
         return int(torch.multinomial(probabilities, 1, generator=draw))
-
-    def _ends(self, token: int, response: list[int], sampling: Sampling) -> bool:
-        if token == self._tokenizer.eos_token_id:
-            return True
-        return bool(sampling.stop) and any(stop in decode(self._tokenizer, response) for stop in sampling.stop)

@@ -4,13 +4,15 @@ import asyncio
 import importlib
 import itertools
 import os
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from actors.engines.seam import Adapter, EngineKind, EngineSpec
+from actors.engines.tokens import EngineTokens
 from actors.engines.vllm_openai import OpenAIAnswers
-from plumbline.data.prompting import decode, read_tokenizer
 from plumbline.errors import ConfigError, RunError
 from plumbline.records import Completion, Head, Sampling, SharedWeights, UserRequest
 
@@ -58,11 +60,14 @@ class VllmEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
-        self._tokenizer = read_tokenizer(spec.model_path)
+        self._tokens = EngineTokens(spec)
+        self._tokenizer_home = tempfile.TemporaryDirectory(prefix="plumbline-tokenizer-")
+        self._tokens.write(Path(self._tokenizer_home.name))
+        ours: dict[str, Any] = {"tokenizer": self._tokenizer_home.name, "generation_config": self._tokenizer_home.name}
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec), **ours))
         self._ids = itertools.count()
         self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
-        self._users = OpenAIAnswers(self._llm, spec.model_path, spec.chat_template, spec.seats) if spec.seats else None
+        self._users = OpenAIAnswers(self._llm, spec.model_path, self._tokens, spec.seats) if spec.seats else None
 
     @property
     def dead(self) -> bool:
@@ -106,11 +111,7 @@ class VllmEngine:
         )
         output = await self._final(prompt_ids, params, adapter, self._rollouts_priority)
         return [
-            Completion(
-                text=decode(self._tokenizer, one.token_ids, sampling.stop),
-                ids=list(one.token_ids),
-                finish_reason="stop" if one.finish_reason == "stop" else "length",
-            )
+            self._tokens.completion(one.token_ids, sampling.stop, stopped=one.finish_reason == "stop")
             for one in sorted(output.outputs, key=lambda one: one.index)
         ]
 
@@ -167,6 +168,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         self._llm.shutdown()
+        self._tokenizer_home.cleanup()
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.engines.places import CALLER, Places, Queued
+from actors.engines.tokens import EngineTokens
+from plumbline.errors import ModelError
 from plumbline.records import Head, PolicyRef, UserRequest
 
 NO_CHANCE = -9999.0
@@ -47,23 +49,25 @@ class OpenAIAnswers:
     Args:
         llm: vLLM's `AsyncLLM`.
         model_path: directory of its base model.
-        chat_template: a Jinja template; None is the tokenizer's own.
+        tokens: how its run reads texts.
         seats: answers of one user at once.
     """
 
-    def __init__(self, llm: Any, model_path: str, chat_template: str | None, seats: int) -> None:
+    def __init__(self, llm: Any, model_path: str, tokens: EngineTokens, seats: int) -> None:
         from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
         from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
         from vllm.entrypoints.openai.models.protocol import BaseModelPath
         from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-        from vllm.renderers.online_renderer import OnlineRenderer
+
+        from actors.engines.vllm_chat import Conversations
 
         self._llm = llm
+        self._tokens = tokens
         queued: Any = Queued(llm, Places(seats))
         self._vocabulary: int = llm.model_config.get_vocab_size()
         self._models = OpenAIServingModels(llm, [BaseModelPath(name=PolicyRef().public, model_path=model_path)])
-        template: Any = {"chat_template": chat_template, "chat_template_content_format": "auto"}
-        renderer = OnlineRenderer(llm.model_config, llm.renderer, request_logger=None, **template)
+        template: Any = {"chat_template": None, "chat_template_content_format": "string"}
+        renderer = Conversations(llm.model_config, llm.renderer, tokens=tokens, request_logger=None, **template)
         common: Any = {"online_renderer": renderer, "request_logger": None}
         self._chat = OpenAIServingChat(queued, self._models, "assistant", **common, **template)
         self._completion = OpenAIServingCompletion(queued, self._models, **common)
@@ -85,13 +89,15 @@ class OpenAIAnswers:
             self._models.base_model_paths[0].name = name  # of whole weights an engine holds one version at a time
         result: Any
         try:
-            if wrong := beyond(request.body, self._vocabulary):
+            if wrong := beyond(request.body, self._vocabulary) or self._template_args(request.body):
                 result = create_error_response(wrong[1], param=wrong[0])
             else:
                 result = await self._begin(request, {**request.body, "model": name, "priority": 0})
         except ValidationError as error:
             first = error.errors()[0]
             result = create_error_response(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}")
+        except ModelError as error:
+            result = create_error_response(str(error), param="messages")
         except Exception as error:  # vLLM's server maps them alike: a wrong value of the user's is a 400
             result = create_error_response(error)
         if isinstance(result, ErrorResponse) and self._llm.errored:
@@ -110,6 +116,20 @@ class OpenAIAnswers:
     def forget(self, name: str) -> None:
         """An adapter is no longer there."""
         self._models.lora_requests.pop(name, None)
+
+    def _template_args(self, body: Mapping[str, Any]) -> tuple[str, str] | None:
+        """The part of `chat_template_kwargs` that cannot be given to the template, and what is wrong with it."""
+        known = self._tokens.template_variables()
+        for name, value in (body.get("chat_template_kwargs") or {}).items():
+            field = f"chat_template_kwargs.{name[:64]}"
+            if name not in known:
+                return (
+                    field,
+                    f"`{field}` is nothing that the chat template reads; it reads {', '.join(known) or 'none'}.",
+                )
+            if not isinstance(value, bool | int | float | str):
+                return field, f"`{field}` should be true, false, a number or a text."
+        return None
 
     async def _begin(self, request: UserRequest, body: dict[str, Any]) -> Any:
         if body.get("temperature") == 0 and body.get("n", 1) > 1:

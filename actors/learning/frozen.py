@@ -14,7 +14,6 @@ import torch
 from actors.desk import Question
 from actors.frozen_logps import FrozenLogps
 from actors.learning.objectives import Loss, Scores
-from plumbline.data.prompting import read_tokenizer
 from plumbline.records import TokenGroup
 
 
@@ -39,7 +38,6 @@ class FrozenBase:
         self._model = model
         self._logps = FrozenLogps(
             model,
-            eos=read_tokenizer(spec.model_path).eos_token_id,
             batch_tokens=batch_tokens,
             fingerprint=spec.fingerprint,
             dtype=spec.dtype,

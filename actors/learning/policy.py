@@ -13,7 +13,8 @@ from torch import Tensor
 from plumbline.config.data import Model
 from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import Pipeline, RewardModel
-from plumbline.data.prompting import load_tokenizer, read_tokenizer
+from plumbline.data.ending import end_ids
+from plumbline.data.tokenizer import load_tokenizer, read_tokenizer
 from plumbline.models.digest import FORMS, adapter_digests, lora_scalings, weight_digests
 from plumbline.models.group_logps import disable_dropout, group_logps, pack, pieces
 from plumbline.models.loading import Cut, load_whole, nf4_settings, write_shards
@@ -45,6 +46,10 @@ class LearnedPolicy:
         quantize_on = device if section.learner.quantize else None
         model = load_model(origin, dtype, classifier=not self.generates, cut=cut, quantize_on=quantize_on)
         model.config.use_cache = False
+        if self.generates:
+            # Who reads the exported model stops where its answers were taught to end.
+            ends = end_ids(self._tokenizer(), origin.path or "")
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         disable_dropout(model)
         if section.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -144,7 +149,8 @@ class LearnedPolicy:
 
     def _tokenizer(self) -> Any:
         if self._reads_chats or self._origin.chat_template:
-            return load_tokenizer(self._origin.tokenizer_path, self._origin.chat_template)
+            origin = self._origin
+            return load_tokenizer(origin.tokenizer_path, origin.chat_template, origin.template_args)
         return read_tokenizer(self._origin.tokenizer_path)
 
 

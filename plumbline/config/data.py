@@ -21,6 +21,9 @@ class Model(Section):
     chat_template: str | None = Field(
         default=None, description="`chatml`, `plain`, or a Jinja file; default: the tokenizer's"
     )
+    template_args: dict[str, bool | int | float | str] = Field(
+        default={}, description="variables that the chat template reads, such as {enable_thinking: false}"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: float32 on CPUs, else bfloat16"
     )
@@ -36,6 +39,12 @@ class Model(Section):
         if self.init is not None and (self.tokenizer is None or "model_type" not in self.init):
             raise ValueError("`init` needs `model_type` in it and `tokenizer` beside it")
         return self
+
+    def at(self, directory: str) -> "Model":
+        """This model where it lies in a run: itself, or what was made of it, which has a tokenizer of its own."""
+        if directory == self.path:
+            return self
+        return self.model_copy(update={"path": directory, "init": None, "tokenizer": None})
 
     @property
     def tokenizer_path(self) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from plumbline.config.pipelines import MethodSection, Preference
 from plumbline.config.section import planned
 from plumbline.config.tree import Config
-from plumbline.data.prompting import encode_responses, render_text, steerings
+from plumbline.data.ending import encode_responses
+from plumbline.data.prompting import render_all, steerings
 from plumbline.errors import DataError, ModelError
 from plumbline.records import Prompt
 
@@ -79,16 +80,15 @@ class Lengths:
         return counts
 
     def _rendered(self, prompts: Sequence[Prompt], steering: str | None) -> Sequence[Sequence[int]]:
-        texts = []
-        for prompt in prompts:
-            try:
-                texts.append(render_text(self._tokenizer, prompt.messages, steering))
-            except ModelError as error:
-                raise DataError(
-                    f"{self.source}, row {prompt.row}: {error}; mend or remove the row, or give another "
-                    "`model.chat_template`"
-                ) from error
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+        try:
+            return render_all(self._tokenizer, [(prompt.messages, steering) for prompt in prompts])
+        except ModelError as error:
+            if len(prompts) > 1:  # which of them
+                return [ids for prompt in prompts for ids in self._rendered([prompt], steering)]
+            raise DataError(
+                f"{self.source}, row {prompts[0].row}: {error}; mend or remove the row, or give another "
+                "`model.chat_template`"
+            ) from error
 
 
 def prompt_fit(config: Config, section: MethodSection, lengths: Lengths) -> Fit:

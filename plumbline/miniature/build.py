@@ -246,7 +246,8 @@ def _figures(
     report: Progress,
 ) -> dict[str, float]:
     """See `World`; [N] held-out rows in, a handful of numbers out."""
-    from plumbline.data.prompting import encode_response, render
+    from plumbline.data.ending import encode_response
+    from plumbline.data.prompting import render
     from plumbline.miniature import training
     from plumbline.records import Message
 

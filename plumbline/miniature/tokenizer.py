@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from plumbline.data.prompting import CONTRASTS, PRINCIPLES, TEMPLATES
+from plumbline.data.prompting import CONTRASTS, PRINCIPLES
+from plumbline.data.tokenizer import TEMPLATES
 from plumbline.miniature import language, wording
 from plumbline.miniature.topics import ASPECTS, TOPICS
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from plumbline.data.prompting import encode_response, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
 from plumbline.miniature.language import (
     ADVERSE,
     GUIDED,

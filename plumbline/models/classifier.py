@@ -1,66 +1,17 @@
-"""What a reward model reads of a conversation and an answer, and its logits: the same in training and in scoring."""
+"""A reward model's logits of tokenised texts: the same in training and in scoring."""
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
-
-from plumbline.records import Message
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-Reads = Literal["response", "pair", "conversation"]
-
-
 Beside = Sequence[Mapping[str, Sequence[int]]]
 """What a tokenizer returned of each text beside its token ids, by name, a number a token; empty for nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardText:
-    """What a sequence classifier is given: token ids, what its tokenizer returned beside them, by name, a number a
-    token (`token_type_ids`, which tell a pair's query from its answer), and whether both were `cut`."""
-
-    ids: list[int]
-    beside: dict[str, list[int]]
-    cut: bool
-
-
-def reward_text(
-    tokenizer: Any, messages: Sequence[Message], response: str, *, reads: Reads, max_len: int
-) -> RewardText:
-    """Tokenise what a reward `reads`, cut to `max_len` tokens.
-
-    An answer alone is cut at its end, a conversation at its beginning, so that the answer stays.
-    """
-    kept = slice(max_len)
-    if reads == "conversation":
-        found = dict(tokenizer.apply_chat_template(_turns(messages, response), tokenize=True))
-        kept = slice(-max_len, None)
-    else:
-        texts = (messages[-1].content, response) if reads == "pair" else (response,)
-        found = dict(tokenizer(*texts))
-    ids = found.pop("input_ids")
-    found.pop("attention_mask", None)  # there is no padding yet
-    return RewardText(
-        ids=ids[kept],
-        beside={name: values[kept] for name, values in found.items() if len(values) == len(ids)},
-        cut=len(ids) > max_len,
-    )
-
-
-def conversation_text(tokenizer: Any, messages: Sequence[Message], response: str) -> str:
-    """What is tokenised of a conversation. Raises whatever the chat template does that refuses it."""
-    return tokenizer.apply_chat_template(_turns(messages, response), tokenize=False)
-
-
-def _turns(messages: Sequence[Message], response: str) -> list[dict[str, str]]:
-    turns = [{"role": m.role, "content": m.content} for m in messages]
-    return [*turns, {"role": "assistant", "content": response}]
 
 
 def classifier_logits(model: Any, texts: Sequence[Sequence[int]], beside: Beside = ()) -> "Float[Tensor, 'n labels']":

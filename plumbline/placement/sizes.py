@@ -88,7 +88,7 @@ def _of_init(model: Model) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from plumbline.data.prompting import read_tokenizer
+    from plumbline.data.tokenizer import read_tokenizer
 
     assert model.init is not None
     config = AutoConfig.for_model(**{"vocab_size": len(read_tokenizer(model.tokenizer_path)), **model.init})

@@ -27,7 +27,7 @@ class LiveRun:
     device: Literal["cpu", "cuda"]
     probe: Sequence[TokenGroup]
     tolerance: float
-    chat_template: object
+    chat_template: str
     store: Any
     store_name: str
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from plumbline.config.data import ClassifierReward, Reward
 from plumbline.config.pipelines import RewardModel
 from plumbline.config.tree import Config
+from plumbline.data.tokenizer import read_tokenizer, run_tokenizer
 from plumbline.errors import ModelError
 from plumbline.models.files import CONFIG, Stored, first_not_finite, model_files, model_type, read_headers, size_of
 from plumbline.runs.policies import model_path
@@ -45,20 +46,8 @@ def check_base(config: Config) -> str:
     return "random weights" if path is None else f"{model_type(path)} in {path}"
 
 
-def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `model`, with a chat template where a pipeline renders conversations. Raises ModelError."""
-    from plumbline.data.prompting import load_tokenizer, read_tokenizer
-
-    renders = any(not isinstance(p, RewardModel) or p.reads == "conversation" for p in config.pipelines)
-    if renders or config.model.chat_template:
-        return load_tokenizer(config.model.tokenizer_path, config.model.chat_template)
-    return read_tokenizer(config.model.tokenizer_path)
-
-
 def check_causal(path: str, key: str) -> None:
     """A directory as a causal language model with its tokenizer. Raises ModelError naming `key`."""
-    from plumbline.data.prompting import read_tokenizer
-
     stored = model_files(path, key)
     _check_names(path, key, stored, causal=True)
     _check_vocabulary(read_tokenizer(path), path, key)
@@ -76,8 +65,6 @@ def check_classifier(path: str, key: str) -> str:
     if (labels := len(settings.get("id2label") or (0, 1))) > 2:
         raise ModelError(f"{key}: {path}: a classifier of {labels} labels; a reward has 1 or 2")
 
-    from plumbline.data.prompting import read_tokenizer
-
     _check_names(path, key, stored, classifier=True)
     _check_vocabulary(read_tokenizer(path), path, key)
     return f"{model_type(path)} in {path}"
@@ -87,8 +74,6 @@ def check_embedder(path: str) -> str:
     """A directory as a sentence-transformers model. Raises ModelError."""
     for folder, kind, stored in embedder_parts(path):
         if kind == "Transformer":
-            from plumbline.data.prompting import read_tokenizer
-
             check_body(str(folder), stored)
             _check_vocabulary(read_tokenizer(str(folder)), str(folder), EMBEDDER)
     return path

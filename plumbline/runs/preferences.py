@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from plumbline.config.data import Source
 from plumbline.data.dataset import read_preferences
-from plumbline.data.prompting import encode_response, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
 from plumbline.errors import ConfigError, DataError
 from plumbline.records import Message, Prompt, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, pair_samples

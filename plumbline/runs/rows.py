@@ -15,8 +15,10 @@ from plumbline.config.pipelines import Dlma, Preference, RewardModel, Sft
 from plumbline.config.tree import Config
 from plumbline.data.dataset import LabelledText, Target, read_labelled, read_preferences, read_prompts
 from plumbline.data.length_filter import Fit, Lengths, prompt_fit, section_fit, target_fit
-from plumbline.errors import DataError
-from plumbline.models.classifier import conversation_text
+from plumbline.data.reward_text import check_conversation
+from plumbline.data.tokenizer import read_tokenizer
+from plumbline.data.tokenizer_check import check_thoughts
+from plumbline.errors import DataError, ModelError
 from plumbline.records import Prompt
 from plumbline.runs.policies import model_path
 from plumbline.runs.preferences import is_parts, read_preference_file, read_table
@@ -98,7 +100,8 @@ def fit_rows(config: Config, tokenizer: "PreTrainedTokenizerBase", read: Read) -
     """What of the rows each pipeline can use.
 
     Raises:
-        DataError: a chat template refuses a row, or a pipeline finds none that it can use.
+        DataError: a chat template refuses a row, or a pipeline finds none that it can use, or would learn an answer as
+            a thought.
         ConfigError: a principle or a contrast that is none.
     """
     train = Lengths(tokenizer, read.prompts, config.data.train.path)
@@ -108,10 +111,13 @@ def fit_rows(config: Config, tokenizer: "PreTrainedTokenizerBase", read: Read) -
             assert isinstance(section, Preference) and section.pairs is not None
             given = Lengths(tokenizer, read.given[section.name], section.pairs.path)
             fits[section.name] = _some(section_fit(config, section, given), given, section.name)
+            check_thoughts(tokenizer, given.source, given.prompts)
         elif section.name not in read.parts:
             fits[section.name] = _some(section_fit(config, section, train), train, section.name)
     for stage in (*([config.sft] if config.sft else []), *(p for p in config.pipelines if isinstance(p, Sft))):
         fits[stage.name] = _some(target_fit(config, train), train, stage.name)
+    if _target(config) == "needed":
+        check_thoughts(tokenizer, train.source, train.prompts)
     heldout = heldout_fit(config, tokenizer, read.heldout)
     _check_conversations(config, tokenizer, read)
     return Rows(prompts=read.prompts, heldout=heldout, fits=fits, rewards=read.rewards)
@@ -163,8 +169,6 @@ def _some(fit: Fit, lengths: Lengths, name: str) -> Fit:
 
 def _check_conversations(config: Config, tokenizer: "PreTrainedTokenizerBase", read: Read) -> None:
     """Every conversation must be one for the rewards that read conversations, those that are trained here too."""
-    from plumbline.data.prompting import read_tokenizer
-
     judge = config.evaluation.judge if config.evaluation else None
     sources = [(config.data.train, read.prompts), *([(config.data.heldout, read.heldout)] if read.heldout else [])]
     for reward in (config.reward, judge):
@@ -183,9 +187,6 @@ def _check_conversations(config: Config, tokenizer: "PreTrainedTokenizerBase", r
 def _check_each(tokenizer: Any, path: str, rows: Labelled, who: str) -> None:
     for row in rows:
         try:
-            conversation_text(tokenizer, row.messages or (), "answer")
-        except Exception as error:  # Jinja runs the template's code: it can fail as any code can
-            raise DataError(
-                f"{path}, row {row.row}: the chat template of {who} refuses the conversation "
-                f"({' '.join(str(error).split())}); mend or remove the row"
-            ) from error
+            check_conversation(tokenizer, row.messages or ())
+        except ModelError as error:
+            raise DataError(f"{path}, row {row.row}: of {who}, {error}; mend or remove the row") from error

@@ -23,7 +23,9 @@ from actors.versions import AdapterVersions, WholeVersions
 from plumbline.config.data import Model
 from plumbline.config.pipelines import Ple
 from plumbline.data.dataset import read_prompts
-from plumbline.data.prompting import encode_response, load_tokenizer, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.errors import SyncError
 from plumbline.records import GenerateRequest, PolicyRef, Publication, Sampling, SharedWeights, TokenGroup
 from plumbline.runs.policies import read_publication, version_directory
@@ -83,7 +85,7 @@ class World:
     def generator(self, engine: Any) -> Generator:
         """A generator over an engine that is already running."""
 
-        async def fetch(ref: PolicyRef) -> Publication:
+        async def fetch(ref: PolicyRef, digest: str) -> Publication:
             return self.publications[ref.version]
 
         generator = Generator("generator-0", "vllm", self.spec, self.probe, 1e-3, fetch, keep=3)
@@ -433,7 +435,7 @@ class WholeWorld:
     def generator(self) -> Generator:
         """A generator over the engine, at its base."""
 
-        async def fetch(ref: PolicyRef) -> Publication:
+        async def fetch(ref: PolicyRef, digest: str) -> Publication:
             return self.publications[ref.version]
 
         generator = Generator("generator-0", "vllm", self.spec, self.probe, 1e-3, fetch, keep=1)

@@ -99,8 +99,7 @@ class Run:
             room = self.directory / "run" / ("rollouts" if name == "ple" else "pairs") / name
             parts = Parts(str(room), read_only=True)
             rejected = Rejected(str(room / "rejected.parquet"), read_only=True).rows()
-            drawn = Counter({(row["step"], row["prompt_id"]) for row in parts.read_all()})
-            drawn.update((row["step"], row["prompt_id"]) for row in rejected)
+            drawn = Counter((int(str(row["step"])), row["prompt_id"]) for row in [*parts.read_all(), *rejected])
             assert set(drawn.values()) == {1}, name
             per_pass = PROMPTS // BATCH
             passes = Counter(((step - 1) // per_pass, prompt) for step, prompt in drawn)

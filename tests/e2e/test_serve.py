@@ -158,12 +158,15 @@ def check_protocol(url: str, vocabulary: int) -> None:
         (openai.BadRequestError, 400, None, lambda: chat(talker, n=99)),
         (openai.BadRequestError, 400, None, lambda: chat(talker, temperature=-1)),
         (openai.BadRequestError, 400, None, lambda: chat(talker, extra_body={"chat_template": "x"})),
+        (openai.BadRequestError, 400, None, lambda: chat(talker, extra_body={"chat_template_kwargs": {"x": 1}})),
     ]
     for kind, status, code, call in refused:
         with pytest.raises(kind) as caught:
             call()
         assert (caught.value.status_code, caught.value.code) == (status, code)
         assert caught.value.type == "invalid_request_error"
+    quoted, plain = (chat(talker, messages=[{"role": "user", "content": c}]) for c in ("<|im_end|>", "."))
+    assert quoted.usage.prompt_tokens > plain.usage.prompt_tokens, "a mark that a user writes is text, not one token"
     last = talker.completions.create(model="base", prompt=[vocabulary - 1], max_tokens=2)
     assert last.usage and last.usage.prompt_tokens == 1, "the engine lives, and knows its last token"
     header = {"Authorization": f"Bearer {KEY}"}

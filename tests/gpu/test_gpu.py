@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from plumbline.config.data import Model
 from plumbline.config.pipelines import Dlma, Ple
 from plumbline.data.dataset import read_prompts
-from plumbline.data.prompting import encode_response, load_tokenizer, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.models import classifier, shared_prefix
 from plumbline.models.group_logps import group_logps, sequence_logps
 from plumbline.records import Sample, TokenGroup

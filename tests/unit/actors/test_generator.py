@@ -16,7 +16,6 @@ from actors import versions
 from actors.engines.seam import Adapter, EngineSpec
 from actors.generator import Generator
 from actors.versions import AdapterVersions
-from actors.weights import PolicyStore
 from plumbline.errors import SyncError
 from plumbline.records import (
     Completion,
@@ -701,7 +700,7 @@ def test_whole_weights_are_not_replaced_twice_at_once_where_a_waiter_gives_up(pl
 def test_a_generator_may_be_started_before_its_model_is_made(tiny_model: Path, tmp_path: Path) -> None:
     async def later() -> int:
         spec = engine_spec(tmp_path / "later", max_adapters=0)
-        generator = Generator("generator-0", "transformers", spec, PROBE, 1e-3, PolicyStore(keep=2).fetch, keep=1)
+        generator = Generator("generator-0", "transformers", spec, PROBE, 1e-3, Bench().fetch, keep=1)
         await generator.warm()
         await generator.close()  # as an interrupted run does
         shutil.copytree(tiny_model, tmp_path / "later")

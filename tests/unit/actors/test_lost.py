@@ -1,6 +1,6 @@
 """A dead process is called what Ray's dashboard calls it."""
 
-from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.core.generated.common_pb2 import ActorDiedErrorContext  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
 
 from actors.lost import who_was_lost

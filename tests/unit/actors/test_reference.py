@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.frozen_logps import CACHE_FILE, ContrastLogps, ContrastPrompts
 from actors.reference import Reference, ReferenceSpec
-from plumbline.data.prompting import read_tokenizer
+from plumbline.data.tokenizer import read_tokenizer
 from plumbline.errors import DataError, ModelError, RunError
 from plumbline.models import group_logps as forward
 from plumbline.models import lm_head
@@ -265,12 +265,12 @@ def test_a_pair_is_scored_under_three_prompts(tiny_model: Path, plain: Any, eos:
         assert len({*four(logps), *logps.reference}) == 6
 
 
-def test_only_an_eos_that_ended_an_answer_is_left_out(tiny_model: Path, plain: Any, eos: int) -> None:
+def test_only_the_end_of_an_answer_that_ended_is_left_out(tiny_model: Path, plain: Any, eos: int) -> None:
     answers = [
         generation([8, eos, eos]),  # one of two
         generation([8, eos], "length"),  # cut off just there: it did not end
-        generation([eos, 8]),  # by a stop string
-        generation([8, 9]),
+        generation([eos, 8, 9]),  # whatever its last token is: engines end all of them alike
+        generation([8, 9], "length"),
     ]
     found = Reference(spec(tiny_model)).contrast_logps(PROMPTS, answers, eos=False)
     judged = [[8, eos], [8, eos], [eos, 8], [8, 9]]

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from actors.scorer import Query, Scorer, ScorerSpec, _batches, load_function
-from plumbline.data.prompting import read_tokenizer
+from plumbline.data.reward_text import reward_text
+from plumbline.data.tokenizer import read_tokenizer
 from plumbline.errors import ConfigError, RunError
 from plumbline.miniature.tokenizer import make_tokenizer
-from plumbline.models.classifier import reward_text
 from plumbline.records import Completion, Generation, Message, PolicyRef, ScoreRequest
 
 QUESTION = (Message(role="user", content="Why?"),)

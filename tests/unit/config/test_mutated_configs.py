@@ -17,6 +17,7 @@ from plumbline.config.file import dump_config, parse_config, parse_text
 from plumbline.errors import ConfigError
 
 EXAMPLES = int(os.environ.get("PLUMBLINE_EXAMPLES", "100"))
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 FILES = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 TREES = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in FILES}
 TEXT = st.text() | st.sampled_from(["auto", "", "\x00", "inf", "1e999", "../x", "lora", "{}", "ple"])
@@ -65,7 +66,11 @@ def told(error: ConfigError) -> None:
     message.encode()
 
 
-@settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES,
+    deadline=5000,
+    suppress_health_check=SLOW,
+)
 @given(tree=mutated())
 def test_a_tree_that_is_another(tree: dict[str, Any]) -> None:
     try:
@@ -76,7 +81,11 @@ def test_a_tree_that_is_another(tree: dict[str, Any]) -> None:
         assert parse_text(dump_config(config), "kept") == config, "what a run keeps is not what was given"
 
 
-@settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES,
+    deadline=5000,
+    suppress_health_check=SLOW,
+)
 @given(name=st.sampled_from(sorted(TREES)), at=st.floats(0, 1), cut=st.integers(0, 9), put=TEXT)
 def test_a_text_that_is_another(name: str, at: float, cut: int, put: str) -> None:
     text = next(path for path in FILES if path.name == name).read_text("utf-8")

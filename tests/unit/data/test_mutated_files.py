@@ -21,6 +21,7 @@ from plumbline.data.dataset import read_labelled, read_preferences, read_prompts
 from plumbline.errors import DataError
 
 EXAMPLES = int(os.environ.get("PLUMBLINE_EXAMPLES", "100"))
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 Rows = list[dict[str, Any]]
 READERS: Sequence[Callable[[str], list[Any]]] = (
     read_prompts,
@@ -115,7 +116,11 @@ def check(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES,
+    deadline=5000,
+    suppress_health_check=SLOW,
+)
 @given(data=st.data())
 def test_bytes_that_are_others(tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / name
@@ -124,7 +129,11 @@ def test_bytes_that_are_others(tmp_path_factory: pytest.TempPathFactory, name: s
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-@settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES,
+    deadline=5000,
+    suppress_health_check=SLOW,
+)
 @given(rows=changed_rows())
 def test_values_that_are_others(tmp_path_factory: pytest.TempPathFactory, name: str, rows: Rows) -> None:
     path = tmp_path_factory.getbasetemp() / name

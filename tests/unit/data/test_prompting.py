@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from plumbline.data.ending import encode_response
 from plumbline.data.prompting import (
     CONTRASTS,
     PRINCIPLES,
-    TEMPLATES,
     Contrast,
     contrast,
-    encode_response,
     keeps_system,
-    load_tokenizer,
     place_principle,
     principle_text,
     render,
     render_all,
-    strip_stop,
 )
+from plumbline.data.tokenizer import TEMPLATES, load_tokenizer
 from plumbline.errors import ConfigError, ModelError
 from plumbline.records import Message
 
@@ -104,11 +102,6 @@ def test_placing_leaves_the_conversation_as_it_was(tokenizer: "PreTrainedTokeniz
     assert turns == [SYSTEM, USER]
 
 
-def test_a_response_prefix_is_part_of_the_prompt(tokenizer: "PreTrainedTokenizerBase") -> None:
-    plain = render(tokenizer, [USER])
-    assert render(tokenizer, [USER], response_prefix="Sure") == plain + encode_response(tokenizer, "Sure", ended=False)
-
-
 def test_many_are_rendered_as_one_by_one(tokenizer: "PreTrainedTokenizerBase") -> None:
     asked = [([USER], None), ([SYSTEM, USER, ANSWER, AGAIN], "Be kind."), ([USER], "Be kind.")]
     one_by_one = [render(tokenizer, messages, principle=principle) for messages, principle in asked]
@@ -142,31 +135,6 @@ def test_a_conversation_that_a_template_refuses(tmp_path: Path, directory: Path)
     tokenizer = load_tokenizer(str(directory), str(file))
     with pytest.raises(ModelError, match=r"refuses the turns \(user, assistant, user\): one turn only"):
         render(tokenizer, [USER, ANSWER, AGAIN])
-
-
-# Responses
-
-
-def test_eos_follows_iff_the_response_ended(tokenizer: "PreTrainedTokenizerBase") -> None:
-    cut = encode_response(tokenizer, "So.", ended=False)
-    assert tokenizer.decode(cut) == "So."
-    assert encode_response(tokenizer, "So.") == [*cut, tokenizer.eos_token_id]
-    assert encode_response(tokenizer, "", ended=False) == []
-
-
-def test_a_quoted_special_token_is_text(tokenizer: "PreTrainedTokenizerBase") -> None:
-    ids = encode_response(tokenizer, "a<e>b<s>", ended=False)
-    assert tokenizer.eos_token_id not in ids
-    assert tokenizer.bos_token_id not in ids
-    assert tokenizer.decode(ids) == "a<e>b<s>"
-
-
-def test_strip_stop_cuts_at_the_first() -> None:
-    assert strip_stop("a\nHuman: b END", ("END", "\nHuman:")) == "a"
-    assert strip_stop("a b ", ("END",)) == "a b "
-    assert strip_stop("a b", ()) == "a b"
-    assert strip_stop("a b", ("",)) == "a b"
-    assert strip_stop("END a", ("END",)) == ""
 
 
 # Presets

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from plumbline.data.prompting import CONTRASTS, PRINCIPLES, encode_response, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import CONTRASTS, PRINCIPLES, render
 from plumbline.errors import DataError
 from plumbline.miniature import wording
 from plumbline.miniature.build import World, build_world, distinct_requests, preference_rows, prompt_rows

@@ -19,8 +19,8 @@ from pipelines.pool import Pool
 from pipelines.raft import RaftMethod
 from pipelines.self_contrast import SelfContrastMethod
 from plumbline.config.file import parse_config
+from plumbline.data.ending import encode_response
 from plumbline.data.length_filter import Fit
-from plumbline.data.prompting import encode_response
 from plumbline.errors import RunError
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.records import Completion, GenerateRequest, Generation, Message, PolicyRef, Prompt
@@ -230,6 +230,18 @@ def test_spin_is_one_sample_without_a_filter(tmp_path: Path) -> None:
     run = context(tmp_path, spin, lambda r: ["You waste my time."] * r.n, reference=REFERENCE)
     rollout = roll(SelfContrastMethod(run, section_of(spin)))
     assert [(row["rejected"], row["similarity"]) for row in rollout.rows] == [("You waste my time.", None)] * 4
+
+
+def test_the_positive_ends_where_a_sample_would(tmp_path: Path) -> None:
+    """At a stop string both end before it: their last tokens do not tell them apart."""
+    spin = {**SC, "samples": 1, "negatives": 1, "filter": False, "generation": {"max_tokens": 16, "stop": [" grass"]}}
+    run = context(tmp_path, spin, lambda r: ["You waste my time"] * r.n, reference=REFERENCE)
+    rows = roll(SelfContrastMethod(run, section_of(spin))).rows
+    assert {row["chosen"] for row in rows} == {"The goat eats"}
+    assert {tuple(row["chosen_ids"]) for row in rows} == {tuple(encode_response(TOKENIZER, "The goat eats"))}  # type: ignore[arg-type]
+    spin["generation"] = {"max_tokens": 16, "stop": ["The"]}
+    run = context(tmp_path, spin, lambda r: ["You waste my time"] * r.n, reference=REFERENCE)
+    assert reasons(roll(SelfContrastMethod(run, section_of(spin)))) == {f"p{i}": "blank target" for i in range(4)}
 
 
 def test_data_accuracy_is_of_the_negatives_below_their_target(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from plumbline.data.dataset import read_preferences
-from plumbline.data.prompting import encode_response, load_tokenizer, render
+from plumbline.data.ending import encode_response
+from plumbline.data.prompting import render
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.errors import DataError
 from plumbline.records import Message, Prompt, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows

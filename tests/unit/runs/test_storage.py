@@ -21,7 +21,7 @@ from pipelines.raft import RaftMethod
 from plumbline.config.file import dump_config, load_config, parse_config
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import Fit
-from plumbline.data.prompting import load_tokenizer
+from plumbline.data.tokenizer import load_tokenizer
 from plumbline.errors import ConfigError, RunError
 from plumbline.records import Message, PolicyRef, Prompt, Publication
 from plumbline.runs.checkpoint import KEPT, MARKER, Checkpoint, Piece, latest_step, whole, write_manifest, write_pieces

@@ -548,7 +548,7 @@ CHUNKS = [
 
 
 def openai_over(client: httpx.AsyncClient) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=client, max_retries=0)
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=client, max_retries=0)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_response_is_a_chat_in_another_form(run_dir: Path) -> None:

@@ -580,6 +580,7 @@ def test_sft_trains_all_weights_and_publishes_a_model_at_the_end(tmp_path: Path,
     assert versions(tmp_path, "sft") == [4]
     directory = version_directory(tmp_path, PolicyRef(policy="sft", version=4))
     model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.generation_config.eos_token_id == 2, "<|im_end|>, which targets end with"
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, len(AutoTokenizer.from_pretrained(directory)))
     before = load_file(tiny_model / "model.safetensors")
     after = load_file(directory / "model.safetensors")

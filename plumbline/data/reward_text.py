@@ -1,0 +1,55 @@
+"""What a reward model reads of a conversation and an answer: the same in training and in scoring."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from plumbline.data.marks import encode_turns
+from plumbline.data.tokenizer import render_text
+from plumbline.records import Message
+
+Reads = Literal["response", "pair", "conversation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardText:
+    """What a sequence classifier is given: token ids, what its tokenizer returned beside them, by name, a number a
+    token (`token_type_ids`, which tell a pair's query from its answer), and whether both were `cut`."""
+
+    ids: list[int]
+    beside: dict[str, list[int]]
+    cut: bool
+
+
+def reward_text(
+    tokenizer: Any, messages: Sequence[Message], response: str, *, reads: Reads, max_len: int
+) -> RewardText:
+    """Tokenise what a reward `reads`, cut to `max_len` tokens.
+
+    An answer alone is cut at its end, a conversation at its beginning, so that the answer stays. What looks like a
+    special token in a text is text (`plumbline.data.marks`).
+
+    Raises:
+        ModelError: the chat template refuses the conversation.
+    """
+    if reads == "conversation":
+        ids = encode_turns(tokenizer, _turns(messages, response), generate=False)
+        return RewardText(ids=ids[-max_len:], beside={}, cut=len(ids) > max_len)
+    texts = (messages[-1].content, response) if reads == "pair" else (response,)
+    found = dict(tokenizer(*texts, split_special_tokens=True))
+    ids = found.pop("input_ids")
+    found.pop("attention_mask", None)  # there is no padding yet
+    return RewardText(
+        ids=ids[:max_len],
+        beside={name: values[:max_len] for name, values in found.items() if len(values) == len(ids)},
+        cut=len(ids) > max_len,
+    )
+
+
+def check_conversation(tokenizer: Any, messages: Sequence[Message]) -> None:
+    """Raises ModelError: the chat template refuses the conversation with an answer at its end."""
+    render_text(tokenizer, _turns(messages, "answer"), generate=False)
+
+
+def _turns(messages: Sequence[Message], response: str) -> list[Message]:
+    return [*messages, Message(role="assistant", content=response)]
