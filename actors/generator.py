@@ -90,9 +90,16 @@ class Generator:
         self._watch = asyncio.create_task(self._end_with(engine))
 
     async def _end_with(self, engine: Engine) -> None:
-        while not engine.dead:
+        """Ray starts this process anew with its engine, where that died while nobody asked it."""
+        while True:
+            await self._end_if_dead(engine)
             await asyncio.sleep(LOOK_EVERY_S)
-        end_process(f"{self._name}: its engine's process died")
+
+    async def _end_if_dead(self, engine: Engine) -> None:
+        try:
+            await engine.check_health()
+        except RuntimeError as error:
+            end_process(f"{self._name}: {error}")
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Sample all requests together; answers in the order of the requests. Raises SyncError (see `load`)."""
@@ -178,8 +185,7 @@ class Generator:
         try:
             yield self._engine
         except Exception:
-            if self._engine.dead:
-                end_process(f"{self._name}: its engine's process died while it was asked something")
+            await self._end_if_dead(self._engine)
             raise
 
     async def _one(self, engine: Engine, adapter: Adapter | None, request: GenerateRequest) -> Generation:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 RUN_VARIABLE = "PLUMBLINE_RUN"
-"""Environment variable with the run's name, the tag `run` of every metric; `actors.spawn` sets it for all processes."""
+"""Environment variable with the run's name, the tag `run` of every metric; `actors.cluster` sets it everywhere."""
 
 REFRESH_S = 5.0
 """Seconds between two reports of a gauge that did not change. Ray sends what was set since its last report, every 10

@@ -1,28 +1,24 @@
 """Where plain classes become Ray actors: resources, placement, restarts, and a teardown that leaves no process behind.
 
-The only file with `ray.remote`. A driver calls `start_ray`, fills a `Fleet`, and closes it whatever happens.
+The only file with `ray.remote`. A driver calls `start_ray` (`actors.cluster`), fills a `Fleet`, and closes it whatever
+happens.
 """
 
 import asyncio
 import contextlib
-import logging
-import os
-import signal
 import uuid
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import cloudpickle
-from ray._private import worker as ray_worker
-from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
+from actors.cluster import start_ray, stop_ray
 from actors.desk import Desk
 from actors.embedder import Embedder, EmbedderSpec
 from actors.engines.seam import EngineKind, EngineSpec
@@ -30,12 +26,10 @@ from actors.generator import Generator
 from actors.learning.learner import Trainer
 from actors.learning.worker import LearnerSpec
 from actors.lost import who_was_lost
-from actors.metrics import RUN_VARIABLE
 from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
 from actors.versions import Fetch
 from actors.weights import PolicyStore
-from plumbline import importing
 from plumbline.config.fleet import Embedder as EmbedderFleet
 from plumbline.config.fleet import GeneratorFleet, ReferenceFleet, ScorerFleet
 from plumbline.config.section import bounds, planned
@@ -52,74 +46,6 @@ _REPLACED: dict[str, Any] = {"max_restarts": RESTARTS, "max_task_retries": -1}
 
 LEAVING_S = 5.0
 """Seconds from when a leaving generator is no longer listed until it is stopped: an endpoint may still ask it then."""
-
-_PLENTY = 10_000
-"""What a Ray of this machine alone offers of every resource by name: it plays all roles."""
-
-_DEFAULTS = {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead learner worker is noticed within this
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a learner that only logs
-    "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",  # an engine's own processes die with it
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine is not a broken proxy
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-}
-
-
-def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
-    """Join the cluster of RAY_ADDRESS (a submitted job has one), else start Ray here.
-
-    Args:
-        cpus: what a Ray started here has at least.
-        resources: names of resources that it offers too, so that a cluster's config also runs on one machine.
-        run: what metrics of all processes are told apart by.
-    """
-    for key, value in _DEFAULTS.items():
-        os.environ.setdefault(key, value)
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    # Actors import what the driver can: our packages, and a reward function beside the config.
-    paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    os.environ[RUN_VARIABLE] = run
-    settings = {key: os.environ[key] for key in (*_DEFAULTS, RUN_VARIABLE)}
-    common["runtime_env"] = {
-        "env_vars": {"PYTHONPATH": paths, **settings},
-        "worker_process_setup_hook": importing.worker_hook(),
-    }
-    ray_worker.print_to_stdstream = _note
-    cloudpickle.register_pickle_by_value(importing)  # the hook comes before a worker can import anything of ours
-    if os.environ.get("RAY_ADDRESS"):
-        # These variables come from this process, which has those of a job's own runtime_env: no conflict is one.
-        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        ray.init(**common)
-    else:
-        common["resources"] = dict.fromkeys(resources, _PLENTY)
-        make_token()
-        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **common)
-    # Ray's subreaper ignores SIGCHLD in this process too, and then every `subprocess` here would return 0.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _note(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-    """In place of Ray's own printing of its errors: they are of calls that were pending when a run ended, of actors
-    that are started anew; what a run says itself tells its user more."""
-    logging.getLogger("ray.errors").info("%s", "\n".join(data["lines"]))
-
-
-def make_token() -> None:
-    """Ray's token of this user, where there is none. Ray makes it too, but of two that start at once one may read a
-    file that the other has yet to fill."""
-    path = Path.home() / ".ray" / "auth_token"
-    if path.exists() or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".auth_token.{uuid.uuid4().hex}")
-    aside.touch(mode=0o600)
-    aside.write_text(generate_new_authentication_token(), encoding="utf-8")
-    with contextlib.suppress(FileExistsError):  # another's was there first
-        os.link(aside, path)
-    aside.unlink()
 
 
 def look_at_cluster(run_dir: Path | None = None) -> Machine:
@@ -163,23 +89,6 @@ def look_at_cluster(run_dir: Path | None = None) -> Machine:
         cluster=True,
         blind=tuple(blind),
     )
-
-
-def is_job() -> bool:
-    """Whether this process is the entrypoint of a submitted job."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def missing(asked: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Resources of which all nodes together offer less now than is asked for; with what is asked, and what there is."""
-    offered = ray.cluster_resources()
-    each = ((name, amount, offered.get(name, 0.0)) for name, amount in sorted(asked.items()))
-    return [(name, amount, there) for name, amount, there in each if amount > there + 1e-6]
-
-
-def free() -> Mapping[str, float]:
-    """Resources of all nodes that no actor holds now."""
-    return ray.available_resources()
 
 
 def beside_driver() -> dict[str, Any]:
@@ -434,8 +343,3 @@ def unwrap(error: RayError) -> BaseException:
     if isinstance(error, RayActorError | ObjectLostError | NodeDiedError):
         return LostError(who_was_lost(error))
     return RunError(in_one_line(cause if isinstance(cause, Exception) else error))
-
-
-def stop_ray() -> None:
-    """Leave the cluster; a local one ends with all its processes."""
-    ray.shutdown()

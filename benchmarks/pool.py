@@ -34,11 +34,12 @@ from small_model import make_model, make_shape
 from worlds import table
 
 from actors.channel import Box
+from actors.cluster import start_ray, stop_ray
 from actors.engines.seam import EngineSpec
 from actors.learning.policy import LearnedPolicy
 from actors.proof import TOLERANCE
 from actors.scorer import ScorerSpec
-from actors.spawn import Fleet, ask, gather, start_fleet, start_ray, stop_ray
+from actors.spawn import Fleet, ask, gather, start_fleet
 from pipelines.context import Context, EventLog
 from pipelines.loop import Progress, produce, prove_everywhere
 from pipelines.ple import PleMethod

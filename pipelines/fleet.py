@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actors.cluster import free
 from actors.embedder import EmbedderSpec
 from actors.engines.seam import EngineSpec, engine_spec
 from actors.engines.start import resolve_engine
 from actors.learning.frozen import FrozenSpec
 from actors.reference import ReferenceSpec
 from actors.scorer import ScorerSpec
-from actors.spawn import Fleet, ask, free, start_fleet
+from actors.spawn import Fleet, ask, start_fleet
 from pipelines.autoscaler import autoscale
 from pipelines.context import Context, EventLog
 from pipelines.pool import Pool

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from actors.cluster import is_job, missing, start_ray, stop_ray
 from actors.engines.check import check_engine
-from actors.spawn import is_job, missing, start_ray, stop_ray
 from pipelines.context import Context, Event, EventLog
 from pipelines.dlma import DlmaMethod
 from pipelines.evaluate import Answers, answers_by_name, heldout_prompts, write_comparison
@@ -103,7 +103,7 @@ def compare(
     """
     config = read_config(run_dir / "config.yaml")
     settings = config.evaluation
-    if settings is None or config.data.heldout is None:
+    if settings is None:
         raise ConfigError(f"{run_dir}/config.yaml: to evaluate, it needs `evaluation` and `data.heldout`")
     if not config.methods:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Python finds our packages where this code lies, whatever the working directory holds: a user's own `serve.py` or
 `actors/` has the name of one of ours, and Ray puts a driver's working directory first in its workers' `sys.path`.
 
-Called by the command line, and by Ray's workers before they import anything of ours (`actors.spawn.start_ray`).
+Called by the command line, and by Ray's workers before they import anything of ours (`actors.cluster.start_ray`).
 """
 
 import os

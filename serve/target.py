@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.cluster import start_ray, stop_ray
 from actors.engines.seam import EngineSpec, engine_spec
 from actors.machine import find_machine
 from actors.proof import TOLERANCE, tolerance_of
-from actors.spawn import start_ray, stop_ray
 from plumbline.config.file import load_config
 from plumbline.config.fleet import GeneratorFleet
 from plumbline.config.section import planned

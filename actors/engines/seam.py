@@ -124,11 +124,6 @@ class Engine(Protocol):
         """What a config calls it."""
         ...
 
-    @property
-    def dead(self) -> bool:
-        """Whether a process of its own has died: it answers nothing more."""
-        ...
-
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
     ) -> list[Completion]:

@@ -39,10 +39,6 @@ class TransformersEngine:
         model = load_whole(AutoModelForCausalLM, path, self._spec.dtype)
         return model.to(self._spec.device).eval()
 
-    @property
-    def dead(self) -> bool:
-        return False  # it has no process of its own
-
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, n: int, adapter: Adapter | None
     ) -> list[Completion]:

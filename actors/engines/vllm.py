@@ -69,10 +69,6 @@ class VllmEngine:
         self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
         self._users = OpenAIAnswers(self._llm, spec.model_path, self._tokens, spec.seats) if spec.seats else None
 
-    @property
-    def dead(self) -> bool:
-        return self._llm.errored
-
     def _lora(self, adapter: Adapter | None):
         from vllm.lora.request import LoRARequest
 

@@ -28,10 +28,11 @@ from actors.learning.objectives import build_objective
 from actors.learning.pace import Pace, count_part
 from actors.learning.policy import LearnedPolicy, probe_logps
 from actors.learning.resuming import lost_peer, newest_step
+from actors.learning.sharing import shares_weights
 from actors.learning.strategy import portion_of
 from actors.metrics import LEARNER_WAIT
 from plumbline.config.data import Model
-from plumbline.config.learner import FullPolicy, Learner, LoraPolicy
+from plumbline.config.learner import Learner, LoraPolicy
 from plumbline.config.pipelines import Pipeline, Ple
 from plumbline.config.section import planned
 from plumbline.errors import ConfigError, LossError, LostError, PlumblineError, RunError
@@ -107,16 +108,6 @@ def train(spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
         raise
 
 
-def shares_weights(spec: LearnerSpec, model: Any, world: int) -> bool:
-    """Whether whole weights are laid out for engines that may be on this worker's card.
-
-    Not on a card of its own; not what is merged from an adapter, or named otherwise in its files.
-    """
-    whole = isinstance(getattr(spec.section, "policy", None), FullPolicy) and spec.publishes == "full"
-    beside = spec.device == "cuda" and planned(spec.section.learner.gpus) < 1
-    return whole and beside and world == 1 and not getattr(model, "_weight_conversions", None)
-
-
 class Worker:
     """The state of one worker: strategy, counters, what the last part gave."""
 
@@ -136,7 +127,8 @@ class Worker:
         self._policy = LearnedPolicy(spec.section, spec.model, spec.dtype, device, spec.seed, cut)
         self._pace = Pace(self._policy.model, spec.device, world)
         self._strategy = make_strategy(self._policy, self._settings, spec.dtype, spec.device, world)
-        self._shelf = Shelf(torch.device(spec.device)) if shares_weights(spec, self._policy.model, world) else None
+        shared = shares_weights(spec.section, spec.publishes, spec.device, self._policy.model, world)
+        self._shelf = Shelf(torch.device(spec.device)) if shared else None
         asked = spec.frozen if rank == 0 else None
         self._frozen = FrozenBase(asked, self._policy.model, self._settings.micro_tokens) if asked else None
         self._holder = uuid.uuid4().hex

@@ -6,7 +6,7 @@ A key counts as given where its value is not the default: a run keeps its config
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -14,21 +14,21 @@ from plumbline.config.data import Source
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Dlma, Frozen, MethodBase, Ple, Preference, RewardModel, SelfContrast, Sft
 
-if TYPE_CHECKING:
-    from plumbline.config.tree import Config
+Config = Any
+"""`plumbline.config.tree`'s, which calls this file."""
 
 FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 Idle = Iterator[tuple[str, str]]
 """Keys without effect, and why."""
 
 
-def check_effects(config: "Config") -> None:
+def check_effects(config: Config) -> None:
     """Raises ValueError for the first key that is given and does nothing."""
     for key, why in _idle(config):
         raise ValueError(f"`{key}` {why}")
 
 
-def _idle(config: "Config") -> Idle:
+def _idle(config: Config) -> Idle:
     yield from _run(config)
     yield from _fleet(config)
     yield from _serve(config)
@@ -58,7 +58,7 @@ def _given(section: BaseModel, key: str, names: list[str] | None, why: str = "",
             yield f"{key}.{name}", why
 
 
-def _run(config: "Config") -> Idle:
+def _run(config: Config) -> Idle:
     methods, heldout = config.methods, config.data.heldout
     rewards = [p for p in config.pipelines if isinstance(p, RewardModel)]
     made = any(not isinstance(one, Frozen) or one.train for one in config.served)
@@ -83,7 +83,7 @@ def _run(config: "Config") -> Idle:
         yield from _given(config.data, "data", ["max_prompt_tokens"], why)
 
 
-def _fleet(config: "Config") -> Idle:
+def _fleet(config: Config) -> Idle:
     fleet, methods = config.fleet, config.methods
     generator, reference = fleet.generator, fleet.reference
     none = "is of generators, and no pipeline generates; leave it out"
@@ -111,7 +111,7 @@ def _fleet(config: "Config") -> Idle:
         yield from _given(reference, "fleet.reference", ["cpus", "gpus", "resources", "batch_tokens"], why)
 
 
-def _serve(config: "Config") -> Idle:
+def _serve(config: Config) -> Idle:
     """`plumbline serve` reads the other keys of the section, whatever `enabled` says."""
     serve = config.serve
     if serve.enabled and not config.methods:
@@ -123,7 +123,7 @@ def _serve(config: "Config") -> Idle:
         yield from _given(serve, "serve", ["seats"], "is of the run's generators, and `serve.placement` is replicas")
 
 
-def _method(config: "Config", one: MethodBase, key: str) -> Idle:
+def _method(config: Config, one: MethodBase, key: str) -> Idle:
     given = isinstance(one, Preference) and one.pairs is not None
     alone = len(config.methods) == 1 and not config.serve.gate
     why = "weighs pipelines that wait for the same generators, and there is no other; leave it out"

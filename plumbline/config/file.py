@@ -60,7 +60,9 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(_change_paths(tree, _absolute))
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from None
+        # A key may hold whatever YAML can write: a line break in it must not make two lines of one.
+        told = "".join(one if one.isprintable() else repr(one)[1:-1] for one in _explain(error))
+        raise ConfigError(f"{origin}: {told}") from None
 
 
 def dump_config(config: Config, within: Path | None = None) -> str:

@@ -36,7 +36,8 @@ def reward_text(
         ids = encode_turns(tokenizer, _turns(messages, response), generate=False)
         return RewardText(ids=ids[-max_len:], beside={}, cut=len(ids) > max_len)
     texts = (messages[-1].content, response) if reads == "pair" else (response,)
-    found = dict(tokenizer(*texts, split_special_tokens=True))
+    # A tokenizer that is read from its file alone tells of a pair's segments only where it is asked.
+    found = dict(tokenizer(*texts, split_special_tokens=True, return_token_type_ids=reads == "pair"))
     ids = found.pop("input_ids")
     found.pop("attention_mask", None)  # there is no padding yet
     return RewardText(

@@ -17,6 +17,7 @@ DISK = {
     errno.EACCES: "it may not be written",
     errno.EPERM: "it may not be written",
     errno.EIO: "the disk has failed",
+    errno.EISDIR: "a directory has its name",
     errno.ESTALE: "the share that it is on has gone away",
 }
 """What of a write is the disk's fault, and how it is said."""

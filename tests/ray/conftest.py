@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.spawn import start_ray, stop_ray
+from actors.cluster import start_ray, stop_ray
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,8 +14,8 @@ from ray._private.authentication.authentication_token_setup import (
 from ray.cluster_utils import Cluster
 
 from actors.channel import Box, Channel
+from actors.cluster import start_ray, stop_ray
 from actors.learning.learner import Trainer
-from actors.spawn import start_ray, stop_ray
 from actors.weights import PolicyStore
 from plumbline.records import PolicyRef
 from tests.ray.test_learner import CASES, STEPS, assert_same, part, plain, spec_of

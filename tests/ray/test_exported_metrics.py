@@ -11,9 +11,10 @@ import pytest
 import ray
 
 from actors.channel import Box
+from actors.cluster import start_ray, stop_ray
 from actors.metrics import POOL_GENERATORS, POOL_TOKENS
 from actors.scorer import ScorerSpec
-from actors.spawn import ask, start_fleet, start_ray, stop_ray
+from actors.spawn import ask, start_fleet
 from plumbline.config.fleet import ScorerFleet
 from plumbline.records import Message, ScoreRequest
 

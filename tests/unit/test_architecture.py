@@ -35,7 +35,7 @@ ROOMS = ("plumbline", "actors", "pipelines", "serve", "cli")
 HEAVY = {"ray", "vllm", "deepspeed"}
 PROCESSES = {"generator", "scorer", "reference", "embedder", "channel", "weights", "desk"}
 SHARED = {"channel", "weights"}
-MAY_PRINT = {"cli/main.py", "cli/serving.py", "plumbline/miniature/__main__.py"}
+MAY_PRINT = {"cli/guard.py", "cli/main.py", "cli/serving.py", "plumbline/miniature/__main__.py"}
 
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 LEVELS = {wing: level for level, line in enumerate(HOUSE.split("\n")) for wing in line.split()}

@@ -321,7 +321,12 @@ def test_a_pipeline_whose_every_prompt_is_too_long(world: World, refused: Refuse
 
 def test_an_answer_that_leaves_no_room_for_a_prompt(world: World, refused: Refused) -> None:
     line = run(world, refused, "--set", "pipelines.0.generation.max_tokens=127")
-    holds(line, "prompts.jsonl: all 8 prompts are too long for ple", "(1)", "model.max_len above generation.max_tokens")
+    holds(
+        line,
+        "prompts.jsonl: all 8 prompts are too long for ple",
+        "(1)",
+        "model.max_len, or lower generation.max_tokens",
+    )
 
 
 def test_sft_without_targets(world: World, refused: Refused) -> None:
@@ -374,16 +379,21 @@ def test_a_row_that_the_chat_template_refuses(world: World, refused: Refused, so
 def test_a_row_that_a_rewards_chat_template_refuses(world: World, refused: Refused) -> None:
     """A classifier that reads conversations has a template of its own, which no pipeline asks before it scores."""
     (world.directory / "a.jsonl").write_bytes(lines(GOOD, {"messages": [{"role": "user", "content": "Why?"}] * 2}))
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
     classifier = world.directory / "classifier"
     shutil.copytree(world.directory / "model", classifier)
-    settings = json.loads((classifier / "config.json").read_text()) | {
-        "architectures": ["LlamaForSequenceClassification"]
-    }
-    (classifier / "config.json").write_text(json.dumps(settings))
+    settings = LlamaConfig.from_pretrained(classifier, num_labels=1)
+    LlamaForSequenceClassification(settings).save_pretrained(classifier)
     (classifier / "chat_template.jinja").write_text(ALTERNATING)
     world.tree["data"]["train"]["path"] = str(world.directory / "a.jsonl")
     world.tree["reward"] = {"type": "classifier", "path": str(classifier), "reads": "conversation"}
-    holds(run(world, refused), "a.jsonl, row 2: the chat template of the reward", "roles must alternate")
+    holds(
+        run(world, refused),
+        "a.jsonl, row 2: of the reward ",
+        "the chat template refuses the turns",
+        "roles must alternate",
+    )
 
 
 def test_sft_whose_every_prompt_is_too_long(world: World, refused: Refused) -> None:
@@ -497,7 +507,10 @@ def test_names_with_a_prefix_are_nobodys(world: World, refused: Refused, pipelin
     (world.directory / "a.jsonl").write_bytes(lines({"text": "good", "label": 1}, {"text": "bad", "label": 0}))
     if pipeline["type"] == "reward":
         world.tree["data"] = {"train": {"path": "a.jsonl"}}
+        del world.tree["model"]["max_len"]
     world.tree["pipelines"] = [pipeline]
+    world.tree |= {"evaluation": None, "reward": None}
+    world.tree["data"].pop("heldout", None)
     rewrite(world, lambda weights: [weights.update({f"module.{k}": weights.pop(k)}) for k in list(weights)])
     holds(run(world, refused), "model.path: ", "it lacks ", "(there is module.", "save it whole again")
 
@@ -523,7 +536,7 @@ def test_more_tokens_than_the_model_reads(world: World, refused: Refused) -> Non
 def test_a_length_that_is_not_given_is_what_the_model_reads(world: World, refused: Refused) -> None:
     del world.tree["model"]["max_len"]
     line = run(world, refused, "--set", "pipelines.0.generation.max_tokens=255")
-    holds(line, "(1)", "raise data.max_prompt_tokens, and lower generation.max_tokens: the model reads 256 tokens")
+    holds(line, "limit 64 (1)", "or lower generation.max_tokens")
 
 
 @pytest.mark.parametrize("key", ["reward", "evaluation.judge"])
@@ -717,7 +730,7 @@ def test_what_cannot_be_evaluated(finished: World, refused: Refused, arguments: 
 
 
 def test_a_run_without_held_out_data_is_not_evaluated(world: World, refused: Refused) -> None:
-    del world.tree["data"]["heldout"]
+    del world.tree["data"]["heldout"], world.tree["evaluation"]
     world.run_dir.mkdir()
     shutil.copy(world.write(), world.run_dir / "config.yaml")
     line = refused("evaluate", str(world.run_dir), imports_run=True)

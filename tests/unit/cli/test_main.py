@@ -302,7 +302,8 @@ def test_a_promotion_that_cannot_be_noted_is_one_line(run_dir: Path, capsys: pyt
     ledger.mkdir()
     assert main(["promote", str(run_dir), "ple@1"]) == 2
     assert capsys.readouterr().err == (
-        f"plumbline: {ledger}: cannot be written (Is a directory); make room, or make it writable\n"
+        f"plumbline: {ledger}: cannot be written: a directory has its name (Is a directory); all steps that are done "
+        "are saved\n"
     )
 
 

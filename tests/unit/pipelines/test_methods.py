@@ -60,7 +60,7 @@ def generations(answers: Answers, requests: Sequence[GenerateRequest]) -> list[G
 
 def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: int = 4, **fleet: Any) -> Context:
     """A run of `count` prompts whose actors are functions."""
-    tree = tiny_config(tmp_path) | {"pipelines": [section], "embedder": {"path": "embedder"}}
+    tree = tiny_config(tmp_path) | {"pipelines": [section]} | embedder_of(section)
     config = parse_config(tree, origin="test")
     prompts = [
         Prompt(id=f"p{i}", messages=(Message(role="user", content=f"Tell me about the goat {i}."),), target=TARGET)
@@ -104,9 +104,15 @@ def test_later_epochs_read_the_parts_again_and_each_prompt_is_drawn_once(tmp_pat
     assert method.ref(5) == PolicyRef(), "always from π0"
 
 
+def embedder_of(section: dict[str, Any]) -> dict[str, Any]:
+    """The config's key, where the pipeline asks an embedder."""
+    embeds = section["type"] == "self_contrast" and section.get("filter", True) and "pairs" not in section
+    return {"embedder": {"path": "e"}} if embeds else {}
+
+
 def section_of(tree: dict[str, Any]) -> Any:
     config = {"name": "x", "model": {"path": "m"}, "data": {"train": {"path": "d"}}, "pipelines": [tree]}
-    config |= {"reward": {"type": "program", "function": "a:b"}, "embedder": {"path": "e"}}
+    config |= {"reward": {"type": "program", "function": "a:b"}} | embedder_of(tree)
     return parse_config(config, origin="test").pipelines[0]
 
 
@@ -183,6 +189,7 @@ def test_dlma_agrees_where_the_sign_of_the_margin_is_the_rewards(tmp_path: Path)
 # Self-Contrast
 
 SC = {"type": "self_contrast", "samples": 4, "keep": 0.5, "negatives": 2, "generation": {"max_tokens": 16}}
+SPIN = {key: value for key, value in SC.items() if key != "keep"} | {"samples": 1, "negatives": 1, "filter": False}
 REFERENCE = {"logps": call(lambda groups: [[-1.0 - k for k in range(len(g.response_ids))] for g in groups])}
 
 
@@ -226,7 +233,7 @@ def test_a_prompt_without_enough_negatives_is_dropped_and_counted(
 
 
 def test_spin_is_one_sample_without_a_filter(tmp_path: Path) -> None:
-    spin = {**SC, "samples": 1, "negatives": 1, "filter": False}
+    spin = {**SPIN}
     run = context(tmp_path, spin, lambda r: ["You waste my time."] * r.n, reference=REFERENCE)
     rollout = roll(SelfContrastMethod(run, section_of(spin)))
     assert [(row["rejected"], row["similarity"]) for row in rollout.rows] == [("You waste my time.", None)] * 4
@@ -234,7 +241,7 @@ def test_spin_is_one_sample_without_a_filter(tmp_path: Path) -> None:
 
 def test_the_positive_ends_where_a_sample_would(tmp_path: Path) -> None:
     """At a stop string both end before it: their last tokens do not tell them apart."""
-    spin = {**SC, "samples": 1, "negatives": 1, "filter": False, "generation": {"max_tokens": 16, "stop": [" grass"]}}
+    spin = {**SPIN, "generation": {"max_tokens": 16, "stop": [" grass"]}}
     run = context(tmp_path, spin, lambda r: ["You waste my time"] * r.n, reference=REFERENCE)
     rows = roll(SelfContrastMethod(run, section_of(spin))).rows
     assert {row["chosen"] for row in rows} == {"The goat eats"}

@@ -73,8 +73,8 @@ def config_of(pipelines: list[dict[str, Any]] = METHODS, **sections: Any) -> Con
         "name": "placed",
         "model": {"path": "base", "max_len": 1024},
         "data": {"train": {"path": "prompts.jsonl"}},
-        "reward": {"type": "classifier", "path": "reward"},
-        "embedder": {"path": "embedder"},
+        "reward": {"type": "classifier", "path": "reward", "max_len": 512},
+        "embedder": {"path": "embedder"} if any(p["type"] == "self_contrast" for p in pipelines) else None,
         "pipelines": pipelines,
         **sections,
     }
@@ -109,10 +109,10 @@ def table(config: Config, machine: Machine, model: Shape) -> str:
 def numbers(config: Config) -> list[str]:
     fleet, embedder = config.fleet, config.embedder
     one = fleet.generator
-    assert embedder is not None
     return [
         f"generator: replicas {one.replicas}, gpus {one.gpus}, memory_share {one.memory_share}, cpus {one.cpus}",
-        f"gpus: scorer {fleet.scorer.gpus}, reference {fleet.reference.gpus}, embedder {embedder.gpus}, "
+        f"gpus: scorer {fleet.scorer.gpus}, reference {fleet.reference.gpus}, "
+        f"embedder {embedder.gpus if embedder else 'none'}, "
         f"learners {', '.join(str(p.learner.gpus) for p in config.pipelines)}"
         + (f", sft {config.sft.learner.gpus}" if config.sft else ""),
     ]
@@ -190,8 +190,9 @@ def random_config(draw: random.Random) -> Config:
     fleet = {
         "generator": some(gpus=draw.choice([0.3, 1, 2]), replicas=draw.choice([1, 2]), memory_share=0.4, cpus=3),
         "scorer": some(gpus=draw.choice([0, 0.25]), replicas=2),
-        "reference": some(gpus=draw.choice([0, 0.5]), replicas=2),
     }
+    if any(one["type"] != "ple" for one in pipelines):  # who asks it
+        fleet["reference"] = some(gpus=draw.choice([0, 0.5]), replicas=2)
     return config_of(pipelines, fleet=fleet)
 
 

@@ -21,6 +21,7 @@ from plumbline.runs.parts import Parts, Rejected
 from plumbline.runs.policies import write_probe
 from plumbline.runs.promotions import Promotion, promote
 from plumbline.runs.storage import Storage
+from tests.unit.conftest import TENSORS
 
 LIMIT = 4096
 LARGE = "".join(f"{number:06d}" for number in range(4096))  # does not compress to so little
@@ -120,7 +121,8 @@ def test_what_was_there_stays(tmp_path: Path) -> None:
 def test_a_promotion_that_cannot_be_noted(tmp_path: Path) -> None:
     directory = tmp_path / "policies" / "ple" / "v000001"
     directory.mkdir(parents=True)
-    (directory / "proof.json").write_text("{}")
+    (directory / "proof.json").write_text('{"probe_logps": [-1.0]}')
+    (directory / "adapter_model.safetensors").write_bytes(TENSORS)
     with small_files(), pytest.raises(DiskError, match=r"promotions\.jsonl: cannot be written"):
         promote(tmp_path, Promotion(ref=PolicyRef(policy="ple", version=1), by="gate", figures={"a": LARGE}))
     assert (tmp_path / "policies" / "ple" / "promotions.jsonl").read_text() == ""

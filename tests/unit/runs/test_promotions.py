@@ -76,7 +76,8 @@ def test_a_ledger_is_read_on_where_it_grew_and_anew_where_it_is_another(run_dir:
 
 def test_what_was_read_is_not_read_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read = ledger_path(run_dir, "ple"), []
-    monkeypatch.setattr(promotions.json, "loads", lambda line, real=json.loads: read.append(line) or real(line))
+    real = promotions._Ledger._add
+    monkeypatch.setattr(promotions._Ledger, "_add", lambda ledger, line: read.append(line) or real(ledger, line))
     for count in range(1, 50):
         promote(run_dir, Promotion(ref=ref(1 + count % 4), by="proof"))
         assert promoted(run_dir, "ple")[-1] == 1 + count % 4
@@ -149,5 +150,5 @@ def test_a_version_is_known_by_its_tensors(run_dir: Path) -> None:
 
 def test_a_promotion_that_cannot_be_noted_is_one_line(run_dir: Path) -> None:
     ledger_path(run_dir, "ple").mkdir()
-    with pytest.raises(RunError, match=r"promotions.jsonl: cannot be written \(Is a directory\)"):
+    with pytest.raises(RunError, match=r"promotions.jsonl: cannot be written: a directory has its name"):
         promote(run_dir, Promotion(ref=ref(2), by="hand"))

@@ -45,6 +45,7 @@ from plumbline.runs.promotions import Promotion, promote
 from plumbline.runs.rollouts import BEST_SCHEMA
 from plumbline.runs.rows import Rows
 from plumbline.runs.storage import Storage, redacted
+from tests.unit.conftest import TENSORS
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -494,7 +495,9 @@ def test_old_versions_leave_both_places_but_those_that_somebody_needs(tmp_path: 
     run_dir = tmp_path / "run"
     storage = Storage(run_dir, url)
     for number in (*range(1, 8), 8, 9, 10):
-        version = directory(run_dir / "policies/ple", f"v{number:06d}", "weights", PROOF)
+        version = directory(run_dir / "policies/ple", f"v{number:06d}", "adapter_model.safetensors", PROOF)
+        (version / "adapter_model.safetensors").write_bytes(TENSORS)
+        (version / PROOF).write_text('{"probe_logps": [-1.0]}')
         storage.push_directory(version, PROOF)
         if number == 7:  # here it was never, as where the learner is elsewhere
             shutil.rmtree(version)

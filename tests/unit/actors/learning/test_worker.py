@@ -17,7 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
 from actors.learning import resuming, worker
-from actors.learning.worker import LearnerSpec, Worker, shares_weights, train
+from actors.learning.sharing import shares_weights
+from actors.learning.worker import LearnerSpec, Worker, train
 from plumbline.config.data import Model
 from plumbline.config.learner import Learner
 from plumbline.config.pipelines import Ple, RewardModel, Sft
@@ -623,13 +624,17 @@ def test_whole_weights_are_laid_out_on_a_card_that_is_shared_and_nowhere_else(ru
         replace(on_card, section=on_card.section.model_copy(update={"learner": Learner(gpus=gpus, cpus=1)}))
         for gpus in (0.3, 1.0)
     )
-    assert shares_weights(beside, model, world=1)
-    assert not shares_weights(beside, model, world=2)
-    assert not shares_weights(alone, model, world=1)
-    assert not shares_weights(replace(beside, device="cpu"), model, world=1)
-    assert not shares_weights(replace(beside, publishes="final"), model, world=1)
+
+    def shares(one: LearnerSpec, model: Any, world: int) -> bool:
+        return shares_weights(one.section, one.publishes, one.device, model, world)
+
+    assert shares(beside, model, 1)
+    assert not shares(beside, model, 2)
+    assert not shares(alone, model, 1)
+    assert not shares(replace(beside, device="cpu"), model, 1)
+    assert not shares(replace(beside, publishes="final"), model, 1)
     adapter = Ple.model_validate({"type": "ple", "learner": {"gpus": 0.3, "cpus": 1}})
-    assert not shares_weights(replace(beside, section=adapter), model, world=1)
+    assert not shares(replace(beside, section=adapter), model, 1)
 
 
 def test_what_is_laid_out_is_what_is_published(
