@@ -61,6 +61,7 @@ class Generator:
         self._keep = keep
         self._pinned = pinned
         self._engine: Engine | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._versions: Versions
         self._active = 0
@@ -76,7 +77,8 @@ class Generator:
         """Load the engine, measure the base on the probe. Returns the process id. Calling again returns at once."""
         async with self._starting:
             if self._engine is None:
-                await self._adopt(start_engine(self._choice, self._spec))
+                await self._adopt(engine := start_engine(self._choice, self._spec))
+                self._watch = asyncio.create_task(self._end_with(engine))
         return os.getpid()
 
     async def _adopt(self, engine: Engine) -> None:
@@ -87,7 +89,6 @@ class Generator:
         else:
             self._versions = WholeVersions(engine, prober, self._fetch, self._spec.model_path)
         self._engine = engine
-        self._watch = asyncio.create_task(self._end_with(engine))
 
     async def _end_with(self, engine: Engine) -> None:
         """Ray starts this process anew with its engine, where that died while nobody asked it."""
@@ -161,7 +162,8 @@ class Generator:
     async def close(self) -> None:
         """Stop the engine's processes and remove its files."""
         if self._engine is not None:
-            self._watch.cancel()
+            if self._watch is not None:
+                self._watch.cancel()
             await self._engine.close()
             self._versions.close()
 

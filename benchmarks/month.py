@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import save
 from worlds import table
 
 from actors.channel import Channel
@@ -138,7 +139,7 @@ class InstantLearner:
 
         def write(aside: Path) -> None:
             (aside / ADAPTER_CONFIG).write_text("{}")
-            (aside / "adapter_model.safetensors").write_bytes(bytes(256))
+            (aside / "adapter_model.safetensors").write_bytes(save({"a": torch.zeros(64)}))
             write_proof(aside, made)
 
         if not directory.is_dir():

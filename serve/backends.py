@@ -26,6 +26,8 @@ TRIES = 3
 REFRESH_S = 1.0
 READY_S = 2.0
 """After which a silent engine is looked for."""
+LOOKS = 3
+"""That must find none, one after another, before a user is told so: Ray Serve may be late to note one that answers."""
 LOST = ApiError(503, "The engine that began to answer was lost; ask again.", retry_after=1)
 
 
@@ -87,8 +89,10 @@ class Replicas:
         """The first piece, however long it takes as long as an engine is there."""
         first = asyncio.ensure_future(anext(stream))
         try:
+            missed = 0
             while not (await asyncio.wait({first}, timeout=READY_S))[0]:
-                if not await self._any_runs():
+                missed = 0 if await self._any_runs() else missed + 1
+                if missed == LOOKS:
                     raise ApiError(503, "No engine is there at the moment; try again.", retry_after=5)
             return await first
         finally:

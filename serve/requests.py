@@ -102,6 +102,9 @@ def _bounds(kind: Kind, fields: dict[str, Any], limits: Limits) -> None:
         raise ApiError(400, said, param="chat_template_kwargs")
     if "stream" in fields and not isinstance(fields["stream"], bool):
         raise ApiError(400, "`stream` should be true or false.", param="stream")
+    if fields.get("echo") and fields.get("logprobs") is not None and fields.get("stream") and fields.get("n", 1) > 1:
+        # vLLM 0.29 streams the log-probs of a prompt with the first of its answers alone.
+        raise ApiError(400, "`n` above 1 with `echo` and `logprobs` is not streamed; leave out `stream`.", param="n")
     key = "messages" if kind == "chat" else "prompt"
     asked = fields.get(key)
     if kind == "chat":

@@ -152,8 +152,9 @@ def _all_files(config: Config) -> Iterator[tuple[str, str, Callable[[], Files]]]
             path = model_path(reward.path)
             yield f"{key}.path", path, partial(model_files, path, f"{key}.path")
     if config.embedder is not None and any(one.embeds for one in config.methods):
-        path = config.embedder.path
-        yield EMBEDDER, path, lambda: {f"{at}: {n}": s for at, _, part in embedder_parts(path) for n, s in part.items()}
+        with contextlib.suppress(ModelError):
+            for folder, _, part in embedder_parts(config.embedder.path):
+                yield EMBEDDER, str(folder), partial(dict, part)
 
 
 def rewards(config: Config) -> dict[str, Reward]:

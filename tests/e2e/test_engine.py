@@ -271,6 +271,9 @@ class Damaging:
     def __init__(self, engine: Any, damage: Any) -> None:
         self._engine, self._damage = engine, damage
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
     async def add_adapter(self, adapter: Adapter) -> None:
         path = Path(adapter.path) / "adapter_model.safetensors"
         save_file(self._damage(load_file(path)), path)
@@ -313,6 +316,9 @@ class Sabotaged:
 
     def __init__(self, engine: Any, instead: Any) -> None:
         self._engine, self._instead = engine, instead
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     async def add_adapter(self, adapter: Adapter) -> None:
         await self._engine.add_adapter(adapter)

@@ -96,12 +96,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 @pytest.fixture(scope="module")
 def together(world: tuple[Path, dict[str, Any]]) -> Run:
     directory, config = world
-    common = {"batch_size": 16, "generation": {"max_tokens": 16}, "learner": {"lr": 1e-3, "batch_size": 16}}
-    given = {"type": "self_contrast", **common}
+    made = {"batch_size": 16, "generation": {"max_tokens": 16}}
+    learner = {"lr": 1e-3, "batch_size": 16}
+    given = {"type": "self_contrast", "batch_size": 16, "learner": learner}
     pipelines = [
         *config["pipelines"],
-        {"type": "dlma", "train": False, **common},
-        {"type": "self_contrast", "samples": 8, "keep": 0.5, "negatives": 2, **common},
+        {"type": "dlma", "train": False, **made},
+        {"type": "self_contrast", "samples": 8, "keep": 0.5, "negatives": 2, "learner": learner, **made},
         {**given, "name": "dpo", "pairs": {"path": str(directory / "preferences.jsonl")}},
         {**given, "name": "broken", "pairs": {"path": str(directory / "broken")}},
     ]

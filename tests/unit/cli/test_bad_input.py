@@ -21,7 +21,7 @@ from plumbline.placement import sight
 from plumbline.records import Message, Prompt
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows
 from plumbline.runs.parts import Parts
-from tests.tiny import make_prompts, tiny_config
+from tests.tiny import make_prompts, make_tiny_embedder, tiny_config
 
 Change = Callable[[Path, dict[str, Any]], None]
 RESUMES = "`plumbline resume {run}` continues it as it was, `--run-dir DIR` or another `name` starts anew"
@@ -1022,3 +1022,20 @@ def test_a_process_of_its_own(world: World, arguments: list[str], part: str) -> 
     assert not loaded & {"ray", "vllm"}
     assert bool(loaded) == ("max_prompt_tokens" in arguments[1]), "only to count tokens"
     assert world.files() == before
+
+
+def test_an_embedder_that_is_damaged(world: World, refused: Refused) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from plumbline.config.file import load_config
+    from plumbline.runs.models import check_values
+
+    contrasting(world)
+    shutil.rmtree(world.directory / "embedder")
+    make_tiny_embedder(world.directory / "embedder")
+    assert check_values(load_config(world.write())).startswith("all finite")
+    file = world.directory / "embedder" / "model.safetensors"
+    weights = load_file(file)
+    weights["embedding.weight"][3] = math.nan
+    save_file(weights, file)
+    holds(run(world, refused), "embedder.path: ", "embedder: embedding.weight has values that are no finite numbers")

@@ -114,6 +114,19 @@ def talk(run_dir: Path, work: Callable[[httpx.AsyncClient, Engine, Endpoint], An
     asyncio.run(main())
 
 
+def test_several_echoes_with_log_probs_are_not_streamed(run_dir: Path) -> None:
+    """vLLM 0.29 ends such a stream with a server error (`benchmarks/mutations.py`, seed 144)."""
+
+    async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
+        asked = {"model": "base", "prompt": "The goat", "n": 2, "logprobs": 1, "echo": True}
+        answer = await client.post("/v1/completions", json={**asked, "stream": True})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+        for right in (asked, {**asked, "stream": True, "n": 1}, {**asked, "stream": True, "echo": False}):
+            assert (await client.post("/v1/completions", json=right)).status_code == 200
+
+    talk(run_dir, work)
+
+
 def test_an_alias_means_the_newest_version_until_one_is_promoted(run_dir: Path) -> None:
     async def work(client: httpx.AsyncClient, engine: Engine, endpoint: Endpoint) -> None:
         for name, version in (("ple", "ple@12"), ("self-contrast", "self-contrast@12"), ("self_contrast@2", None)):
