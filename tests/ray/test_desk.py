@@ -86,7 +86,7 @@ def learn() -> Iterator[Learn]:
         channel: Any = ray.remote(Channel).options(num_cpus=0, max_concurrency=100).remote(STEPS)
         store: Any = ray.remote(PolicyStore).options(num_cpus=0, max_concurrency=100).remote(2 * STEPS)
         desk: Any = ray.remote(Desk).options(num_cpus=0, max_concurrency=1000).remote("self_contrast")
-        trainer: Any = ray.remote(Trainer).options(num_cpus=0, max_concurrency=10).remote()
+        trainer: Any = ray.remote(Trainer).options(num_cpus=0, max_concurrency=10).remote("test")
         handles.extend([trainer, channel, store, desk])
         return Learning(channel, desk, store, trainer.run.remote(spec, channel, store, desk))
 

@@ -75,7 +75,7 @@ def test_workers_follow_the_nodes_and_the_result_does_not(tmp_path: Path, cluste
     beside = {"num_cpus": 0, "max_concurrency": 100, "label_selector": {"ray.io/node-id": head.node_id}}
     channel: Any = ray.remote(Channel).options(**beside).remote(STEPS)
     store: Any = ray.remote(PolicyStore).options(**beside).remote(2 * STEPS)
-    trainer: Any = ray.remote(Trainer).options(**beside).remote()
+    trainer: Any = ray.remote(Trainer).options(**beside).remote("test")
     training = trainer.run.remote(spec, channel, store)
 
     def train_to(step: int) -> None:
