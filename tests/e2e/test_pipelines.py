@@ -104,7 +104,12 @@ def together(world: tuple[Path, dict[str, Any]]) -> Run:
         {"type": "dlma", "train": False, **made},
         {"type": "self_contrast", "samples": 8, "keep": 0.5, "negatives": 2, "learner": learner, **made},
         {**given, "name": "dpo", "pairs": {"path": str(directory / "preferences.jsonl")}},
-        {**given, "name": "broken", "pairs": {"path": str(directory / "broken")}},
+        {
+            **given,
+            "name": "broken",
+            "learner": {**learner, "max_skipped": 0},
+            "pairs": {"path": str(directory / "broken")},
+        },
     ]
     return launch(directory, {**config, "pipelines": pipelines}, "together")
 

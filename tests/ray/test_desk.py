@@ -120,7 +120,7 @@ def long_part(step: int) -> list[Sample]:
 def test_it_answers_while_it_waits_and_while_it_trains_and_says_what_it_failed_with(
     tmp_path: Path, model: Path, learn: Learn, expected: Any
 ) -> None:
-    spec = with_base(spec_of(tmp_path / "run", model, LORA), model, tmp_path / "cache")
+    spec = with_base(spec_of(tmp_path / "run", model, LORA, max_skipped=0), model, tmp_path / "cache")
     learning = learn(replace(spec, total=3))
     assert close(ray.get(learning.ask(0), timeout=PATIENCE_S), expected(question(0))), "before there is any part"
     learning.put(1, long_part(1))
