@@ -99,12 +99,12 @@ class Run:
             room = self.directory / "run" / ("rollouts" if name == "ple" else "pairs") / name
             parts = Parts(str(room), read_only=True)
             rejected = Rejected(str(room / "rejected.parquet"), read_only=True).rows()
-            drawn = Counter((int(str(row["step"])), row["prompt_id"]) for row in [*parts.read_all(), *rejected])
-            assert set(drawn.values()) == {1}, name
-            per_pass = PROMPTS // BATCH
-            passes = Counter(((step - 1) // per_pass, prompt) for step, prompt in drawn)
+            drawn = {(int(str(row["step"])), row["prompt_id"]) for row in parts.read_all()}
+            refused = [(int(str(row["step"])), row["prompt_id"]) for row in rejected]
+            assert len(refused) == len(set(refused)) and not drawn & set(refused), name
+            passes = Counter(((step - 1) // (PROMPTS // BATCH), prompt) for step, prompt in [*drawn, *refused])
             assert set(passes.values()) == {1}, name
-            assert len(drawn) == len(parts.steps()) * BATCH, name
+            assert len(passes) == len(parts.steps()) * BATCH, name
             assert set(range(1, count + 1)) <= set(parts.steps()), name
 
 
