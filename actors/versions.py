@@ -188,7 +188,6 @@ class AdapterVersions:
             return None
         if pin:
             self._failures.check(ref, digest)
-        if pin:
             if ref in self._pins:
                 self._pins.remove(ref)
             self._pins.append(ref)

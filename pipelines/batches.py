@@ -11,18 +11,20 @@ from plumbline.records import Sample, TokenGroup
 class Batches(Sequence[list[Sample]]):
     """Every sample once an epoch, in an order of its own each epoch, `size` at a time.
 
-    Token ids lie in one array until a batch is asked for: as Python's lists of integers they take nine times the
+    Numbers of tokens lie in arrays until a batch is asked for: as Python's lists of integers they take nine times the
     memory. Of a sample its group and its `rewards` are kept.
     """
 
     def __init__(self, samples: Iterable[Sample], size: int, epochs: int, seed: int) -> None:
         self._ids, self._ends, self._firsts = array("i"), array("q", [0]), array("q", [0])
+        self._beside: list[list[dict[str, array[int]]]] = []
         self._rewards: list[tuple[float, ...]] = []
         for sample in samples:
             for ids in (sample.group.prompt_ids, *sample.group.response_ids):
                 self._ids.extend(ids)
                 self._ends.append(len(self._ids))
             self._firsts.append(len(self._ends) - 1)
+            self._beside.append([{name: array("i", one) for name, one in own.items()} for own in sample.group.beside])
             self._rewards.append(sample.rewards)
         self._size, self._epochs, self._seed = size, epochs, seed
         self._orders: dict[int, list[int]] = {}
@@ -59,4 +61,5 @@ class Batches(Sequence[list[Sample]]):
     def _sample(self, i: int) -> Sample:
         first, end = self._firsts[i], self._firsts[i + 1]
         prompt, *responses = (self._ids[self._ends[k] : self._ends[k + 1]].tolist() for k in range(first, end))
-        return Sample(group=TokenGroup(prompt, responses), rewards=self._rewards[i])
+        beside = [{name: one.tolist() for name, one in own.items()} for own in self._beside[i]]
+        return Sample(group=TokenGroup(prompt, responses, beside), rewards=self._rewards[i])

@@ -15,8 +15,20 @@ from plumbline.records import Message, Prompt, Sample, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows
 from plumbline.runs.parts import Parts
 
+
+def segments(response: list[int]) -> dict[str, list[int]]:
+    """What a tokenizer returns beside the ids: here, which of two texts a token is of."""
+    return {"token_type_ids": [k % 2 for k in range(len(response))]}
+
+
 SAMPLES = [
-    Sample(group=TokenGroup([i, i + 1] if i % 2 else [], [[i], [], [i] * 3]), rewards=(float(i),)) for i in range(7)
+    Sample(
+        group=TokenGroup(
+            [i, i + 1] if i % 2 else [], responses := [[i], [], [i] * 3], [segments(r) for r in responses]
+        ),
+        rewards=(float(i),),
+    )
+    for i in range(7)
 ]
 
 
