@@ -44,11 +44,12 @@ from plumbline.config.pipelines import Ple
 from plumbline.config.tree import Config
 from plumbline.data.length_filter import Fit
 from plumbline.miniature.tokenizer import make_tokenizer
+from plumbline.models.files import ADAPTER_CONFIG
 from plumbline.records import Completion, GenerateRequest, Generation, Message, PolicyRef, Prompt, Publication
 from plumbline.runs.checkpoint import remove_old, whole, write_directory, write_manifest, write_pieces
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.mirror import open_storage, push_logs, saved_step, seal_checkpoint
-from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, read_publication, version_directory, write_proof
+from plumbline.runs.policies import PROOF, read_publication, version_directory, write_proof
 from plumbline.runs.rows import Rows
 
 EVERY = 1000

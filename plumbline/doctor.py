@@ -144,7 +144,7 @@ def examine(
 
 
 def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
-    note, tokenizer = check_base(config), run_tokenizer(config)
+    note, tokenizer = check_base(config)
     return f"{note}; {check_readings(config.model.tokenizer_path)}", tokenizer
 
 

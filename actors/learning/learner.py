@@ -48,7 +48,7 @@ class RayFeed:
         self._taking: Any = None
 
     def acknowledged(self) -> int:
-        return ray.get(self._channel.acknowledged.remote())
+        return _get(self._channel.acknowledged.remote())
 
     def attach(self, holder: str, done: int) -> None:
         calls = [self._channel.attach.remote(holder, done)]

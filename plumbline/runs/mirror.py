@@ -14,10 +14,11 @@ from pathlib import Path
 from plumbline.config.file import dump_config, parse_text
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError, RunError, in_one_line
+from plumbline.models.files import ADAPTER_CONFIG
 from plumbline.records import PolicyRef
 from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest_step, listed
 from plumbline.runs.directory import check_same
-from plumbline.runs.policies import ADAPTER_CONFIG, PROOF, proved_versions, version_directory, versions
+from plumbline.runs.policies import PROOF, proved_versions, version_directory, versions
 from plumbline.runs.promotions import LEDGER, spared
 from plumbline.runs.storage import Storage, redacted
 

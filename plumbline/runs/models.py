@@ -28,8 +28,9 @@ SECONDS = 10.0
 EMBEDDER = "embedder.path"
 
 
-def check_base(config: Config) -> str:
-    """The model that the run starts from. Raises ModelError, or ConfigError of a policy that it cannot have."""
+def check_base(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
+    """The model that the run starts from, and its tokenizer. Raises ModelError, or ConfigError of a policy that it
+    cannot have."""
     path = config.model.path
     stored = {} if path is None else model_files(path, "model.path")
 
@@ -43,7 +44,7 @@ def check_base(config: Config) -> str:
     tokenizer = run_tokenizer(config)
     if path is not None:
         _check_vocabulary(tokenizer, path, "model.path")
-    return "random weights" if path is None else f"{model_type(path)} in {path}"
+    return "random weights" if path is None else f"{model_type(path)} in {path}", tokenizer
 
 
 def check_causal(path: str, key: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from plumbline.config.tree import Config
 from plumbline.errors import ModelError
+from plumbline.models.files import ADAPTER_CONFIG
 from plumbline.records import PolicyRef, Publication, TokenGroup
 from plumbline.runs.disk import write_text
 
-ADAPTER_CONFIG = "adapter_config.json"
 PROBE = "probe.json"
 PROOF = "proof.json"
 """What proves a version: the file that is written last."""
