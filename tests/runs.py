@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -21,13 +21,22 @@ MARK = "PLUMBLINE_TEST_RUN"
 def start(directory: Path, config: dict[str, Any], ray_address: str | None = None) -> subprocess.Popen[str]:
     """Run a config in `directory`, on a Ray of its own or on the cluster at `ray_address`."""
     path = write_config(directory, config)
-    command = [sys.executable, "-m", "cli", "run", str(path), "--run-dir", str(directory / "run")]
+    return plumbline(directory, "run", str(path), "--run-dir", str(directory / "run"), ray_address=ray_address)
+
+
+def plumbline(
+    directory: Path, *command: str, ray_address: str | None = None, output: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """`plumbline COMMAND` in `directory`, whose processes bear its mark.
+
+    Args:
+        output: where all that it prints goes: of a long run there is more than a pipe holds.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: str(directory)}
     if ray_address:
         environment["RAY_ADDRESS"] = ray_address
-    return subprocess.Popen(
-        command, cwd=directory, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    arguments = [sys.executable, "-m", "cli", *command]
+    return subprocess.Popen(arguments, cwd=directory, env=environment, text=True, stdout=output, stderr=output)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

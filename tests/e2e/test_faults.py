@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import pytest
 from plumbline.runs.parts import Parts, Rejected
 from tests.clusters import another_ray
 from tests.endpoints import KEY, TURN, client, free_port
-from tests.runs import LIMIT_S, MARK, assert_each_prompt_once, events, finish, kill, leftovers, start, wait_for
+from tests.runs import LIMIT_S, assert_each_prompt_once, events, finish, kill, leftovers, plumbline, start, wait_for
 from tests.tiny import make_tiny_embedder, tiny_config, write_config
 
 pytest.importorskip("vllm")
@@ -109,11 +108,9 @@ class Run:
 
 
 def begin(directory: Path, *command: str) -> subprocess.Popen[str]:
-    """`plumbline COMMAND`, whose output goes to a file: of a long run there is more than a pipe holds."""
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: str(directory)}
-    arguments = [sys.executable, "-m", "cli", *command]
+    """`plumbline COMMAND`, whose output goes to the file `PRINTED`."""
     with (directory / PRINTED).open("a") as printed:
-        return subprocess.Popen(arguments, cwd=directory, env=environment, text=True, stdout=printed, stderr=printed)
+        return plumbline(directory, *command, output=printed)
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,19 @@
 """Whole runs through the command line: staleness, Ctrl-C and resume, and processes killed in the middle."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.runs import (
-    LIMIT_S,
-    MARK,
     assert_each_prompt_once,
     events,
     finish,
     kill,
     leftovers,
+    plumbline,
     start,
     wait_for,
 )
@@ -57,15 +53,8 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> Non
     done = len(events(tmp_path))
     assert 3 <= done < 8
     command = err.split("continue with: plumbline ")[1].split()
-    resumed = subprocess.run(
-        [sys.executable, "-m", "cli", *command],
-        cwd=tmp_path,
-        env=os.environ | {MARK: str(tmp_path)},
-        text=True,
-        capture_output=True,
-        timeout=LIMIT_S,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    code, _, err = finish(plumbline(tmp_path, *command))
+    assert code == 0, err
     assert_each_prompt_once(tmp_path)
     assert all(p.stat().st_mtime_ns == then for p, then in before.items()), "a part was written twice"
     assert leftovers(tmp_path) == []
