@@ -214,8 +214,7 @@ async def produce(context: Context, method: Method, channel: Any, progress: Prog
 async def commit(context: Context, method: Method, part: int, rollout: Rollout) -> None:
     """The one write of a part, which is not interrupted once it has begun.
 
-    The part comes last: rejected rows without their part are dropped on resume. So it is in the storage, whose copy of
-    the rejected rows is as new as any part that is there.
+    The part comes last, here and in the storage: rejected rows without their part are dropped on resume.
     """
     writing = asyncio.create_task(_write(context, method, part, rollout))
     method.commits.add(writing)
@@ -227,8 +226,8 @@ async def _write(context: Context, method: Method, part: int, rollout: Rollout) 
     if rollout.rejected:
         await asyncio.to_thread(method.rejected.add, part, rollout.rejected)
     await asyncio.to_thread(method.parts.write, part, rollout.rows)
-    files = [method.directory / "rejected.parquet", Path(method.parts.path(part))]
-    await asyncio.to_thread(context.storage.push, *(file for file in files if file.exists()))
+    files = [method.rejected.path(part)] if rollout.rejected else []
+    await asyncio.to_thread(context.storage.push, *map(Path, [*files, method.parts.path(part)]))
 
 
 async def advance(context: Context, method: Method, channel: Any, progress: Progress) -> None:

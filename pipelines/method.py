@@ -66,7 +66,7 @@ class Method(ABC):
         self.commits: set[asyncio.Task[None]] = set()  # that are being written
         self._prompts = fit.prompts
         self._orders: dict[int, list[int]] = {}
-        if not self.rejected.rows():
+        if 0 not in self.rejected.steps():
             self.rejected.add(0, [_unfit_row(one) for one in fit.unfit])
         per_pass = batch_count(len(self._prompts), section.batch_size)
         self.part_count = section.steps or per_pass

@@ -102,7 +102,7 @@ def assert_each_prompt_once(
     parts = Parts(str(rollouts), read_only=True)
     assert parts.steps() == list(range(1, steps + 1))
     rows = parts.read_all()
-    rejected = Rejected(str(rollouts / "rejected.parquet"), read_only=True).rows()
+    rejected = Rejected(str(rollouts / "rejected.parquet"), read_only=True).read_all()
     seen = [str(r["prompt_id"]) for r in [*rows, *rejected]]
     assert sorted(seen) == sorted(f"p{i}" for i in range(prompts))
     return rows

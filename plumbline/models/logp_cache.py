@@ -1,7 +1,8 @@
 """Log-probs that a frozen model has computed before: sums over responses, in SQLite, keyed by what they depend on.
 
 `actors.reference` asks it before every forward pass, so that a resumed run, or a second one over the same pairs,
-computes nothing twice. Several processes of one machine may share a file; it must lie on a local disk.
+computes nothing twice. Several processes may share a file; on a network's file system, whose locks must work, those of
+several machines, which then wait for one another's writing.
 """
 
 import hashlib
@@ -13,12 +14,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from plumbline.errors import ModelError, RunError
 from plumbline.records import TokenGroup
 
 _BUSY_S = 60.0  # how long a process waits for another one's writing
 _KEYS_AT_ONCE = 500  # the oldest SQLite takes 999 parameters
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: tables that are not ours
+
+_NETWORK = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "glusterfs",
+    "virtiofs",
+    "afs",
+    "panfs",
+}
 
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _TOKENIZER_FILES = (
@@ -111,12 +130,13 @@ class LogpCache:
         db = sqlite3.connect(
             self._path or ":memory:", timeout=_BUSY_S, isolation_level="IMMEDIATE", check_same_thread=False
         )
-        db.execute("PRAGMA journal_mode=WAL")
+        # A write-ahead log needs memory that all processes share, which those of two machines do not.
+        networked = self._path is not None and on_network(self._path)
+        db.execute(f"PRAGMA journal_mode={'DELETE' if networked else 'WAL'}")
         db.execute("PRAGMA synchronous=NORMAL")  # a power cut may take the newest values, never the file
-        (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if state != "ok":
-            raise sqlite3.DatabaseError(state)
         db.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp REAL NOT NULL) WITHOUT ROWID")
+        # Damage is noticed here or where it is read: to look for it in the whole file would take a start minutes.
+        db.execute("SELECT key, logp FROM logps LIMIT 1").fetchall()
         return db
 
     @contextmanager
@@ -128,11 +148,19 @@ class LogpCache:
             if isinstance(error, OSError) or getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF not in _DAMAGE:
                 raise RunError(
                     f"{self._path}: this cache of log-probs cannot be read and written ({what}); "
-                    "it needs a local disk with space that this user may write to"
+                    "it needs a disk with space that this user may write to; fleet.reference.cache says which"
                 ) from error
             raise RunError(
                 f"{self._path}: this cache of log-probs is damaged ({what}); remove it, and they are computed again"
             ) from error
+
+
+def on_network(path: Path) -> bool:
+    """Whether `path`, which need not be there, is on a file system that several machines may write to."""
+    place = path.resolve()
+    mounts = [one for one in psutil.disk_partitions(all=True) if place.is_relative_to(one.mountpoint)]
+    kind = max(mounts, key=lambda one: len(one.mountpoint)).fstype if mounts else ""
+    return kind in _NETWORK or kind.startswith("fuse.")
 
 
 def model_fingerprint(directory: str, quantize: str | None = None) -> str:

@@ -102,15 +102,10 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
 def rejections(run_dir: Path, pipelines: Sequence[str]) -> Table | None:
     """Rejected prompts, a row a reason, a column a pipeline. Raises DataError where a file is damaged."""
     files = sorted(path for kind in ("rollouts", "pairs") for path in run_dir.glob(f"{kind}/*/rejected.parquet"))
-    found = [
-        {"pipeline": file.parent.name, "reason": str(row["reason"])}
-        for file in files
-        for row in Rejected(str(file), read_only=True).rows()
-    ]
-    if not found:
+    counts = pd.DataFrame({file.parent.name: Rejected(str(file), read_only=True).counts() for file in files})
+    if counts.empty:
         return None
-    frame = pd.DataFrame(found)
-    counts = pd.crosstab(frame["reason"], frame["pipeline"])
+    counts = counts.fillna(0).astype(int)
     order = [name for name in pipelines if name in counts] + [name for name in counts if name not in pipelines]
     counts = counts[order].assign(**{"": counts.sum(axis=1)}).sort_values("", ascending=False, kind="stable")
     return Table(

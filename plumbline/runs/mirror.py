@@ -25,7 +25,8 @@ from plumbline.runs.storage import Storage, redacted
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
 _RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html|rows\.parquet")
 _PART = re.compile(r"(?:rollouts|pairs)/[^/]+/step-\d+\.parquet")
-_REJECTED = re.compile(r"(?:rollouts|pairs)/[^/]+/rejected\.parquet")
+_REJECTED = re.compile(r"((?:rollouts|pairs)/[^/]+/)rejected\.parquet/(step-\d+\.parquet)")
+_BEFORE = "step-000000.parquet"  # what was rejected before the first step: there is no such part
 
 
 def run_storage(config: Config, run_dir: Path) -> Storage:
@@ -199,7 +200,8 @@ def prune_versions(
 
 def _exchange_parts(storage: Storage, run_dir: Path) -> None:
     there = storage.sizes(run_dir)
-    here = {path.relative_to(run_dir).as_posix(): path.stat().st_size for path in run_dir.glob("*/*/*.parquet")}
+    files = (path for path in run_dir.glob("*/*/**/*.parquet") if path.is_file())
+    here = {path.relative_to(run_dir).as_posix(): path.stat().st_size for path in files}
     parts_there, parts_here = ({n for n in side if _PART.fullmatch(n)} for side in (there, here))
     new, unlike = parts_there - parts_here, {n for n in parts_there & parts_here if there[n] != here[n]}
     if unlike or (new and parts_here - parts_there):
@@ -209,11 +211,25 @@ def _exchange_parts(storage: Storage, run_dir: Path) -> None:
             f"storage's; `plumbline run CONFIG --run-dir DIR` with a new directory goes on from there, another `name` "
             "keeps both"
         )
-    # Rejections go before their parts, in both directions: without their part they are dropped on resume.
-    rejected = [n for n in sorted(there) if _REJECTED.fullmatch(n) and (new or n not in here)]
-    storage.pull(*(run_dir / name for name in [*rejected, *sorted(new)]))
-    rejected = [n for n in sorted(here) if _REJECTED.fullmatch(n) and there.get(n) != here[n] and n not in rejected]
-    storage.push(*(run_dir / name for name in [*rejected, *sorted(parts_here - parts_there)]))
+    added = parts_here - parts_there
+    # A step that was cut short between its rejections and its part is drawn again, and may then reject none.
+    rejected_there, rejected_here = _rejected(there), _rejected(here)
+    storage.discard(*(run_dir / n for n, part in rejected_there.items() if part not in {*parts_there, _BEFORE}))
+    for name in (n for n, part in rejected_here.items() if part not in {*parts_here, _BEFORE}):
+        (run_dir / name).unlink()
+    # Rejections go before their parts, in both directions.
+    pulled = [
+        n for n, part in rejected_there.items() if part in new or (part in {*parts_there, _BEFORE} and n not in here)
+    ]
+    pushed = [n for n, part in rejected_here.items() if part in added or (part == _BEFORE and n not in there)]
+    storage.pull(*(run_dir / name for name in [*pulled, *sorted(new)]))
+    storage.push(*(run_dir / name for name in [*pushed, *sorted(added)]))
+
+
+def _rejected(names: Collection[str]) -> dict[str, str]:
+    """The files of rejections among `names`, each with the part of its step, or `_BEFORE`."""
+    found = (match for name in sorted(names) if (match := _REJECTED.fullmatch(name)))
+    return {match[0]: match[2] if match[2] == _BEFORE else match[1] + match[2] for match in found}
 
 
 def _exchange_logs(storage: Storage, run_dir: Path) -> None:

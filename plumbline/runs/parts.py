@@ -4,9 +4,9 @@ Written by `pipelines.loop.commit` alone, one writer a directory; read by resume
 local disk and on object storage (any pyarrow filesystem). See DESIGN.md, "The life of a rollout".
 """
 
+import itertools
 import os
 import re
-import threading
 import uuid
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -41,7 +41,12 @@ class Parts:
         schema: columns of every part, also of one with no rows; not needed to read.
         filesystem: a filesystem on which `root` is a path; None finds it from `root`.
         read_only: neither make the directory nor remove temporaries, which may be a running writer's.
+
+    Raises:
+        DataError: `root` is a file, or a URI of no known kind.
     """
+
+    _remedy = "remove it, and the step is drawn again on resume"
 
     def __init__(
         self,
@@ -54,6 +59,8 @@ class Parts:
         if schema is None and not read_only:
             raise ValueError("Parts that are written need a schema")
         self._files, self._root = _open(root, filesystem)
+        if self._files.get_file_info(self._root).type == fs.FileType.File:
+            raise DataError(f"{self._root} is a file, where a directory of parts is expected; move it away")
         self._schema = schema
         self._read_only = read_only
         if not read_only:
@@ -93,73 +100,54 @@ class Parts:
 
     def read_table(self, step: int) -> pa.Table:
         """The same as Arrow has it."""
-        return read_file(self._files, self.path(step), "remove it, and the step is drawn again on resume")
+        return read_file(self._files, self.path(step), self._remedy)
 
     def read_all(self) -> list[Row]:
         """Rows of every committed step, in the order of steps."""
         return [row for step in self.steps() for row in self.read(step)]
 
 
-class Rejected:
-    """The prompts that ended in no part, and why: ``rejected.parquet`` beside the parts.
+class Rejected(Parts):
+    """The prompts that ended in no part, and why: ``rejected.parquet`` beside the parts, a directory of parts itself,
+    with a file for each step that rejected some. pandas and Arrow read it as one table.
 
     Add a step's rejections *before* its part is written: after a crash between the two, `keep_steps` forgets them and
     the step is drawn again, so a prompt ends in exactly one place.
 
     Args:
-        path: the file, a local path or a URI ending in ``rejected.parquet``.
+        root: a local path or a URI ending in ``rejected.parquet``.
         filesystem, read_only: as for `Parts`.
     """
 
-    def __init__(self, path: str, *, filesystem: fs.FileSystem | None = None, read_only: bool = False) -> None:
-        self._files, self._path = _open(path, filesystem)
-        self._read_only = read_only
-        directory, _, name = self._path.rpartition("/")
-        if not read_only:
-            self._files.create_dir(directory, recursive=True)
-            _remove_stale(self._files, directory, re.escape(name))
-        self._adding = threading.Lock()  # steps that are committed at the same time share the one file
-        exists = self._files.get_file_info(self._path).type != fs.FileType.NotFound
-        self._rows = (
-            read_file(self._files, self._path, "remove it to forget the rejections").to_pylist() if exists else []
-        )
-        self._by_step = Counter(row["step"] for row in self._rows)
+    _remedy = "remove it to forget the rejections of its step"
+
+    def __init__(self, root: str, *, filesystem: fs.FileSystem | None = None, read_only: bool = False) -> None:
+        super().__init__(root, REJECTED_SCHEMA, filesystem=filesystem, read_only=read_only)
 
     def add(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Add a step's rejections (``prompt_id, prompt, reason, detail``); step 0 is before the first step.
+        """Add a step's rejections (``prompt_id, prompt, reason, detail``), all at once; step 0 is before the first.
 
         Raises:
-            ValueError: a row has another column.
+            ValueError, FileExistsError: as `write`.
         """
-        if not rows:
-            return
-        with self._adding:
-            self._rewrite([*self._rows, *({**row, "step": step} for row in rows)])
+        if rows:
+            self.write(step, [{**row, "step": step} for row in rows])
 
     def keep_steps(self, steps: Collection[int]) -> None:
         """On resume: forget rejections of steps that the ledger does not have, for these steps are drawn again."""
-        done = {0, *steps}
-        kept = [row for row in self._rows if row["step"] in done]
-        if len(kept) < len(self._rows):
-            self._rewrite(kept)
-
-    def rows(self) -> list[Row]:
-        """All rejections, in the order they were added."""
-        return [dict(row) for row in self._rows]
+        for step in set(self.steps()) - {0, *steps}:
+            self._files.delete_file(self.path(step))
 
     def count(self, step: int) -> int:
         """Rejections of one step."""
-        return self._by_step[step]
+        path = self.path(step)
+        there = self._files.get_file_info(path).type != fs.FileType.NotFound
+        return self.read_table(step).num_rows if there else 0
 
     def counts(self) -> dict[str, int]:
         """Rejections by reason, the commonest first."""
-        return dict(Counter(str(row["reason"]) for row in self._rows).most_common())
-
-    def _rewrite(self, rows: list[Row]) -> None:
-        assert not self._read_only, "opened to read"
-        write_aside(self._files, self._path, _table(rows, REJECTED_SCHEMA))
-        self._rows = rows  # after the write, so that a failed one leaves memory and file agreeing
-        self._by_step = Counter(row["step"] for row in rows)
+        reasons = (self.read_table(step)["reason"].to_pylist() for step in self.steps())
+        return dict(Counter(itertools.chain.from_iterable(reasons)).most_common())
 
 
 def _open(root: str, filesystem: fs.FileSystem | None) -> tuple[fs.FileSystem, str]:

@@ -174,6 +174,12 @@ class Storage:
                 self._files.rm_file(self._remote(directory / marker))
             self._files.rm(self._remote(directory), recursive=True)
 
+    def discard(self, *files: Path) -> None:
+        """Remove files there."""
+        with self._told("remove from"):
+            for file in files:
+                self._files.rm_file(self._remote(file))
+
     def _remember(self, file: Path, stamp: tuple[int, int]) -> None:
         if not _NUMBERED.search(file.relative_to(self._root).as_posix()):
             self._stamps[file] = stamp

@@ -97,7 +97,7 @@ class Run:
             assert [e["step"] for e in events(self.directory, name) if "step" in e] == list(range(1, count + 1)), name
             room = self.directory / "run" / ("rollouts" if name == "ple" else "pairs") / name
             parts = Parts(str(room), read_only=True)
-            rejected = Rejected(str(room / "rejected.parquet"), read_only=True).rows()
+            rejected = Rejected(str(room / "rejected.parquet"), read_only=True).read_all()
             drawn = {(int(str(row["step"])), row["prompt_id"]) for row in parts.read_all()}
             refused = [(int(str(row["step"])), row["prompt_id"]) for row in rejected]
             assert len(refused) == len(set(refused)) and not drawn & set(refused), name

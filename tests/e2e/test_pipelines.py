@@ -38,7 +38,7 @@ class Run:
         return Parts(str(self.directory / room / name), read_only=True).read_all()
 
     def rejected(self, room: str, name: str) -> list[dict[str, Any]]:
-        return Rejected(str(self.directory / room / name / "rejected.parquet"), read_only=True).rows()
+        return Rejected(str(self.directory / room / name / "rejected.parquet"), read_only=True).read_all()
 
 
 def launch(directory: Path, config: dict[str, Any], name: str) -> Run:

@@ -5,8 +5,10 @@ import multiprocessing
 import shutil
 import sqlite3
 import threading
+from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 
 from plumbline.errors import ModelError, RunError
@@ -153,6 +155,32 @@ def test_who_waits_too_long_for_another_says_so(tmp_path: Path, monkeypatch: pyt
     assert cache.get(GROUPS) == VALUES
 
 
+Partition = namedtuple("Partition", "mountpoint fstype")
+
+
+def test_on_a_network_there_is_no_log_that_machines_cannot_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [Partition("/", "ext4"), Partition(str(tmp_path / "nfs"), "nfs4"), Partition(str(tmp_path), "tmpfs")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    for path, mode in ((tmp_path / "logps.sqlite", "wal"), (tmp_path / "nfs" / "logps.sqlite", "delete")):
+        cache = LogpCache(path, "m")
+        cache.put(GROUPS, VALUES)
+        assert LogpCache(path, "m").get(GROUPS) == VALUES
+        assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == (mode,)
+
+
+def test_a_start_does_not_read_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "logps.sqlite"
+    responses = [[i] for i in range(50_000)]
+    cache = LogpCache(path, "m")
+    cache.put([TokenGroup([1], responses)], [[-1.0] * len(responses)])
+    cache._db.close()  # its pages are in the file now, not in the log beside it
+    before = psutil.Process().io_counters().read_chars
+    LogpCache(path, "m")
+    assert psutil.Process().io_counters().read_chars - before < path.stat().st_size / 4
+
+
 # Damaged files
 
 
@@ -163,7 +191,7 @@ def _one_line(error: BaseException, path: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "hole", "another program's"])
-def test_a_damaged_file_is_named_when_it_is_opened(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "logps.sqlite"
     if damage == "text":
         path.write_text("these are no log-probs\n" * 100)
@@ -178,7 +206,7 @@ def test_a_damaged_file_is_named_when_it_is_opened(tmp_path: Path, damage: str) 
         middle = b"\xff" * 4096 if damage == "hole" else b""
         path.write_bytes(content[: 3 * 4096] + middle + (content[4 * 4096 :] if damage == "hole" else b""))
     with pytest.raises(RunError) as caught:
-        LogpCache(path, "m").get(GROUPS)
+        LogpCache(path, "m").get([TokenGroup([1], [[i] for i in range(2000)])])
     text = _one_line(caught.value, path)
     assert "is damaged" in text and "remove it" in text
     for file in tmp_path.iterdir():

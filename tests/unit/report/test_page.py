@@ -502,7 +502,7 @@ def test_a_broken_evaluation_names_the_file(run_dir: Path, text: str) -> None:
 
 
 def test_a_broken_rejected_file_names_itself(run_dir: Path) -> None:
-    file = run_dir / "pairs" / "dlma" / "rejected.parquet"
+    file = run_dir / "pairs" / "dlma" / "rejected.parquet" / "step-000001.parquet"
     file.write_bytes(b"PAR1")
     with pytest.raises(DataError, match=re.escape(str(file))):
         write_report(run_dir)

@@ -118,7 +118,7 @@ def test_rejections_are_kept_and_counted(tmp_path: Path) -> None:
     rejected.add(2, [reject("3", "blank")])
     for opened in (rejected, Rejected(path), Rejected(path, read_only=True)):
         assert opened.counts() == {"too long": 2, "blank": 1}
-        assert [(row["step"], row["prompt_id"]) for row in opened.rows()] == [(0, "1"), (0, "2"), (2, "3")]
+        assert [(row["step"], row["prompt_id"]) for row in opened.read_all()] == [(0, "1"), (0, "2"), (2, "3")]
     assert pq.read_table(path).column_names == ["step", "prompt_id", "prompt", "reason", "detail"]
 
 
@@ -128,35 +128,39 @@ def test_resume_forgets_rejections_of_steps_that_are_not_done(tmp_path: Path) ->
     for step in range(4):
         rejected.add(step, [reject(str(step))])
     rejected.keep_steps([2])
-    assert [row["step"] for row in Rejected(path).rows()] == [0, 2]
+    assert [row["step"] for row in Rejected(path).read_all()] == [0, 2]
     rejected.add(3, [reject("3")])
-    assert [row["step"] for row in Rejected(path).rows()] == [0, 2, 3]
+    assert [row["step"] for row in Rejected(path).read_all()] == [0, 2, 3]
 
 
-def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_steps_that_reject_are_written_each_once(tmp_path: Path) -> None:
     path = tmp_path / "rejected.parquet"
     rejected = Rejected(str(path))
     rejected.add(1, [reject("1")])
+    rejected.add(2, [])
+    written = (path / "step-000001.parquet").stat().st_mtime_ns
+    rejected.add(3, [reject("3"), reject("4")])
+    assert sorted(found.name for found in path.iterdir()) == ["step-000001.parquet", "step-000003.parquet"]
+    assert (path / "step-000001.parquet").stat().st_mtime_ns == written
+    assert [rejected.count(step) for step in range(4)] == [0, 1, 0, 2]
+    assert len(pq.read_table(path)) == 3
 
-    def fail(*args: object, **options: object) -> None:
-        raise OSError("No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("plumbline.runs.parts.pq.write_table", fail)
-        with pytest.raises(OSError, match="No space left"):
-            rejected.add(2, [reject("2")])
-    assert rejected.rows() == Rejected(str(path)).rows()
-    assert [row["step"] for row in rejected.rows()] == [1]
-    assert [found.name for found in tmp_path.iterdir()] == ["rejected.parquet"]
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_file_where_a_directory_of_parts_is_expected(tmp_path: Path, read_only: bool) -> None:
+    (tmp_path / "rejected.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"rejected\.parquet is a file, where a directory .*; move it away"):
+        Rejected(str(tmp_path / "rejected.parquet"), read_only=read_only)
 
 
 def test_rejected_beside_parts_leave_each_other_alone(tmp_path: Path) -> None:
     parts, rejected = Parts(str(tmp_path), SCHEMA), Rejected(str(tmp_path / "rejected.parquet"))
-    (tmp_path / ".rejected.parquet.tmp-00ff").write_bytes(b"half")
+    (tmp_path / "rejected.parquet" / ".step-000001.parquet.tmp-00ff").write_bytes(b"half")
     rejected.add(1, [reject("1")])
     parts.write(1, [ROW])
     assert Parts(str(tmp_path), SCHEMA).steps() == [1]
     assert Rejected(str(tmp_path / "rejected.parquet")).counts() == {"too long": 1}
+    assert [found.name for found in (tmp_path / "rejected.parquet").iterdir()] == ["step-000001.parquet"]
     assert sorted(found.name for found in tmp_path.iterdir()) == ["rejected.parquet", "step-000001.parquet"]
 
 
@@ -165,5 +169,5 @@ def test_steps_that_reject_at_the_same_time_lose_nothing(tmp_path: Path) -> None
     row = {"prompt_id": "p", "prompt": "Why?", "reason": "blank answer", "detail": ""}
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda step: rejected.add(step, [row]), range(1, 41)))
-    assert sorted(int(str(r["step"])) for r in rejected.rows()) == list(range(1, 41))
-    assert len(Rejected(str(tmp_path / "rejected.parquet"), read_only=True).rows()) == 40
+    assert sorted(int(str(r["step"])) for r in rejected.read_all()) == list(range(1, 41))
+    assert len(Rejected(str(tmp_path / "rejected.parquet"), read_only=True).read_all()) == 40

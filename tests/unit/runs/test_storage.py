@@ -81,6 +81,7 @@ class Uploads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: str = "") -> None:
         self.names: list[str] = []
+        self.rooms: list[str] = []
         self.fails_at = fails_at
         for kind in (MemoryFileSystem, LocalFileSystem):
             monkeypatch.setattr(kind, "put_file", self._spy(kind.put_file))
@@ -88,6 +89,7 @@ class Uploads:
     def _spy(self, put: Callable[..., Any]) -> Callable[..., Any]:
         def spy(files: Any, source: str, target: str, **options: Any) -> None:
             self.names.append(Path(source).name)
+            self.rooms.append(Path(source).parent.name)
             if Path(source).name == self.fails_at:
                 if isinstance(files, LocalFileSystem):  # an object that was not uploaded whole is not there at all
                     Path(target).write_text("half")
@@ -386,7 +388,7 @@ def test_an_empty_directory_gets_all_that_resume_needs(tmp_path: Path) -> None:
     for step in (1, 2):
         rejected.add(step, [row(step, f"r{step}")])
         parts.write(step, content(step))
-    storage.push(lost / "rollouts/ple/rejected.parquet", *(Path(parts.path(step)) for step in (1, 2)))
+    storage.push(*(Path(one.path(step)) for step in (1, 2) for one in (rejected, parts)))
     write(lost / "events.jsonl", '{"pipeline": "ple", "step": 1}\n')
     write(lost / "policies/ple/promotions.jsonl", "{}\n")
     write(lost / "notes.txt", "mine")
@@ -402,7 +404,7 @@ def test_an_empty_directory_gets_all_that_resume_needs(tmp_path: Path) -> None:
 
     storage = begin(chosen, new)
     assert parts_of(new).steps() == [1, 2]
-    assert [r["prompt_id"] for r in rejected_of(new).rows()] == ["r1", "r2"]
+    assert [r["prompt_id"] for r in rejected_of(new).read_all()] == ["r1", "r2"]
     assert (new / "events.jsonl").read_text() == '{"pipeline": "ple", "step": 1}\n'
     assert (new / "policies/ple/promotions.jsonl").exists()
     assert not (new / "notes.txt").exists()
@@ -422,10 +424,26 @@ def test_parts_that_another_machine_made_are_pulled_with_their_rejections(tmp_pa
     assert parts_of(there).steps() == [1]
     rejected_of(there).add(2, [row(2, "r2")])
     parts_of(there).write(2, content(2))
-    storage.push(there / "rollouts/ple/rejected.parquet", Path(parts_of(there).path(2)))
+    storage.push(Path(rejected_of(there).path(2)), Path(parts_of(there).path(2)))
     begin(chosen, here)
     assert parts_of(here).steps() == [1, 2]
-    assert [r["prompt_id"] for r in rejected_of(here).rows()] == ["r1", "r2"]
+    assert [r["prompt_id"] for r in rejected_of(here).read_all()] == ["r1", "r2"]
+
+
+def test_rejections_of_a_step_that_was_cut_short_are_dropped_on_both_sides(tmp_path: Path) -> None:
+    chosen, here, there = config(tmp_path), tmp_path / "here", tmp_path / "there"
+    storage = begin(chosen, here)
+    rejected_of(here).add(0, [row(0, "r0")])
+    rejected_of(here).add(1, [row(1, "r1")])
+    storage.push(Path(rejected_of(here).path(0)), Path(rejected_of(here).path(1)))  # and then it was killed
+    storage = begin(chosen, there)
+    assert [r["prompt_id"] for r in rejected_of(there).read_all()] == ["r0"]
+    parts_of(there).write(1, content(1))  # the step rejects none this time
+    storage.push(Path(parts_of(there).path(1)))
+    for run_dir in (here, tmp_path / "new"):
+        begin(chosen, run_dir)
+        assert parts_of(run_dir).steps() == [1]
+        assert [r["prompt_id"] for r in rejected_of(run_dir).read_all()] == ["r0"]
 
 
 def test_what_is_newer_here_is_not_replaced_and_goes_there(tmp_path: Path) -> None:
@@ -448,7 +466,7 @@ def test_what_is_newer_here_is_not_replaced_and_goes_there(tmp_path: Path) -> No
     assert (store / "events.jsonl").read_text() == "1\n2\n"
     assert (store / "evaluation.json").read_text() == "new"
     assert Parts(str(store / "rollouts/ple"), read_only=True).steps() == [1, 2]
-    assert len(Rejected(str(store / "rollouts/ple/rejected.parquet"), read_only=True).rows()) == 1
+    assert len(Rejected(str(store / "rollouts/ple/rejected.parquet"), read_only=True).read_all()) == 1
     assert list(storage.complete(run_dir / "policies/ple", PROOF)) == [2]
     assert saved_step(storage, run_dir / "checkpoints/ple") == 2
 
@@ -615,7 +633,8 @@ def test_a_part_is_in_the_storage_after_its_rejections(
     uploads = Uploads(monkeypatch)
     asyncio.run(commit(context, method, 1, Rollout(rows=content(1), rejected=[row(1, "r")], tokens=1)))
     asyncio.run(commit(context, method, 2, Rollout(rows=content(2), rejected=[], tokens=1)))
-    assert uploads.names == ["rejected.parquet", "step-000001.parquet", "step-000002.parquet"]
+    assert uploads.names == ["step-000001.parquet", "step-000001.parquet", "step-000002.parquet"]
+    assert uploads.rooms == ["rejected.parquet", method.directory.name, method.directory.name]
     assert method.parts.steps() == [1, 2]
 
 
