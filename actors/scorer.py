@@ -1,8 +1,8 @@
-"""Rewards: a Hugging Face sequence classifier, or a Python function named in the config. Larger is better.
+"""Rewards: a Hugging Face sequence classifier, a Python function, or a service behind HTTP. Larger is better.
 
 Pipelines pass a generator's answer on unread; the scorer reads it where it is. A blank response is not scored and a
 score that is not a finite number stays one: the pipeline's commit counts and rejects both (METHODS.md §4). A reward
-that fails is asked once more; then its batch has no scores, and the reason goes with it.
+that fails is asked once more, a service as often as its section says; what has no score then has a reason.
 """
 
 import importlib
@@ -10,13 +10,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
+from plumbline.config.data import ServiceReward
 from plumbline.data.reward_text import Reads, RewardText, reward_text
 from plumbline.errors import ConfigError, RunError, in_one_line
 from plumbline.models.classifier import classifier_logits, packs_texts
+from plumbline.models.services import open_service
 from plumbline.records import Generation, Message, ScoreRequest
 
 RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
@@ -24,9 +26,12 @@ RewardFunction = Callable[[Sequence[ScoreRequest]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerSpec:
-    """All that a scorer needs to start; picklable. Exactly one of `function` and `path` is set."""
+    """All that a scorer needs to start; picklable. Exactly one of `function`, `service` and `path` is set; `cache` is
+    the directory that a service's scores are kept in."""
 
     function: str | None = None
+    service: ServiceReward | None = None
+    cache: str | None = None
     path: str | None = None
     reads: Reads = "response"
     max_len: int = 512
@@ -45,35 +50,47 @@ class Query:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """One list of floats a generation, one a completion, nan for a blank one; all nan where the reward failed, and
-    `failure` says how."""
+    """One list of floats a generation, one a completion, nan for a blank one and where the reward failed; `failure`
+    says how it did, the first of several."""
 
     values: list[list[float]]
     failure: str = ""
+
+    @property
+    def failed(self) -> int:
+        """Answers without a score where the reward failed."""
+        return sum(math.isnan(value) for values in self.values for value in values) if self.failure else 0
 
 
 class Scorer:
     """One reward. Scores are Python floats, nan for a blank response."""
 
     def __init__(self, spec: ScorerSpec) -> None:
-        self._reward = load_function(spec.function) if spec.function else ClassifierReward(spec)
+        self._service = open_service(spec.service, spec.cache) if spec.service else None
+        if self._service is None:
+            self._reward = load_function(spec.function) if spec.function else ClassifierReward(spec)
 
     def ready(self) -> int:
         """The process id, once the reward is loaded."""
         return os.getpid()
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
-        """One score a request. Raises whatever the reward raises, and RunError where it answers with no such scores."""
+    def cost(self) -> dict[str, int]:
+        """What a service was asked since the start, see `plumbline.models.services.Cost`; nothing of other rewards."""
+        return asdict(self._service.cost) if self._service else {}
+
+    def score(self, requests: Sequence[ScoreRequest]) -> tuple[list[float], str]:
+        """One score a request, nan for a blank response and where the reward failed; and how that did, or ""."""
         asked = [i for i, request in enumerate(requests) if request.response.strip()]
         scores = [math.nan] * len(requests)
+        if not asked:
+            return scores, ""
+        some = [requests[i] for i in asked]
         with SCORER_SECONDS.timing():
-            answered = self._reward([requests[i] for i in asked]) if asked else []
+            answered, failure = self._service.score(some) if self._service else self._call(some)
         SCORER_ITEMS.inc(len(asked))
-        if len(answered) != len(asked):
-            raise RunError(f"it returned {len(answered)} scores for {len(asked)} requests; it must be one each")
         for i, score in zip(asked, answered, strict=True):
-            scores[i] = float(score)
-        return scores
+            scores[i] = score
+        return scores, failure
 
     def score_generations(self, queries: Sequence[Query], generations: Sequence[Generation]) -> Scores:
         """Scores of every completion: one list a generation, whose query stands at the same place."""
@@ -87,19 +104,23 @@ class Scorer:
             for query, texts in zip(queries, answers, strict=True)
             for text in texts
         ]
-        found, failure = self._try(requests)
+        found, failure = self.score(requests)
         scores = iter(found)
         return Scores(values=[[next(scores) for _ in texts] for texts in answers], failure=failure)
 
-    def _try(self, requests: Sequence[ScoreRequest]) -> tuple[list[float], str]:
+    def _call(self, requests: Sequence[ScoreRequest]) -> tuple[list[float], str]:
         """Scores, asked for a second time where that fails; nan for all and why where it fails again."""
-        for last in (False, True):
+        failure = ""
+        for _ in range(2):
             try:
-                return self.score(requests), ""
+                answered = self._reward(requests)
+                if len(answered) != len(requests):
+                    what = f"it returned {len(answered)} scores for {len(requests)} requests; it must be one each"
+                    raise RunError(what)
+                return [float(score) for score in answered], ""
             except Exception as error:  # the user's code can fail as any code can
-                if last:
-                    return [math.nan] * len(requests), in_one_line(error)
-        raise AssertionError("it returns in the second round")
+                failure = in_one_line(error)
+        return [math.nan] * len(requests), failure
 
 
 def load_function(name: str) -> RewardFunction:

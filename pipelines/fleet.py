@@ -20,7 +20,7 @@ from actors.spawn import Fleet, ask, start_fleet
 from pipelines.autoscaler import autoscale
 from pipelines.context import Context, EventLog
 from pipelines.pool import Pool
-from plumbline.config.data import ClassifierReward, Reward
+from plumbline.config.data import ClassifierReward, Reward, ServiceReward
 from plumbline.config.demand import beside_sft, reference_replicas
 from plumbline.config.pipelines import Preference
 from plumbline.config.section import planned
@@ -148,7 +148,7 @@ def add_reference(context: Context, model_path: str) -> None:
             device="cuda" if planned(settings.gpus) else "cpu",
             threads=planned(settings.cpus),
             batch_tokens=settings.batch_tokens,
-            cache=logp_cache(context),
+            cache=value_cache(context),
             quantize=context.config.reference_quantize,
         )
         context.fleet.add_reference(settings, spec, count)
@@ -158,12 +158,12 @@ async def frozen_base(context: Context) -> FrozenSpec:
     """What learners need to answer for the frozen π0, which is there by now."""
     fingerprint = await asyncio.to_thread(model_fingerprint, context.model_path, context.config.reference_quantize)
     return FrozenSpec(
-        model_path=context.model_path, fingerprint=fingerprint, dtype=context.dtype, cache=logp_cache(context)
+        model_path=context.model_path, fingerprint=fingerprint, dtype=context.dtype, cache=value_cache(context)
     )
 
 
-def logp_cache(context: Context) -> str:
-    """The directory of the cache of π0's log-probs."""
+def value_cache(context: Context) -> str:
+    """The directory of the caches of π0's log-probs and of services' scores."""
     return str(context.config.fleet.reference.cache or user_cache())
 
 
@@ -182,6 +182,8 @@ def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scor
             batch_tokens=reward.batch_tokens,
             device="cuda" if planned(context.config.fleet.scorer.gpus) else "cpu",
         )
+    elif isinstance(reward, ServiceReward):
+        spec = ScorerSpec(service=reward, cache=value_cache(context))
     else:
         spec = ScorerSpec(function=reward.function)
     return fleet.add_scorers(context.config.fleet.scorer, spec, role)

@@ -39,6 +39,7 @@ async def monitor_pool(context: Context, ended: asyncio.Event) -> None:
         if not ended.is_set() and now - written < (now - begun) / SHARE:
             continue
         written = now
+        asked = await counts(context)
         context.events.write(
             {
                 "pipeline": "pool",
@@ -47,10 +48,12 @@ async def monitor_pool(context: Context, ended: asyncio.Event) -> None:
                 "utilisation": utilisation,
                 "shares": pool.shares(),
                 "longest_waits": {name: account.longest_wait for name, account in pool.accounts.items()},
-                **await counts(context),
+                **asked,
             }
         )
         if ended.is_set():
+            if "reward_asked" in asked:
+                context.events.say(cost_line(asked))
             return
         clock, busy, sampled = now, now_busy, total
 
@@ -66,14 +69,26 @@ async def push_events(context: Context) -> None:
 
 
 async def counts(context: Context) -> dict[str, int]:
-    """Hits and misses of the reference's cache, texts embedded and truncated, since the run began."""
+    """Hits and misses of the reference's cache, texts embedded and truncated, what a reward behind HTTP was asked,
+    since the run began."""
     fleet = context.fleet
     reference = await gather(*(one.counts.remote() for one in [*fleet.reference, *fleet.desks.values()]))
     embedder = await gather(*(one.counts.remote() for one in fleet.embedder))
+    service = await gather(*(one.cost.remote() for one in fleet.scorer))
     return {
+        **{f"reward_{key}": sum(one[key] for one in service) for key in (service or [{}])[0]},
         **{f"reference_{key}": sum(one[key] for one in reference) for key in (reference or [{}])[0]},
         **{key: sum(one[key] for one in embedder) for key in (embedder or [{}])[0]},
     }
+
+
+def cost_line(asked: Mapping[str, int]) -> str:
+    """What a reward behind HTTP cost, from `counts`."""
+    names = ("asked", "cached", "failed", "requests", "prompt_tokens", "completion_tokens")
+    answers, cached, failed, requests, read, written = (asked[f"reward_{name}"] for name in names)
+    tokens = f", {read:,} tokens read and {written:,} written" if read or written else ""
+    known = f"{cached:,} known, {failed:,} without a score"
+    return f"reward: {answers:,} answers scored ({known}) in {requests:,} requests{tokens}"
 
 
 async def busy_seconds(context: Context) -> dict[Any, float]:

@@ -83,13 +83,11 @@ def unusable(
     """Why a pair of answers cannot be learnt from, and a detail; None where it can (METHODS.md §4).
 
     Args:
-        failure: why the reward scored neither.
+        failure: why the reward did not score some answers.
     """
     for kind, answer, reward in zip(("plain", "guided"), answers, rewards, strict=True):
         if not answer.text.strip():
             return "blank answer", kind
-        if failure:
-            return "reward failed", failure
         if not math.isfinite(reward):
-            return "reward not finite", f"{kind}: {reward}"
+            return ("reward failed", failure) if failure else ("reward not finite", f"{kind}: {reward}")
     return ("identical answers", "") if answers[0].ids == answers[1].ids else None

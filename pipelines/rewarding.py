@@ -1,4 +1,4 @@
-"""What a reward that fails costs: a batch of answers at a time, and the pipeline where it is too many of them."""
+"""What a reward that fails costs: the answers that it failed on, and the pipeline where it is too many of them."""
 
 from collections import deque
 
@@ -14,7 +14,7 @@ LEAST = 20
 
 
 class RewardWatch:
-    """Counts the batches that one reward failed on, for one who asks it.
+    """Counts what one reward failed on, for one who asks it.
 
     Args:
         name: who asks, for messages.
@@ -24,24 +24,25 @@ class RewardWatch:
     def __init__(self, context: Context, name: str, reward: Reward | None, key: str = "reward") -> None:
         self._context, self._name, self._key = context, name, key
         self._most = reward.max_failed if reward else 0.0
-        self._failed: deque[bool] = deque(maxlen=WINDOW)
+        self._failed: deque[float] = deque(maxlen=WINDOW)  # the share of each batch
 
     def look(self, scores: Scores) -> list[list[float]]:
-        """Its values; where the reward failed all are nan, and it is said.
+        """Its values; where the reward failed they are nan, and it is said.
 
         Raises:
-            RunError: it failed on more than `max_failed` of its last batches.
+            RunError: it failed on more than `max_failed` of its last batches' answers.
         """
-        self._failed.append(bool(scores.failure))
+        count = sum(map(len, scores.values))
+        self._failed.append(scores.failed / max(count, 1))
         if scores.failure:
-            count, of = sum(self._failed), len(self._failed)
-            if count > self._most * max(of, LEAST):
+            lost, of = sum(self._failed), len(self._failed)
+            if lost > self._most * max(of, LEAST):
                 raise RunError(
-                    f"{self._key} failed on {count} of its last {of} batches, which is more than "
-                    f"{self._key}.max_failed ({self._most:g}) lets pass: {scores.failure}"
+                    f"{self._key} failed on {lost / of:.0%} of the answers of its last {of} batches, which is more "
+                    f"than {self._key}.max_failed ({self._most:g}) lets pass: {scores.failure}"
                 )
             self._context.events.say(
-                f"{self._name}: {self._key} failed twice on {len(scores.values)} answers' batch, which goes on without "
-                f"scores: {scores.failure}"
+                f"{self._name}: {self._key} failed on {scores.failed} of {count} answers, which go on without scores: "
+                f"{scores.failure}"
             )
         return scores.values

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from plumbline.config.data import ClassifierReward, ProgramReward, Reward
+from plumbline.config.data import ClassifierReward, Reward, ServiceReward
 from plumbline.config.demand import demand, named
 from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
@@ -21,6 +22,7 @@ from plumbline.data.tokenizer import run_tokenizer
 from plumbline.data.tokenizer_check import check_readings
 from plumbline.errors import ConfigError, DataError, ModelError, UserError
 from plumbline.importing import PACKAGES
+from plumbline.models.services import open_service
 from plumbline.placement.lengths import lengths_of, settle_lengths
 from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.plan import without_gpus
@@ -28,6 +30,7 @@ from plumbline.placement.roles import Part
 from plumbline.placement.sight import check_place, check_seen
 from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
+from plumbline.records import Message, ScoreRequest
 from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards
@@ -158,7 +161,8 @@ def _rewards(config: Config) -> str:
 def _reward(key: str, reward: Reward) -> str:
     if isinstance(reward, ClassifierReward):
         return check_classifier(model_path(reward.path), f"{key}.path")
-    assert isinstance(reward, ProgramReward)
+    if isinstance(reward, ServiceReward):
+        return _service(key, reward)
     module, _, function = reward.function.partition(":")
     ours = module.partition(".")[0]
     taken = f" ({ours} is a package of Plumbline's: give yours another name)" if ours in PACKAGES else ""
@@ -175,6 +179,16 @@ def _reward(key: str, reward: Reward) -> str:
     if not callable(found):
         raise ConfigError(f"{key}.function: {reward.function}: {module} has no function {function!r}{taken}")
     return reward.function
+
+
+def _service(key: str, reward: ServiceReward) -> str:
+    """Ask for one score, once."""
+    began = time.monotonic()
+    question = ScoreRequest(messages=(Message(role="user", content="What do bees make?"),), response="Honey.")
+    [score], failure = open_service(reward.model_copy(update={"retries": 0, "cache": False})).score([question])
+    if failure:
+        raise ConfigError(f"{key}: no score for a short question: {failure}")
+    return f"{reward.url} answered {score:.3g} in {time.monotonic() - began:.1f} s"
 
 
 def _data(config: Config, run_dir: Path, settled: Config | None) -> str:

@@ -1,6 +1,7 @@
 """The sections of a config that say what comes from outside a run: the base model, the rows, the rewards."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -88,7 +89,8 @@ class RewardBase(Section):
         default=0.1,
         ge=0,
         le=1,
-        description="share of its last 100 batches that may fail twice, and be rejected; above it, the pipeline ends",
+        description="share of its last 100 batches' answers that it may fail on, and that are rejected; above it, the "
+        "pipeline ends",
     )
 
 
@@ -115,4 +117,50 @@ class ProgramReward(RewardBase):
     function: str = Field(pattern=r"^[\w.]+:\w+$", description="importable from the working directory")
 
 
-Reward = Annotated[ClassifierReward | ProgramReward, Field(discriminator="type")]
+class ServiceReward(RewardBase):
+    """What rewards behind HTTP have. What stays without a score is rejected with its reason."""
+
+    url: str = Field(pattern=r"^https?://[^\s/]", description="where it listens")
+    key_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="the environment variable with its API key, on the nodes that scorers run on",
+    )
+    timeout_s: float = Field(default=60, gt=0, le=86_400, description="of one request")
+    retries: int = Field(default=5, ge=0, le=100, description="of a request that failed and may succeed later")
+    backoff_s: float = Field(
+        default=1, ge=0, le=60, description="before the first retry; doubled with each, to a minute"
+    )
+    concurrency: Count = Field(default=16, description="requests under way at once, of each scorer")
+    per_minute: float | None = Field(default=None, gt=0, le=1e9, description="requests that each scorer may start")
+    cache: bool = Field(default=True, description="keep scores by content, and ask for none twice")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> "ServiceReward":
+        if "@" in urlsplit(self.url).netloc:
+            raise ValueError(
+                "`url` holds a password, which a run would keep in its config.yaml; `key_env` names a variable"
+            )
+        return self
+
+
+class HttpReward(ServiceReward):
+    """A service that scores batches of queries and answers: see `plumbline.models.services.HttpService`."""
+
+    type: Literal["http"]
+    batch_size: Count = Field(default=16, description="answers of one request")
+
+
+class JudgeReward(ServiceReward):
+    """A chat model behind any OpenAI-compatible endpoint, which gives each answer a number by a rubric: the mean of the
+    numbers under its probabilities."""
+
+    type: Literal["judge"]
+    url: str = Field(pattern=r"^https?://[^\s/]", description="the endpoint's base, such as http://127.0.0.1:8000/v1")
+    model: str = Field(min_length=1, description="its name there")
+    rubric: str = Field(min_length=1, description="what makes an answer good, in words")
+    levels: int = Field(default=5, ge=2, le=9, description="the best number; the worst is 1")
+    logprobs: bool = Field(default=True, description="false: the number that it writes, where it gives no log-probs")
+
+
+Reward = Annotated[ClassifierReward | ProgramReward | HttpReward | JudgeReward, Field(discriminator="type")]

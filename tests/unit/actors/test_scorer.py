@@ -20,7 +20,7 @@ from transformers import (
 from actors.scorer import Query, Scorer, ScorerSpec, _batches, load_function
 from plumbline.data.reward_text import reward_text
 from plumbline.data.tokenizer import read_tokenizer
-from plumbline.errors import ConfigError, RunError
+from plumbline.errors import ConfigError
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.records import Completion, Generation, Message, PolicyRef, ScoreRequest
 
@@ -50,7 +50,7 @@ LENGTHS = "def score(requests):\n    CALLS.append(len(requests))\n    return [le
 
 @pytest.mark.parametrize("module", [LENGTHS], ids=["body"], indirect=True)
 def test_a_function_of_the_working_directory_scores(module: str) -> None:
-    scores = Scorer(ScorerSpec(function=f"{module}:score")).score(asked("abc", "a"))
+    scores, _ = Scorer(ScorerSpec(function=f"{module}:score")).score(asked("abc", "a"))
     assert scores == [3.0, 1.0]
     assert all(type(score) is float for score in scores)
 
@@ -58,10 +58,10 @@ def test_a_function_of_the_working_directory_scores(module: str) -> None:
 @pytest.mark.parametrize("module", [LENGTHS], ids=["body"], indirect=True)
 def test_a_blank_answer_is_nan_and_not_asked_about(module: str) -> None:
     scorer = Scorer(ScorerSpec(function=f"{module}:score"))
-    scores = scorer.score(asked("abc", "", " \n\t", "a"))
+    scores, _ = scorer.score(asked("abc", "", " \n\t", "a"))
     assert [scores[0], scores[3]] == [3.0, 1.0]
     assert math.isnan(scores[1]) and math.isnan(scores[2])
-    assert all(map(math.isnan, scorer.score(asked("", " "))))
+    assert all(map(math.isnan, scorer.score(asked("", " "))[0]))
     assert importlib.import_module(module).CALLS == [2], "the function saw the two that have text, and nothing else"
 
 
@@ -69,7 +69,8 @@ def test_a_blank_answer_is_nan_and_not_asked_about(module: str) -> None:
     "module", ["def score(requests):\n    return [float('nan'), float('inf')]\n"], ids=["body"], indirect=True
 )
 def test_a_score_that_is_no_finite_number_is_passed_on(module: str) -> None:
-    nan, infinite = Scorer(ScorerSpec(function=f"{module}:score")).score(asked("a", "b"))
+    (nan, infinite), failure = Scorer(ScorerSpec(function=f"{module}:score")).score(asked("a", "b"))
+    assert failure == ""
     assert math.isnan(nan) and infinite == math.inf
 
 
@@ -77,8 +78,8 @@ def test_a_score_that_is_no_finite_number_is_passed_on(module: str) -> None:
     "module", ["def score(requests):\n    return [1.0] * (len(requests) - 1)\n"], ids=["body"], indirect=True
 )
 def test_another_number_of_scores_is_refused(module: str) -> None:
-    with pytest.raises(RunError, match="returned 1 scores for 2 requests; it must be one each"):
-        Scorer(ScorerSpec(function=f"{module}:score")).score(asked("a", "b"))
+    scores, failure = Scorer(ScorerSpec(function=f"{module}:score")).score(asked("a", "b"))
+    assert all(map(math.isnan, scores)) and "returned 1 scores for 2 requests; it must be one each" in failure
 
 
 FAILS = """
@@ -205,7 +206,7 @@ def direct(path: Path, texts: Sequence[str]) -> list[list[float]]:
 @pytest.mark.parametrize("budget", [1, 24, 8192])
 def test_a_classifiers_value_is_that_of_the_plain_forward(tmp_path: Path, kind: str, budget: int) -> None:
     path = make_classifier(tmp_path / "m", kind, labels=1)
-    scores = Scorer(ScorerSpec(path=str(path), batch_tokens=budget)).score(asked(*TEXTS))
+    scores, _ = Scorer(ScorerSpec(path=str(path), batch_tokens=budget)).score(asked(*TEXTS))
     expected = [logits[0] for logits in direct(path, TEXTS)]
     assert max(expected) - min(expected) > 0.1
     assert scores == pytest.approx(expected, abs=1e-4)
@@ -213,7 +214,7 @@ def test_a_classifiers_value_is_that_of_the_plain_forward(tmp_path: Path, kind: 
 
 def test_of_two_labels_the_score_is_the_second_ones_log_odds(tmp_path: Path, kind: str) -> None:
     path = make_classifier(tmp_path / "m", kind, labels=2)
-    scores = Scorer(ScorerSpec(path=str(path))).score(asked(*TEXTS))
+    scores, _ = Scorer(ScorerSpec(path=str(path))).score(asked(*TEXTS))
     expected = [second - first for first, second in direct(path, TEXTS)]
     assert scores == pytest.approx(expected, abs=1e-4)
 
@@ -227,7 +228,7 @@ def test_three_labels_are_no_reward(tmp_path: Path) -> None:
 def test_what_is_too_long_is_cut_and_counted(tmp_path: Path) -> None:
     path = make_classifier(tmp_path / "m", "bert", labels=1)
     scorer = Scorer(ScorerSpec(path=str(path), max_len=3))
-    long, short = scorer.score(asked("Rain is water, and the sky is blue.", "Rain is"))
+    (long, short), _ = scorer.score(asked("Rain is water, and the sky is blue.", "Rain is"))
     assert scorer._reward.truncated == 1  # type: ignore[attr-defined]
     assert long == pytest.approx(direct(path, ["Rain is water"])[0][0], abs=1e-4)
     assert short == pytest.approx(direct(path, ["Rain is"])[0][0], abs=1e-4)
@@ -261,7 +262,7 @@ def test_of_a_pair_a_classifier_is_told_which_segment_is_the_answer(tmp_path: Pa
         expected = [model(**row).logits.item() for row in rows]
         blind = [model(input_ids=row["input_ids"]).logits.item() for row in rows]
     assert min(abs(one - other) for one, other in zip(expected, blind, strict=True)) > 1e-2
-    scores = Scorer(ScorerSpec(path=str(path), reads="pair", batch_tokens=budget)).score(asked(*answers))
+    scores, _ = Scorer(ScorerSpec(path=str(path), reads="pair", batch_tokens=budget)).score(asked(*answers))
     assert scores == pytest.approx(expected, abs=1e-4)
     text = reward_text(tokenizer, QUESTION, answers[0], reads="pair", max_len=6)
     assert text.cut and text.beside == {"token_type_ids": [0, 0, 0, 0, 1, 1]}, "cut as the ids are"

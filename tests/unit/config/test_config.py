@@ -264,7 +264,10 @@ def test_a_misspelling_is_named_before_what_it_leaves_missing() -> None:
             {"pipelines": [{"type": "sft", "policy": {"type": "lorra"}}]},
             "pipelines.0.policy.type: 'lorra' is unknown; known are 'lora', 'full'",
         ),
-        ({"reward": {"type": "human"}}, "reward.type: 'human' is unknown; known are 'classifier', 'program'"),
+        (
+            {"reward": {"type": "human"}},
+            "reward.type: 'human' is unknown; known are 'classifier', 'program', 'http', 'judge'",
+        ),
         (
             {"evaluation": {"judge": {"path": "a"}}},
             "evaluation.judge.type: missing; say which kind this is",

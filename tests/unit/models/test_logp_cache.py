@@ -143,7 +143,7 @@ def test_all_may_open_a_new_file_at_once(tmp_path: Path) -> None:
 
 def test_who_waits_too_long_for_another_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "logps.sqlite"
-    monkeypatch.setattr("plumbline.models.logp_cache._BUSY_S", 0.01)
+    monkeypatch.setattr("plumbline.models.value_cache._BUSY_S", 0.01)
     cache = LogpCache(path, "m")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

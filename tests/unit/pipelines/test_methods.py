@@ -313,7 +313,7 @@ def test_the_batch_that_a_reward_failed_on_is_rejected_with_the_reason(tmp_path:
     assert (len(first.rows), len(second.rows), len(third.rows)) == (4, 0, 4)
     assert {(row["reason"], row["detail"]) for row in second.rejected} == {("reward failed", "KeyError: 'weight'")}
     [line] = said
-    assert line.startswith(f"{kind}: reward failed twice on") and line.endswith("KeyError: 'weight'")
+    assert line.startswith(f"{kind}: reward failed on") and line.endswith("KeyError: 'weight'")
 
 
 @pytest.mark.parametrize(("every", "ends_at"), [(1, 3), (5, 11), (20, None)])
