@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipelines import monitor
 from pipelines.monitor import busy_share, gpu_use, monitor_pool
 from pipelines.pool import Pool
 from plumbline.errors import LostError
+from plumbline.models.services import Cost
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_the_pools_lines_grow_rarer_as_a_run_grows_older(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(monitor.asyncio, "wait_for", passes)
-    fleet = SimpleNamespace(reference=[], desks={}, embedder=[])
+    fleet = SimpleNamespace(reference=[], desks={}, embedder=[], scorer=[])
     events = SimpleNamespace(write=lambda event: times.append(clock[0]))
     context: Any = SimpleNamespace(pool=Pool([], 0), fleet=fleet, events=events)
     asyncio.run(monitor_pool(context, ended))
@@ -72,3 +74,28 @@ def test_the_pools_lines_grow_rarer_as_a_run_grows_older(monkeypatch: pytest.Mon
     assert times[-1] == days, "the last line has the totals"
     assert 2_000 < len(times) < 10_000, "of 51,840"
     assert max(b - a for a, b in itertools.pairwise(times)) <= days / 2000 + 5
+
+
+def test_what_a_service_was_asked_is_the_last_line() -> None:
+    class Costly:
+        """A scorer that asks a service."""
+
+        def __getattr__(self, name: str) -> Any:
+            assert name == "cost"
+            return SimpleNamespace(remote=self._cost)
+
+        async def _cost(self) -> dict[str, int]:
+            return asdict(
+                Cost(asked=2000, cached=500, failed=1, requests=750, prompt_tokens=9000, completion_tokens=750)
+            )
+
+    ended, said = asyncio.Event(), []
+    ended.set()
+    fleet = SimpleNamespace(reference=[], desks={}, embedder=[], scorer=[Costly(), Costly()])
+    events = SimpleNamespace(write=lambda event: None, say=said.append)
+    context: Any = SimpleNamespace(pool=Pool([], 0), fleet=fleet, events=events)
+    asyncio.run(monitor_pool(context, ended))
+    assert said == [
+        "reward: 4,000 answers scored (1,000 known, 2 without a score) in 1,500 requests, "
+        "18,000 tokens read and 1,500 written"
+    ]
