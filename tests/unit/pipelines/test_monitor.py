@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,3 +73,21 @@ def test_the_pools_lines_grow_rarer_as_a_run_grows_older(monkeypatch: pytest.Mon
     assert times[-1] == days, "the last line has the totals"
     assert 2_000 < len(times) < 10_000, "of 51,840"
     assert max(b - a for a, b in itertools.pairwise(times)) <= days / 2000 + 5
+
+
+def test_long_logs_are_pushed_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 5 seconds, a month's 20 MB would be ten terabytes."""
+    log, waits, pushed = tmp_path / "events.jsonl", [], []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 4:
+            raise asyncio.CancelledError
+        log.write_bytes(b"x" * 2 ** (16 + 4 * len(waits)))
+
+    monkeypatch.setattr(monitor.asyncio, "sleep", sleep)
+    monkeypatch.setattr(monitor, "push_logs", lambda storage, run_dir: pushed.append(log.stat().st_size))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(monitor.push_events(SimpleNamespace(run_dir=tmp_path, storage=None)))  # type: ignore[arg-type]
+    assert pushed == [2**20, 2**24, 2**28]
+    assert waits == [5, 5, 64, 1024]
