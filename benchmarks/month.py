@@ -1,13 +1,16 @@
 """A simulated month: a run's own loop for 10,000 steps, with engines, a reward and a learner that answer at once.
 
-    python benchmarks/month.py [--steps 10000] [--store DIR] [--keep-all]
+    python benchmarks/month.py [--steps 10000] [--storage URL] [--latency 20] [--keep-all]
 
 What works is what a long run has: `pipelines.loop`'s stages, PLE's parts and rejections, events, the channel, the
 policy store, promotions, checkpoints and versions as a learner writes and keeps them, and the storage's copy of it. The
 actors are plain objects of this process, whose memory is therefore that of all of them; no Ray is started. At each
 thousandth step it prints the mean time of a step and the process's memory; at the end, their ratio of the last thousand
-to the first, and how long a resumed run takes until it asks for its next step. Without `--store` there is no storage;
-a directory stands in for an object store.
+to the first, and how long a resumed run takes until it asks for its next step, also where its directory was lost.
+
+Without `--storage` the run directory is the only copy. It takes any URL that fsspec opens here, such as ``s3://bucket/x``
+(s3fs reads FSSPEC_S3_ENDPOINT_URL, which may be moto's server). ``far://bucket`` is `far_store`: objects in this
+process's memory, whose calls are counted. They take 2 ms, lest a month take one, and `--latency` ms when it is resumed.
 
 `--keep-all` keeps every version, as adapters are by default; else the newest 3.
 """
@@ -24,8 +27,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec.core
 import psutil
 import torch
+from far_store import FarStore
 from safetensors.torch import save
 from worlds import table
 
@@ -48,7 +53,7 @@ from plumbline.models.files import ADAPTER_CONFIG
 from plumbline.records import Completion, GenerateRequest, Generation, Message, PolicyRef, Prompt, Publication
 from plumbline.runs.checkpoint import remove_old, whole, write_directory, write_manifest, write_pieces
 from plumbline.runs.directory import open_run_dir
-from plumbline.runs.mirror import open_storage, push_logs, saved_step, seal_checkpoint
+from plumbline.runs.mirror import open_storage, saved_step, seal_checkpoint
 from plumbline.runs.policies import PROOF, read_publication, version_directory, write_proof
 from plumbline.runs.rows import Rows
 
@@ -179,14 +184,14 @@ class Month:
         return [1000 * (b - a) / n for a, b, n in zip(marks, marks[1:], counts, strict=False)]
 
 
-def make_config(out: Path, steps: int, store: Path | None, keep: int | None) -> Config:
+def make_config(out: Path, steps: int, storage: str | None, keep: int | None) -> Config:
     return parse_config(
         {
             "name": "month",
             "model": {"path": str(out), "max_len": 256},
             "data": {"train": {"path": str(out / "prompts.jsonl")}},
             "reward": {"type": "program", "function": "a:b"},
-            "storage_path": str(store) if store else None,
+            "storage_path": storage,
             "pipelines": [
                 {
                     "type": "ple",
@@ -233,12 +238,7 @@ async def month(context: Context) -> None:
     [section] = context.config.methods
     assert isinstance(section, Ple)
 
-    async def logs() -> None:
-        while context.storage.url:
-            await asyncio.sleep(monitor.EVERY)
-            await asyncio.to_thread(push_logs, context.storage, context.run_dir)
-
-    pushing = asyncio.create_task(logs())
+    pushing = asyncio.create_task(monitor.push_events(context))
     try:
         await run_method(context, PleMethod(context, section), section)
     finally:
@@ -257,28 +257,45 @@ def simulate(config: Config, run_dir: Path, ends_at: int) -> tuple[Month, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--store", type=Path, help="a directory that stands in for an object store")
+    parser.add_argument("--storage", metavar="URL", help="where a copy is kept; far://bucket is a stand-in in memory")
+    parser.add_argument("--latency", type=float, default=20, help="ms that the stand-in's calls take on resume")
     parser.add_argument("--keep-all", action="store_true", help="every version, not the newest 3")
     options = parser.parse_args()
     ray: Any = SimpleNamespace(put=lambda one: one, cluster_resources=dict, available_resources=dict)
     loop.ray = monitor.ray = ray
+    FarStore.latency = 0.002
     out = Path(tempfile.mkdtemp(prefix="plumbline-month-"))
     try:
-        config = make_config(out, options.steps + 100, options.store, None if options.keep_all else 3)
+        config = make_config(out, options.steps + 100, options.storage, None if options.keep_all else 3)
         clock, _ = simulate(config, out / "run", options.steps)
-        _, resumed = simulate(config, out / "run", options.steps + 10)
+        calls = {kind: round(count / options.steps, 1) for kind, count in FarStore.calls.items()}
+        FarStore.latency = options.latency / 1000
+        resumed = resumes(config, out, options.steps)
         steps, memory = clock.per_step(), clock.resident
         rows = [
             ["ms a step", f"{steps[0]:.2f}", f"{steps[-1]:.2f}", f"{steps[-1] / steps[0]:.2f}×"],
             ["MiB", f"{memory[0]:.0f}", f"{memory[-1]:.0f}", f"{memory[-1] / memory[0]:.2f}×"],
         ]
         print(table([f"{options.steps} steps", f"first {EVERY}", f"last {EVERY}", "ratio"], rows))
-        print(f"\nresumed at its next step in {resumed:.1f} s")
-        assert saved_step(make_context(config, out / "run", print).storage, out / "run/checkpoints/ple") > options.steps
+        print(f"\nresumed at its next step in {resumed}; calls of the stand-in a step: {calls or 'none'}")
     finally:
         shutil.rmtree(out)
-        if options.store:
-            shutil.rmtree(options.store)
+        if options.storage:
+            files, place = fsspec.core.url_to_fs(f"{options.storage}/month")
+            files.rm(place, recursive=True)
+
+
+def resumes(config: Config, out: Path, done: int) -> str:
+    """The seconds that a resumed run takes until its next step, in words; and that it went on from there."""
+    _, here = simulate(config, out / "run", done + 10)
+    told = f"{here:.1f} s"
+    if config.storage_path:
+        FarStore.calls.clear()
+        _, elsewhere = simulate(config, out / "another", done + 20)
+        told += f", on an empty machine in {elsewhere:.1f} s ({FarStore.calls['get']} files)"
+    last = make_context(config, out / ("another" if config.storage_path else "run"), print)
+    assert saved_step(last.storage, last.run_dir / "checkpoints/ple") > done
+    return told
 
 
 if __name__ == "__main__":

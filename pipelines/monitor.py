@@ -21,6 +21,9 @@ EVERY = 5.0
 SHARE = 2000
 """Later they come after this part of the time since the start, so that a month has some ten thousand, not 500,000."""
 
+PUSHED_PER_S = 2**18
+"""Bytes of the events that go to the storage a second, at most: they go whole each time, and a month's are 20 MB."""
+
 
 async def monitor_pool(context: Context, ended: asyncio.Event) -> None:
     """Write a line of the pool now and then, and a last one once `ended` is set: its totals are the whole run's."""
@@ -59,9 +62,12 @@ async def monitor_pool(context: Context, ended: asyncio.Event) -> None:
 
 
 async def push_events(context: Context) -> None:
-    """Keep the storage's copy of the events a few seconds behind, until cancelled. What fails is tried again."""
+    """Keep the storage's copy of the events a few seconds behind, a long run's a minute or two, until cancelled. What
+    fails is tried again."""
+    log = context.run_dir / "events.jsonl"
     while True:
-        await asyncio.sleep(EVERY)
+        size = log.stat().st_size if log.exists() else 0
+        await asyncio.sleep(max(EVERY, size / PUSHED_PER_S))
         try:
             await asyncio.to_thread(push_logs, context.storage, context.run_dir)
         except RunError as error:

@@ -56,13 +56,16 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     for key, number in out_of_reach(tree):  # sections have bounds, but not all that they hold is theirs to know
         finite = isinstance(number, int) or math.isfinite(number)
         should = f"a number within ±{LARGEST}" if finite else "a finite number"
-        raise ConfigError(f"{origin}: {key}: should be {should}, got {number!s:.30}")
+        raise ConfigError(f"{origin}: {_printable(key)}: should be {should}, got {number!s:.30}")
     try:
         return Config.model_validate(_change_paths(tree, _absolute))
     except ValidationError as error:
-        # A key may hold whatever YAML can write: a line break in it must not make two lines of one.
-        told = "".join(one if one.isprintable() else repr(one)[1:-1] for one in _explain(error))
-        raise ConfigError(f"{origin}: {told}") from None
+        raise ConfigError(f"{origin}: {_printable(_explain(error))}") from None
+
+
+def _printable(text: str) -> str:
+    """A key may hold whatever YAML can write: a line break in it must not make two lines of one."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def dump_config(config: Config, within: Path | None = None) -> str:

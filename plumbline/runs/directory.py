@@ -11,11 +11,11 @@ from typing import Any, TextIO
 from plumbline.config.file import dump_config, load_config
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
-from plumbline.runs.storage import LOCK
+from plumbline.runs.storage import ASIDE, LOCK
 
 RUN_LOCK = ".run.lock"
 """Held by the process that runs there, and says which that is."""
-LEARNERS = {"checkpoints", "policies", "rollouts", LOCK, RUN_LOCK}
+LEARNERS = {"checkpoints", "policies", "rollouts", LOCK, ASIDE, RUN_LOCK}
 """All that the directory holds on a machine where only a learner of the run has worked, or that was just made."""
 
 

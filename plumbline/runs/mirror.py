@@ -8,7 +8,7 @@ import contextlib
 import posixpath
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from plumbline.config.file import dump_config, parse_text
@@ -20,7 +20,7 @@ from plumbline.runs.checkpoint import KEPT, MARKER, checkpoint_directory, latest
 from plumbline.runs.directory import check_same
 from plumbline.runs.policies import PROOF, proved_versions, version_directory, versions
 from plumbline.runs.promotions import LEDGER, spared
-from plumbline.runs.storage import Storage, redacted
+from plumbline.runs.storage import Storage, below, complete_in, redacted
 
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
 _RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html|rows\.parquet")
@@ -46,7 +46,7 @@ def check_storage(config: Config, run_dir: Path) -> str:
     try:
         storage.check()
         text = storage.read_text(run_dir / "config.yaml")
-        empty = not storage.sizes(run_dir)
+        empty = text is None and not storage.sizes(run_dir)
     except RunError as error:
         reason = redacted(in_one_line(error.__cause__ or error))
         raise ConfigError(
@@ -75,16 +75,17 @@ def open_storage(config: Config, run_dir: Path) -> Storage:
         return storage
     # Paths in the working directory are kept relative: another machine, or another job, has that elsewhere.
     storage.write_text(run_dir / "config.yaml", dump_config(config, within=Path.cwd()))
-    _exchange_parts(storage, run_dir)
-    _exchange_logs(storage, run_dir)
-    pull_versions(storage, run_dir)
+    there = storage.sizes(run_dir)
+    _exchange_parts(storage, run_dir, there)
+    _exchange_logs(storage, run_dir, there)
+    _pull_versions(storage, run_dir, below(there, "policies"))
     for policy in (child.name for child in run_dir.glob("policies/*") if child.is_dir()):
-        there = storage.complete(run_dir / "policies" / policy, PROOF)
-        for version in set(versions(run_dir, policy)) - there.keys():
-            storage.push_directory(version_directory(run_dir, PolicyRef(policy=policy, version=version)), PROOF)
+        lacking = set(versions(run_dir, policy)) - complete_in(below(there, f"policies/{policy}"), PROOF).keys()
+        refs = [PolicyRef(policy=policy, version=version) for version in sorted(lacking)]
+        storage.push_new_directories([version_directory(run_dir, ref) for ref in refs], PROOF)
     for checkpoints in run_dir.glob("checkpoints/*"):
         newest = latest_step(checkpoints)
-        if newest > saved_step(storage, checkpoints):
+        if newest > max(complete_in(below(there, f"checkpoints/{checkpoints.name}"), MARKER), default=0):
             push_checkpoint(storage, checkpoints, newest)
     return storage
 
@@ -107,7 +108,7 @@ def push_logs(storage: Storage, run_dir: Path) -> None:
     """Push what has changed of the files that are no parts, checkpoints or versions."""
     files = sorted([*run_dir.glob("*"), *run_dir.glob(f"policies/*/{LEDGER}")])
     names = [file.relative_to(run_dir).as_posix() for file in files]
-    storage.push(*(run_dir / name for name in names if _LOG.fullmatch(name) or _RESULT.fullmatch(name)))
+    storage.push_together(run_dir / name for name in names if _LOG.fullmatch(name) or _RESULT.fullmatch(name))
 
 
 def saved_step(storage: Storage, checkpoints: Path) -> int:
@@ -119,7 +120,7 @@ def push_checkpoint(storage: Storage, checkpoints: Path, step: int) -> None:
     """Push a checkpoint that is here whole: its files, then as `seal_checkpoint`."""
     directory = checkpoint_directory(checkpoints, step)
     if storage.url:
-        storage.push(*(directory / name for name in listed((directory / MARKER).read_text("utf-8"))))
+        storage.push_together(directory / name for name in listed((directory / MARKER).read_text("utf-8")))
     seal_checkpoint(storage, checkpoints, step)
 
 
@@ -143,21 +144,18 @@ def pull_checkpoint(storage: Storage, checkpoints: Path, step: int) -> None:
 
 
 def pull_parts(storage: Storage, run_dir: Path, directory: Path) -> None:
-    """Pull the parts in `directory` that are not here."""
+    """Pull the parts in `directory` that are not here. Several processes may ask at once."""
+    if storage.url is None:
+        return
     prefix = directory.relative_to(run_dir).as_posix()
-    missing = (name for name in sorted(storage.sizes(directory)) if not (directory / name).exists())
-    storage.pull(*(directory / name for name in missing if _PART.fullmatch(f"{prefix}/{name}")))
+    with storage.pulling():
+        names = (name for name in sorted(storage.sizes(directory)) if _PART.fullmatch(f"{prefix}/{name}"))
+        storage.pull(*(directory / name for name in names if not (directory / name).exists()))
 
 
 def pull_versions(storage: Storage, run_dir: Path) -> None:
     """Pull the published versions that are not here: all adapters, and of whole models the newest."""
-    root = run_dir / "policies"
-    names = storage.sizes(root)
-    for policy in sorted({name.partition("/")[0] for name in names}):
-        complete = storage.complete(root / policy, PROOF)
-        for number, directory in complete.items():
-            if number == max(complete) or f"{policy}/{directory.name}/{ADAPTER_CONFIG}" in names:
-                storage.pull_directory(directory, PROOF)
+    _pull_versions(storage, run_dir, storage.sizes(run_dir / "policies"))
 
 
 def made_versions(storage: Storage, run_dir: Path, policy: str, since: int) -> set[int]:
@@ -198,8 +196,21 @@ def prune_versions(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _exchange_parts(storage: Storage, run_dir: Path) -> None:
-    there = storage.sizes(run_dir)
+def _pull_versions(storage: Storage, run_dir: Path, names: Mapping[str, int]) -> None:
+    """As `pull_versions`, of whose storage `names` is the listing."""
+    for policy in sorted({name.partition("/")[0] for name in names}):
+        root, own = run_dir / "policies" / policy, below(names, policy)
+        complete = complete_in(own, PROOF)
+        kept = {n: d for n, d in complete.items() if n == max(complete) or f"{d}/{ADAPTER_CONFIG}" in own}
+        files: dict[Path, list[str]] = {root / directory: [] for directory in kept.values()}
+        for name in own:
+            directory, _, file = name.partition("/")
+            if root / directory in files:
+                files[root / directory].append(file)
+        storage.pull_directories(files, PROOF)
+
+
+def _exchange_parts(storage: Storage, run_dir: Path, there: Mapping[str, int]) -> None:
     files = (path for path in run_dir.glob("*/*/**/*.parquet") if path.is_file())
     here = {path.relative_to(run_dir).as_posix(): path.stat().st_size for path in files}
     parts_there, parts_here = ({n for n in side if _PART.fullmatch(n)} for side in (there, here))
@@ -214,29 +225,31 @@ def _exchange_parts(storage: Storage, run_dir: Path) -> None:
     added = parts_here - parts_there
     # A step that was cut short between its rejections and its part is drawn again, and may then reject none.
     rejected_there, rejected_here = _rejected(there), _rejected(here)
-    storage.discard(*(run_dir / n for n, part in rejected_there.items() if part not in {*parts_there, _BEFORE}))
-    for name in (n for n, part in rejected_here.items() if part not in {*parts_here, _BEFORE}):
+    whole_there, whole_here = {*parts_there, _BEFORE}, {*parts_here, _BEFORE}
+    storage.discard(run_dir / name for name, part in rejected_there.items() if part not in whole_there)
+    for name in (name for name, part in rejected_here.items() if part not in whole_here):
         (run_dir / name).unlink()
     # Rejections go before their parts, in both directions.
-    pulled = [
-        n for n, part in rejected_there.items() if part in new or (part in {*parts_there, _BEFORE} and n not in here)
-    ]
-    pushed = [n for n, part in rejected_here.items() if part in added or (part == _BEFORE and n not in there)]
-    storage.pull(*(run_dir / name for name in [*pulled, *sorted(new)]))
-    storage.push(*(run_dir / name for name in [*pushed, *sorted(added)]))
+    pulled = (
+        name for name, part in rejected_there.items() if part in whole_there and (part in new or name not in here)
+    )
+    pushed = (name for name, part in rejected_here.items() if part in added or (part == _BEFORE and name not in there))
+    for names in (pulled, new):
+        storage.pull(*(run_dir / name for name in sorted(names)))
+    for names in (pushed, added):
+        storage.push_together(run_dir / name for name in sorted(names))
 
 
 def _rejected(names: Collection[str]) -> dict[str, str]:
     """The files of rejections among `names`, each with the part of its step, or `_BEFORE`."""
-    found = (match for name in sorted(names) if (match := _REJECTED.fullmatch(name)))
+    found = (match for name in names if (match := _REJECTED.fullmatch(name)))
     return {match[0]: match[2] if match[2] == _BEFORE else match[1] + match[2] for match in found}
 
 
-def _exchange_logs(storage: Storage, run_dir: Path) -> None:
+def _exchange_logs(storage: Storage, run_dir: Path, there: Mapping[str, int]) -> None:
     """Of files that lines are added to, the longer one is the newer; results stay where there are any."""
-    for name, size in sorted(storage.sizes(run_dir).items()):
-        here = run_dir / name
-        missing, shorter = not here.exists(), here.exists() and here.stat().st_size < size
-        if (_LOG.fullmatch(name) and (missing or shorter)) or (_RESULT.fullmatch(name) and missing):
-            storage.pull(here)
+    kept = {run_dir / name: size for name, size in there.items() if _LOG.fullmatch(name) or _RESULT.fullmatch(name)}
+    missing = [file for file in kept if not file.exists()]
+    logs = (file for file in kept if file not in missing and not _RESULT.fullmatch(file.name))
+    storage.pull(*missing, *(file for file in logs if file.stat().st_size < kept[file]))
     push_logs(storage, run_dir)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -94,3 +95,10 @@ def test_a_text_that_is_another(name: str, at: float, cut: int, put: str) -> Non
         parse_text(text[:start] + put + text[start + cut :], "x.yaml")
     except ConfigError as error:
         assert str(error).startswith("x.yaml: ") and "\n" not in str(error)
+
+
+def test_a_number_under_a_key_of_two_lines_is_told_in_one() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_config({"name": {"a\nb": float("nan")}}, "x.yaml")
+    told(raised.value)
+    assert "name.a\\nb: should be a finite number" in str(raised.value)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,3 +100,21 @@ def test_what_a_service_was_asked_is_the_last_line() -> None:
         "reward: 4,000 answers scored (1,000 known, 2 without a score) in 1,500 requests, "
         "18,000 tokens read and 1,500 written"
     ]
+
+
+def test_long_logs_are_pushed_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 5 seconds, a month's 20 MB would be ten terabytes."""
+    log, waits, pushed = tmp_path / "events.jsonl", [], []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 4:
+            raise asyncio.CancelledError
+        log.write_bytes(b"x" * 2 ** (16 + 4 * len(waits)))
+
+    monkeypatch.setattr(monitor.asyncio, "sleep", sleep)
+    monkeypatch.setattr(monitor, "push_logs", lambda storage, run_dir: pushed.append(log.stat().st_size))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(monitor.push_events(SimpleNamespace(run_dir=tmp_path, storage=None)))  # type: ignore[arg-type]
+    assert pushed == [2**20, 2**24, 2**28]
+    assert waits == [5, 5, 64, 1024]

@@ -13,6 +13,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from benchmarks.far_store import FarStore
 from cli.display import step_line
 from pipelines.context import Context, EventLog
 from pipelines.loop import Progress, advance, commit
@@ -44,7 +45,7 @@ from plumbline.runs.policies import PROOF, versions
 from plumbline.runs.promotions import Promotion, promote
 from plumbline.runs.rollouts import BEST_SCHEMA
 from plumbline.runs.rows import Rows
-from plumbline.runs.storage import Storage, redacted
+from plumbline.runs.storage import ASIDE, FILES, Storage, batches, redacted
 from tests.unit.conftest import TENSORS
 
 
@@ -124,7 +125,7 @@ def test_without_a_url_nothing_happens(tmp_path: Path) -> None:
     storage.pull_directory(tmp_path / "run" / "v000002", PROOF)
     storage.write_text(tmp_path / "run" / "a", "text")
     storage.keep_newest(tmp_path / "run", PROOF, 1)
-    assert (storage.sizes(tmp_path / "run"), storage.complete(tmp_path / "run", PROOF)) == ({}, {})
+    assert (storage.sizes(tmp_path / "run"), storage.complete(tmp_path / "run", PROOF)) == ({}, [])
     assert storage.read_text(tmp_path / "run" / "a") is None
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["v000001"]
@@ -148,11 +149,11 @@ def test_a_directory_counts_once_its_marker_is_there(tmp_path: Path, url: str, m
     version = directory(root, "v000012", PROOF, "a.json", "weights.safetensors", "z.json")
     with pytest.raises(RunError, match="Input/output error"):
         storage.push_directory(version, PROOF)
-    assert storage.complete(root, PROOF) == {}
+    assert storage.complete(root, PROOF) == []
     uploads.fails_at, uploads.names = "", []
     storage.push_directory(version, PROOF)
     assert uploads.names == ["a.json", "weights.safetensors", "z.json", PROOF]
-    assert storage.complete(root, PROOF) == {12: version}
+    assert storage.complete(root, PROOF) == [12]
 
 
 def test_a_directory_that_is_written_again_does_not_count_meanwhile(
@@ -163,11 +164,11 @@ def test_a_directory_that_is_written_again_does_not_count_meanwhile(
     storage, uploads = Storage(tmp_path / "run", url), Uploads(monkeypatch)
     version = directory(root, "v000001", PROOF, "weights.safetensors")
     storage.push_directory(version, PROOF)
-    assert list(storage.complete(root, PROOF)) == [1]
+    assert storage.complete(root, PROOF) == [1]
     uploads.fails_at = "weights.safetensors"
     with pytest.raises(RunError):
         storage.push_directory(version, PROOF)
-    assert list(storage.complete(root, PROOF)) == []
+    assert storage.complete(root, PROOF) == []
 
 
 def test_a_file_on_a_disk_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +215,7 @@ def test_all_but_the_newest_complete_ones_are_removed(tmp_path: Path, url: str) 
     for step in (3, 6):  # their uploads were cut short
         storage.push(directory(root, f"step-{step:06d}", "state.safetensors") / "state.safetensors")
     storage.keep_newest(root, MARKER, 2)
-    assert list(storage.complete(root, MARKER)) == [4, 5]
+    assert storage.complete(root, MARKER) == [4, 5]
     assert {name.split("/")[0] for name in storage.sizes(root)} == {"step-000004", "step-000005", "step-000006"}
 
 
@@ -467,7 +468,7 @@ def test_what_is_newer_here_is_not_replaced_and_goes_there(tmp_path: Path) -> No
     assert (store / "evaluation.json").read_text() == "new"
     assert Parts(str(store / "rollouts/ple"), read_only=True).steps() == [1, 2]
     assert len(Rejected(str(store / "rollouts/ple/rejected.parquet"), read_only=True).read_all()) == 1
-    assert list(storage.complete(run_dir / "policies/ple", PROOF)) == [2]
+    assert storage.complete(run_dir / "policies/ple", PROOF) == [2]
     assert saved_step(storage, run_dir / "checkpoints/ple") == 2
 
 
@@ -480,7 +481,7 @@ def test_an_older_checkpoint_here_is_not_what_counts(tmp_path: Path) -> None:
             push_checkpoint(storage, run_dir / "checkpoints/ple", step)
     storage = begin(chosen, here)
     assert saved_step(storage, here / "checkpoints/ple") == 4
-    assert list(storage.complete(here / "checkpoints/ple", MARKER)) == [3, 4], f"{KEPT} are kept"
+    assert storage.complete(here / "checkpoints/ple", MARKER) == [3, 4], f"{KEPT} are kept"
 
 
 def test_a_checkpoint_that_several_machines_wrote_is_put_together_on_each(tmp_path: Path) -> None:
@@ -522,7 +523,7 @@ def test_old_versions_leave_both_places_but_those_that_somebody_needs(tmp_path: 
     for number, by in ((1, "gate"), (2, "proof"), (3, "proof"), (4, "proof")):
         promote(run_dir, Promotion(ref=PolicyRef(policy="ple", version=number), by=by))  # type: ignore[arg-type]
     prune_versions(storage, run_dir, "ple", step=9, keep=2, used={5})
-    assert versions(run_dir, "ple") == list(storage.complete(run_dir / "policies/ple", PROOF)) == [1, 3, 4, 5, 8, 9, 10]
+    assert versions(run_dir, "ple") == storage.complete(run_dir / "policies/ple", PROOF) == [1, 3, 4, 5, 8, 9, 10]
     prune_versions(storage, run_dir, "ple", step=10, keep=9)
     assert versions(run_dir, "ple") == [1, 3, 4, 5, 8, 9, 10]
 
@@ -590,6 +591,140 @@ def test_only_parts_that_are_missing_are_pulled(tmp_path: Path) -> None:
     assert (there / "rollouts/ple/step-000001.parquet").read_text() == "mine"
     assert parts_of(there).steps() == [1, 2]
     assert parts_of(there).read(2) == parts_of(here).read(2)
+
+
+# Far away
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FarStore]]:
+    """An object store whose calls are counted."""
+    monkeypatch.setattr(FarStore, "latency", 0.001)
+    FarStore.clear()
+    yield FarStore
+    FarStore.clear()
+
+
+VERSION = ("adapter_config.json", "adapter_model.safetensors", PROOF)
+
+
+REJECTED = "rejected.parquet/step-000001.parquet"
+
+
+def long_run(run_dir: Path, steps: int) -> None:
+    """What so many steps leave, and a version that was cut short."""
+    for step in range(1, steps + 1):
+        write(run_dir / f"rollouts/ple/step-{step:06d}.parquet", f"part {step}")
+        directory(run_dir / "policies/ple", f"v{step:06d}", *VERSION)
+    write(run_dir / f"rollouts/ple/{REJECTED}", "rejected")
+    write(run_dir / "events.jsonl", "1\n")
+
+
+def keep_run(far: type[FarStore], run_dir: Path) -> None:
+    """All of a directory in the store of the run `tiny`, and nothing counted."""
+    for file in (file for file in run_dir.rglob("*") if file.is_file() and not file.name.startswith(".")):
+        far.objects[f"bucket/tiny/{file.relative_to(run_dir)}"] = file.read_bytes()
+    far.calls.clear()
+    far.most = 0
+
+
+def test_an_empty_machine_lists_once_and_pulls_many_at_a_time(tmp_path: Path, far: type[FarStore]) -> None:
+    chosen, steps = config(tmp_path, storage_path="far://bucket"), 150
+    long_run(tmp_path / "first", steps)
+    keep_run(far, tmp_path / "first")
+    far.objects["bucket/tiny/policies/ple/v000999/adapter_config.json"] = b"no proof"
+    open_storage(chosen, tmp_path / "second")
+    assert far.calls == {"put": 1, "list": 1, "get": 4 * steps + 2}
+    assert far.most == FILES
+    here, files = (
+        {file.relative_to(root): file.read_bytes() for file in root.rglob("*.*") if file.is_file()}
+        for root in (tmp_path / "first", tmp_path / "second")
+    )
+    files.pop(Path(".pull.lock"))
+    assert files == here
+    far.calls.clear()
+    open_storage(chosen, tmp_path / "second")
+    assert far.calls == {"put": 2, "list": 1}, "again, its config and its log"
+
+
+def test_what_the_store_lacks_is_pushed_many_at_a_time_in_the_order_that_counts(
+    tmp_path: Path, far: type[FarStore]
+) -> None:
+    chosen, steps, run_dir = config(tmp_path, storage_path="far://bucket"), 40, tmp_path / "run"
+    long_run(run_dir, steps)
+    open_storage(chosen, run_dir)
+    assert far.calls == {"put": 4 * steps + 3, "list": 1}
+    assert far.most == FILES
+    names = [name.removeprefix("bucket/tiny/") for name in far.put_names]
+    at = {name: position for position, name in enumerate(names)}
+    assert all(at[f"rollouts/ple/{REJECTED}"] < at[name] for name in names if "/ple/step-" in name)
+    for version in {name.rpartition("/")[0] for name in names if "/v" in name}:
+        assert all(at[f"{version}/{name}"] <= at[f"{version}/{PROOF}"] for name in VERSION)
+
+
+def test_a_learner_lists_once_for_its_parts(tmp_path: Path, far: type[FarStore]) -> None:
+    long_run(tmp_path / "first", 100)
+    keep_run(far, tmp_path / "first")
+    write(tmp_path / "second/rollouts/ple/step-000007.parquet", "mine")
+    storage = Storage(tmp_path / "second", "far://bucket/tiny")
+    pull_parts(storage, tmp_path / "second", tmp_path / "second/rollouts/ple")
+    assert far.calls == {"list": 1, "get": 99}
+    assert far.most == FILES
+    assert (tmp_path / "second/rollouts/ple/step-000007.parquet").read_text() == "mine"
+
+
+def test_one_listing_says_which_checkpoints_are_old(tmp_path: Path, far: type[FarStore]) -> None:
+    for step in range(1, 6):
+        directory(tmp_path / "run/checkpoints/ple", f"step-{step:06d}", "a.safetensors", MARKER)
+    keep_run(far, tmp_path / "run")
+    Storage(tmp_path / "run", "far://bucket/tiny").keep_newest(tmp_path / "run/checkpoints/ple", MARKER, 4)
+    assert far.calls == {"list": 2, "delete": 2}, "one of them is of what is removed"
+
+
+def test_a_pull_that_fails_leaves_whole_files_and_goes_on(
+    tmp_path: Path, far: type[FarStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, second = config(tmp_path, storage_path="far://bucket"), tmp_path / "second"
+    long_run(tmp_path / "first", 100)
+    keep_run(far, tmp_path / "first")
+    get = FarStore._get_file
+
+    async def fails(files: FarStore, rpath: str, lpath: str, **options: Any) -> None:
+        await get(files, rpath, lpath, **options)
+        if rpath.endswith(failing):
+            Path(lpath).write_text("half")
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FarStore, "_get_file", fails)
+        for failing in ("step-000090.parquet", "v000090/proof.json"):
+            with pytest.raises(RunError, match=r"cannot read the storage far://bucket/tiny \(Connection"):
+                open_storage(chosen, second)
+            left = [path for path in second.rglob("*") if path.is_file() and path.name != ".pull.lock"]
+            assert all(
+                path.read_bytes() == (tmp_path / "first" / path.relative_to(second)).read_bytes() for path in left
+            )
+            assert len(list(second.glob("rollouts/ple/step-*"))) == (FILES if "step" in failing else 100)
+    assert {len(list(version.iterdir())) for version in second.glob("policies/ple/*")} == {len(VERSION)}
+    open_storage(chosen, second)
+    assert versions(second, "ple") == list(range(1, 101))
+
+
+def test_what_a_killed_process_was_pulling_is_forgotten(tmp_path: Path, far: type[FarStore]) -> None:
+    chosen, second = config(tmp_path, storage_path="far://bucket"), tmp_path / "second"
+    long_run(tmp_path / "first", 2)
+    keep_run(far, tmp_path / "first")
+    write(second / ASIDE / "policies/ple/v000001/of another time", "x")
+    check_run_dir(chosen, second)
+    open_storage(chosen, second)
+    assert not (second / ASIDE).exists()
+    assert sorted(path.name for path in (second / "policies/ple/v000001").iterdir()) == sorted(VERSION)
+
+
+def test_large_files_are_not_all_in_memory_at_a_time() -> None:
+    weights = {Path(str(i)): n for i, n in enumerate([5, 5, 1, 99, 1, *[0] * FILES])}
+    assert [len(some) for some in batches(weights, 10)] == [2, 1, 1, FILES, 1]
+    assert [path for some in batches(weights, 10) for path in some] == list(weights)
 
 
 # In the loop

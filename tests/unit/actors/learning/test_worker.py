@@ -362,8 +362,8 @@ def test_it_goes_on_from_the_storage_where_its_directory_is_gone(
     assert [p.ref.version for p in feed.published] == [2, 3, 4]
     assert_same(weights(new), weights(run_dir))
     storage = Storage(new, url)
-    assert list(storage.complete(new / "policies" / "ple", "proof.json")) == [1, 2, 3, 4]
-    assert list(storage.complete(new / "checkpoints" / "ple", "state.json")) == [3, 4]
+    assert storage.complete(new / "policies" / "ple", "proof.json") == [1, 2, 3, 4]
+    assert storage.complete(new / "checkpoints" / "ple", "state.json") == [3, 4]
 
 
 def test_a_part_is_not_acknowledged_before_its_checkpoint_is_in_the_storage(
@@ -405,7 +405,7 @@ def test_where_only_a_learner_works_old_versions_leave_the_disk_and_stay_in_the_
         Storage(directory, url).push(*sorted((directory / "rollouts" / "ple").iterdir()))
         train(stored, MemoryFeed(parts_of(directory)), rank=0, world=1)
         assert versions(directory, "ple") == left
-        assert list(Storage(directory, url).complete(directory / "policies" / "ple", "proof.json")) == [1, 2, 3, 4]
+        assert Storage(directory, url).complete(directory / "policies" / "ple", "proof.json") == [1, 2, 3, 4]
 
 
 # Failures
