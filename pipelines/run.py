@@ -39,6 +39,7 @@ from plumbline.placement.machine import Machine, this_machine
 from plumbline.placement.start import place
 from plumbline.placement.table import line
 from plumbline.records import PolicyRef, Prompt, public_name
+from plumbline.runs.base import with_base
 from plumbline.runs.digests import keep_digests
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.disk import writing
@@ -79,7 +80,8 @@ def run(
         trackers = ending.enter_context(start_trackers(config, run_dir, listen))
         events = EventLog(run_dir / "events.jsonl", listen, trackers)
         # The run directory keeps what the user gave: another machine places a resumed run anew.
-        placed = checked.placed.plan.config
+        placed = with_base(checked.placed.plan.config, run_dir, storage, events.say)
+        checked = replace(checked, placed=replace(checked.placed, plan=replace(checked.placed.plan, config=placed)))
         try:
             with writing(run_dir):
                 return asyncio.run(
@@ -298,5 +300,4 @@ async def compare_policies(
 
 def of_directory(config: Config, directory: str) -> Config:
     """The config with the model of a directory in place of its own."""
-    model = config.model.model_copy(update={"path": str(Path(directory).resolve()), "init": None, "tokenizer": None})
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": config.model.at(str(Path(directory).resolve()))})

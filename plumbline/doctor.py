@@ -31,6 +31,7 @@ from plumbline.placement.sight import check_place, check_seen
 from plumbline.placement.start import Device, Dtype, Placed, place, run_device
 from plumbline.placement.table import text
 from plumbline.records import Message, ScoreRequest
+from plumbline.runs.base import check_merged
 from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards
@@ -98,7 +99,7 @@ def check(
     digests = digests_of(config, read)
     if part == "run":
         check_digests(run_dir, digests)
-    _, tokenizer = _model(config)
+    _, tokenizer = _model(config, run_dir if part == "run" else None)
     _rewards(config)
     machine = look()
     _devices(config, machine, run_device(config, machine))
@@ -124,7 +125,7 @@ def examine(
         placed = place(config, machine)
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
-        ("model", lambda: _model(config)[0]),
+        ("model", lambda: _model(config, run_dir)[0]),
         ("reward", lambda: _rewards(config)),
         ("weights", lambda: check_values(config)),
         ("lengths", lambda: _lengths(config)),
@@ -146,8 +147,11 @@ def examine(
             yield Finding(what=what, note=str(error), error=error, table=table)
 
 
-def _model(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
+def _model(config: Config, run_dir: Path | None) -> tuple[str, "PreTrainedTokenizerBase"]:
+    """`run_dir`: of the run that goes on from there, where one does."""
     note, tokenizer = check_base(config)
+    if run_dir is not None:
+        check_merged(config, run_dir)
     return f"{note}; {check_readings(config.model.tokenizer_path)}", tokenizer
 
 
@@ -213,7 +217,7 @@ def _check_parts(config: Config, read: Read) -> None:
         table, path = read.parts[section.name], section.pairs.path
         if isinstance(section, Dlma) and table.column("margin").null_count:
             raise DataError(f"{path}: pairs without a margin, which dlma needs; name a `pairs/dlma` of another run")
-        if config.sft is None and config.model.path is not None:
+        if config.sft is None and config.model.path is not None and config.model.adapter is None:  # else not made yet
             models = table.column("model").unique().to_pylist()
             check_model(section.pairs, models, model_fingerprint(config.model.path, config.reference_quantize))
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
 
@@ -41,6 +40,10 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 """Whose turn it is, and what templates call that."""
 
 
+LARGEST = 2**63 - 1
+"""Of a number in a body: engines keep whole ones in 64 bits."""
+
+
 async def read_body(stream: AsyncIterator[bytes], limit: int, seconds: float) -> bytes:
     """A body of at most `limit` bytes. Raises ApiError as soon as there are more (413), or time is over (408)."""
     body = bytearray()
@@ -74,8 +77,9 @@ def read_object(body: bytes) -> dict[str, Any]:
 def check(kind: Kind, fields: Mapping[str, Any], limits: Limits) -> tuple[str, dict[str, Any]]:
     """The model's name, and the fields for the engine. Raises ApiError (400)."""
     fields = {key: value for key, value in fields.items() if value is not None and key not in IGNORED}
-    for place, number in out_of_reach(fields, sys.float_info.max):
-        raise ApiError(400, f"`{place}` is {number}; it should be a finite number.", param=place.partition(".")[0])
+    for place, number in out_of_reach(fields, LARGEST):
+        what = f"`{place}` is {number!s:.30}; it should be a finite number, within ±{LARGEST}."
+        raise ApiError(400, what, param=place.partition(".")[0])
     for key in [key for key in fields if key in NEUTRAL]:
         if fields.pop(key) not in NEUTRAL[key]:
             raise ApiError(400, f"`{key}` asks for what is not served here: these models answer in text.", param=key)

@@ -41,6 +41,18 @@ def make_tiny_model(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+def make_tiny_adapter(directory: Path, base: Path, **settings: Any) -> Path:
+    """A LoRA adapter on all linear layers whose weights are random; `settings` are PEFT's LoraConfig's."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    asked = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False, **settings}
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**asked)).save_pretrained(str(directory))
+    return directory
+
+
 def make_byte_tokenizer(directory: Path, *special: str, **settings: Any) -> Path:
     """A byte a token, the `special` ones before them, as files; `settings` are those of tokenizer_config.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -15,6 +15,11 @@ class Model(Section):
     path: str | None = Field(
         default=None, description="directory of a transformers causal language model in safetensors"
     )
+    adapter: str | None = Field(
+        default=None,
+        min_length=1,
+        description="directory of a PEFT LoRA adapter on `path`, merged into it when the run begins",
+    )
     init: dict[str, Any] | None = Field(
         default=None, description="a transformers config (`model_type`, …), random weights"
     )
@@ -37,15 +42,16 @@ class Model(Section):
     def _one_origin(self) -> "Model":
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of `path` (a model directory) and `init` (a config, random weights)")
+        if self.init is not None and self.adapter is not None:
+            raise ValueError("`adapter` changes a model that is there; give `path` (its base) in place of `init`")
         if self.init is not None and (self.tokenizer is None or "model_type" not in self.init):
             raise ValueError("`init` needs `model_type` in it and `tokenizer` beside it")
         return self
 
     def at(self, directory: str) -> "Model":
         """This model where it lies in a run: itself, or what was made of it, which has a tokenizer of its own."""
-        if directory == self.path:
-            return self
-        return self.model_copy(update={"path": directory, "init": None, "tokenizer": None})
+        made = {} if directory == self.path else {"path": directory, "init": None, "tokenizer": None}
+        return self.model_copy(update={"adapter": None, **made})
 
     @property
     def tokenizer_path(self) -> str:

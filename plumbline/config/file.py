@@ -17,7 +17,7 @@ from plumbline.config.section import LARGEST, out_of_reach
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 
-LOCAL_PATHS = {"path", "tokenizer", "chat_template", "cache"}
+LOCAL_PATHS = {"path", "adapter", "tokenizer", "chat_template", "cache"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -14,6 +14,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _LFS = b"version https://git-lfs"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _ROWS = 2**24
@@ -44,7 +45,7 @@ def model_files(path: str, key: str) -> dict[str, Stored]:
     if not directory.exists():
         raise ModelError(f"{key}: {path}: no such directory; give a model's directory (config.json, model.safetensors)")
     if (directory / ADAPTER_CONFIG).is_file():  # also beside a config.json: transformers would look for its base
-        raise ModelError(f"{key}: {path}: an adapter{_base_of(directory)}, no model; {_MERGE}")
+        raise ModelError(f"{key}: {path}: an adapter{_base_of(directory)}, no model; {_remedy(path, key)}")
     if not (directory / CONFIG).is_file():
         raise ModelError(f"{key}: {path}: no model: there is no config.json in it")
     _json(directory / CONFIG, key, "a model's config.json is one")
@@ -55,8 +56,35 @@ def model_files(path: str, key: str) -> dict[str, Stored]:
     return read_headers(_weights(directory, key), key)
 
 
-_MERGE = "merge it into that (PEFT's merge_and_unload), and name what you save then"
+def adapter_files(path: str, key: str) -> dict[str, Stored]:
+    """The tensors of a PEFT adapter in safetensors, by name.
+
+    Args:
+        key: what names the adapter, in messages.
+
+    Raises:
+        ModelError: it is none, or one of its files is not there or damaged.
+    """
+    directory, gives = Path(path), f"give a PEFT adapter's ({ADAPTER_CONFIG}, {ADAPTER_WEIGHTS})"
+    if not directory.is_dir():
+        raise ModelError(f"{key}: {path}: no such directory; {gives}")
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{key}: {path}: no adapter: there is no {ADAPTER_CONFIG} in it; {gives}")
+    _json(directory / ADAPTER_CONFIG, key, "an adapter's is one")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        pickled = " (adapter_model.bin can run code when it is read)" if any(directory.glob("*.bin")) else ""
+        raise ModelError(f"{key}: {path}: no {ADAPTER_WEIGHTS} in it{pickled}; save it with safe_serialization=True")
+    return read_headers([directory / ADAPTER_WEIGHTS], key)
+
+
 _NO_GGUF = "give the model that it was made from, in safetensors"
+
+
+def _remedy(path: str, key: str) -> str:
+    """What to do with an adapter where a model should be."""
+    if key == "model.path":
+        return f"give that as `model.path`, and `model.adapter: {path}`"
+    return "merge it into that (PEFT's merge_and_unload), and name what you save then"
 
 
 def model_type(path: str) -> str:

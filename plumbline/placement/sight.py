@@ -17,14 +17,15 @@ def check_seen(placed: Placed, run_dir: Path) -> str:
     """Who needs the run's directory is placed on nodes that see it. Raises ConfigError."""
     config, blind = placed.plan.config, placed.machine.blind
     roles: list[tuple[str, Mapping[str, float]]] = []
-    if config.storage_path is None:  # checkpoints go through it
+    merged = config.model.adapter is not None  # π0 lies in it
+    if config.storage_path is None or merged:  # checkpoints go through the storage
         learn = [p for p in (config.sft, *config.pipelines) if p and not (isinstance(p, Frozen) and not p.train)]
         roles += [(f"the learner of {one.name}", one_of(one.learner)) for one in learn]
-    if config.sft and config.methods:  # π0 lies in it
+    if (config.sft or merged) and config.methods:
         roles.append(("a generator", one_of(config.fleet.generator)))
     for role, asked in roles:
         if count := sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in blind):
-            stores = ", or give `storage_path`" if role != "a generator" else ""
+            stores = ", or give `storage_path`" if role != "a generator" and not merged else ""
             raise ConfigError(
                 f"{run_dir}: {count} of the cluster's nodes, on which {role} may be placed, do not see it; name a "
                 f"place that all nodes see with --run-dir{stores}"

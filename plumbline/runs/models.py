@@ -17,7 +17,16 @@ from plumbline.config.pipelines import RewardModel
 from plumbline.config.tree import Config
 from plumbline.data.tokenizer import read_tokenizer, run_tokenizer
 from plumbline.errors import ModelError
-from plumbline.models.files import CONFIG, Stored, first_not_finite, model_files, model_type, read_headers, size_of
+from plumbline.models.files import (
+    CONFIG,
+    Stored,
+    adapter_files,
+    first_not_finite,
+    model_files,
+    model_type,
+    read_headers,
+    size_of,
+)
 from plumbline.runs.policies import model_path
 
 if TYPE_CHECKING:
@@ -39,12 +48,26 @@ def check_base(config: Config) -> tuple[str, "PreTrainedTokenizerBase"]:
     if path is not None:
         trains = any(isinstance(one, RewardModel) for one in config.pipelines)
         speaks = config.sft is not None or not all(isinstance(one, RewardModel) for one in config.pipelines)
+        speaks = speaks or config.model.adapter is not None  # which is merged into a causal language model
         _check_names(path, "model.path", stored, causal=speaks, new_classifier=trains)
     check_policies(config)
     tokenizer = run_tokenizer(config)
     if path is not None:
         _check_vocabulary(tokenizer, path, "model.path")
-    return "random weights" if path is None else f"{model_type(path)} in {path}", tokenizer
+    return _told(config), tokenizer
+
+
+def _told(config: Config) -> str:
+    """What the run starts from. Raises ModelError of an adapter that does not fit its base."""
+    path, adapter = config.model.path, config.model.adapter
+    if path is None:
+        return "random weights"
+    if adapter is None:
+        return f"{model_type(path)} in {path}"
+
+    from plumbline.models.merging import check_adapter
+
+    return f"{model_type(path)} in {path} {check_adapter(adapter, path)}"
 
 
 def check_causal(path: str, key: str) -> None:
@@ -148,6 +171,8 @@ def _all_files(config: Config) -> Iterator[tuple[str, str, Callable[[], Files]]]
     """Key, path and reader of every model of a run."""
     if config.model.path is not None:
         yield "model.path", config.model.path, partial(model_files, config.model.path, "model.path")
+    if config.model.adapter is not None:
+        yield "model.adapter", config.model.adapter, partial(adapter_files, config.model.adapter, "model.adapter")
     for key, reward in rewards(config).items():
         if isinstance(reward, ClassifierReward):
             path = model_path(reward.path)

@@ -20,6 +20,10 @@ from plumbline.runs.disk import write_text
 PROBE = "probe.json"
 PROOF = "proof.json"
 """What proves a version: the file that is written last."""
+MERGED = "base"
+"""The directory of a run's model with `model.adapter` merged into it."""
+SOURCES = "sources.json"
+"""What that was made of, by digests: the file in it that is written last."""
 _NAME = re.compile(r"v(\d{6,})")
 
 
@@ -43,9 +47,17 @@ def proved_versions(run_dir: Path, policy: str) -> list[int]:
 
 
 def base_directory(config: Config, run_dir: Path) -> str:
-    """Where a run's π0 lies: the config's model, or what the `sft` section made of it."""
+    """Where a run's π0 lies: the config's model, what its adapter was merged into, or what the `sft` section made.
+
+    Raises:
+        ModelError: it is not there.
+    """
     if config.sft:
         return str(version_directory(run_dir, parse_ref(run_dir, config.sft.name)))
+    if config.model.adapter is not None:
+        if not (run_dir / MERGED / SOURCES).is_file():
+            raise ModelError(f"{run_dir}: no `{MERGED}` in it, π0 with its adapter; `plumbline resume` makes it")
+        return str(run_dir / MERGED)
     assert config.model.path is not None
     return config.model.path
 

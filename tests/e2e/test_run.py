@@ -17,7 +17,7 @@ from tests.runs import (
     start,
     wait_for,
 )
-from tests.tiny import tiny_config
+from tests.tiny import make_tiny_adapter, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,9 @@ def test_no_rollout_is_staler_than_the_bound(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """From an adapter on the model, which is merged once."""
     config = tiny_config(tmp_path)
+    config["model"]["adapter"] = str(make_tiny_adapter(tmp_path / "adapter", tmp_path / "model"))
     config["fleet"] = {"engine": "transformers"}
     process = start(tmp_path, config)
     wait_for(tmp_path, process, steps=3)
@@ -50,13 +52,17 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> Non
     assert time.monotonic() - pressed < 10
     assert "plumbline resume" in err and "Traceback" not in err
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "rollouts").rglob("step-*.parquet")}
+    merged = tmp_path / "run" / "base" / "model.safetensors"
+    before[merged] = merged.stat().st_mtime_ns
     done = len(events(tmp_path))
     assert 3 <= done < 8
     command = err.split("continue with: plumbline ")[1].split()
     code, _, err = finish(plumbline(tmp_path, *command))
     assert code == 0, err
     assert_each_prompt_once(tmp_path)
-    assert all(p.stat().st_mtime_ns == then for p, then in before.items()), "a part was written twice"
+    assert all(p.stat().st_mtime_ns == then for p, then in before.items()), "a part, or π0, was written twice"
+    trained = json.loads((tmp_path / "run/policies/ple/v000008/adapter_config.json").read_text())
+    assert trained["base_model_name_or_path"] == str(merged.parent)
     assert leftovers(tmp_path) == []
 
 

@@ -21,7 +21,7 @@ from plumbline.placement import sight
 from plumbline.records import Message, Prompt
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows
 from plumbline.runs.parts import Parts
-from tests.tiny import make_prompts, make_tiny_embedder, tiny_config
+from tests.tiny import make_prompts, make_tiny_adapter, make_tiny_embedder, tiny_config
 
 Change = Callable[[Path, dict[str, Any]], None]
 RESUMES = "`plumbline resume {run}` continues it as it was, `--run-dir DIR` or another `name` starts anew"
@@ -523,6 +523,36 @@ def test_a_vocabulary_may_be_larger_than_the_tokenizers_and_not_smaller(
     resize(world, 700)
     monkeypatch.setitem(sys.modules, "pipelines.run", SimpleNamespace(run=lambda *_: {}))
     assert main(["run", world.write(), "--run-dir", str(world.run_dir)]) == 0
+
+
+@pytest.mark.usefixtures("enough_memory")
+def test_an_adapter_is_looked_at_with_its_base(
+    world: World, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_tiny_adapter(world.directory / "adapter", world.directory / "model")
+    world.tree["model"]["adapter"] = "adapter"
+    capsys.readouterr()
+    assert main(["doctor", world.write(), "--run-dir", str(world.run_dir)]) == 0
+    holds(capsys.readouterr().out, f"model with a LoRA adapter of rank 4 in {adapter}; ")
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    first = next(iter(weights))
+    weights[first][0, 0] = math.inf
+    save_file(weights, file)
+    holds(run(world, refused), "model.adapter: ", f"{first} has values that are no finite numbers")
+    del weights[first]
+    save_file(weights, file)
+    holds(run(world, refused), "model.adapter: ", "made on another model than ", "it lacks ")
+    world.tree["model"]["path"] = "adapter"
+    del world.tree["model"]["adapter"]
+    holds(run(world, refused), "model.path: ", "an adapter on ", f"`model.adapter: {adapter}`")
+
+
+def test_an_adapter_without_a_base(world: World, refused: Refused) -> None:
+    world.tree["model"] = {"adapter": "a", "init": {"model_type": "llama"}, "tokenizer": str(world.directory / "model")}
+    holds(run(world, refused), "`adapter` changes a model that is there; give `path` (its base) in place of `init`")
 
 
 # Lengths

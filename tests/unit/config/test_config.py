@@ -441,3 +441,10 @@ def test_gpus_of_an_engine_are_a_share_or_a_whole_number(gpus: float) -> None:
 def test_versions_since_a_checkpoint_stay(policy: str, learner: Mapping[str, Any], kept: int | None) -> None:
     section = Ple.model_validate({"type": "ple", "policy": {"type": policy}, "learner": learner})
     assert section.keep_versions == kept
+
+
+def test_a_runs_own_model_keeps_its_tokenizer_and_what_was_made_of_it_has_one(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path), ["model.path=/base", "model.tokenizer=/words", "model.adapter=/lora"])
+    own, made = config.model.at("/base"), config.model.at("/merged")
+    assert (own.path, own.tokenizer, own.adapter) == ("/base", "/words", None)
+    assert (made.path, made.tokenizer, made.adapter) == ("/merged", None, None)

@@ -163,6 +163,7 @@ def test_doctor_says_who_must_offer_them(path: Path, tmp_path: Path, monkeypatch
         (["storage_path=store"], None),
         (["storage_path=store", "sft={}"], "on which a generator may be placed, do not see it"),
         (["storage_path=store", "sft={}", "fleet.generator.resources={learner: 1}"], None),
+        (["storage_path=store", "model.adapter=lora"], "on which the learner of {name} may be placed, do not see it"),
     ],
 )
 def test_a_run_directory_that_its_nodes_do_not_see(

@@ -86,6 +86,14 @@ def test_what_is_no_model_is_told(model: Path, damage: Callable[[Path], None], t
     assert str(caught.value).startswith("reward.path: ") and "\n" not in str(caught.value)
 
 
+def test_an_adapter_as_the_model_is_told_where_it_goes(model: Path) -> None:
+    to_adapter(model / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=rf"org/base, no model; give that as `model.path`, and `model.adapter: {model}`$"
+    ):
+        model_files(str(model), "model.path")
+
+
 def test_a_gguf_file_as_the_model(tmp_path: Path) -> None:
     (tmp_path / "q4.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"q4\.gguf: a GGUF file; give the model"):

@@ -255,6 +255,8 @@ def test_without_a_right_key_nobody_is_answered_and_no_key_is_shown(
             "`top_p` is inf",
         ),
         ("completions", b'{"model": "ple", "prompt": "a", "logit_bias": {"5": NaN}}', 400, "`logit_bias.5` is nan"),
+        ("completions", {"model": "ple", "prompt": "a", "top_k": 2**63}, 400, "`top_k` is 9223372036854775808; it"),
+        ("completions", {"model": "ple", "prompt": "a", "seed": -(10**40)}, 400, "`seed` is -1000"),
         ("completions", {"model": "ple", "prompt": [True]}, 400, "`prompt` should be"),
         ("completions", {"model": "ple", "prompt": [1, "a"]}, 400, "`prompt` should be"),
         ("completions", {"model": "ple", "prompt": [[1], "a"]}, 400, "`prompt` should be"),

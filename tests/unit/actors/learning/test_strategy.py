@@ -259,6 +259,20 @@ def test_bfloat16_learns_as_float32_does(tiny_model: Path, policy: str) -> None:
     assert train(strategy(tiny_model, "bfloat16", policy), 5e-5) == pytest.approx(expected, rel=0.02)
 
 
+def test_at_a_rate_below_bfloat16s_steps_weights_move_as_in_float32(tiny_model: Path) -> None:
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        one = strategy(tiny_model, dtype, "full")
+        before = {name: piece.values.clone() for name, piece in one.state().items() if name.startswith("model.")}
+        train(one, 5e-6, updates=10)
+        moved[dtype] = {name: one.state()[name].values - then for name, then in before.items()}
+    assert moved["bfloat16"]
+    for name, expected in moved["float32"].items():
+        found = moved["bfloat16"][name]
+        assert (found == 0).float().mean() <= (expected == 0).float().mean() + 0.01, name
+        assert found.norm().item() == pytest.approx(expected.norm().item(), rel=0.1), name
+
+
 def test_without_masters_it_would_not(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = train(strategy(tiny_model, "bfloat16", "full"), 0.0, updates=1)
     with_masters = train(strategy(tiny_model, "bfloat16", "full"), 2e-5)
