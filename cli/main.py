@@ -70,6 +70,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     one.set_defaults(command=report_command)
 
+    one = commands.add_parser("export", help="write a version as a model that any tool loads, or a pipeline's pairs")
+    one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    one.add_argument("name", metavar="NAME", help="ple, ple@12 or base; with --pairs a pipeline, such as dlma")
+    one.add_argument("out", metavar="OUT", type=Path, help="a directory that is not there; with --pairs a JSONL file")
+    kind = one.add_mutually_exclusive_group()
+    kind.add_argument("--adapter", action="store_true", help="the adapter alone, in place of base and adapter merged")
+    kind.add_argument("--pairs", action="store_true", help="its preference pairs, as TRL reads them")
+    one.set_defaults(command=export_command)
+
     one = commands.add_parser("doctor", help="check everything that a run of CONFIG would need")
     one.add_argument("config", metavar="CONFIG")
     add_overrides(one)
@@ -130,13 +139,8 @@ def resume_command(options: argparse.Namespace) -> int:
     """`plumbline resume`."""
     from plumbline.config.file import load_config
 
-    kept = options.run_dir / "config.yaml"
-    if not kept.is_file():
-        raise UserError(
-            f"{options.run_dir}: no run directory: there is no config.yaml in it; start one by `plumbline run`"
-        )
-    options.run_dir = options.run_dir.absolute()
-    return _run(load_config(kept), options.run_dir)
+    options.run_dir = _existing(options.run_dir)
+    return _run(load_config(options.run_dir / "config.yaml"), options.run_dir)
 
 
 def _run(config: Any, run_dir: Path) -> int:
@@ -172,9 +176,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     """`plumbline evaluate`."""
     from plumbline.runs.policies import servable
 
-    run_dir = options.run_dir.absolute()
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{options.run_dir}: no run directory: there is no config.yaml in it")
+    run_dir = _existing(options.run_dir)
 
     from actors.machine import find_machine
     from cli.display import Display, result_text
@@ -191,6 +193,19 @@ def report_command(options: argparse.Namespace) -> int:
     from plumbline.report.page import write_report
 
     print(write_report(options.run_dir))
+    return 0
+
+
+def export_command(options: argparse.Namespace) -> int:
+    """`plumbline export`."""
+    run_dir = _existing(options.run_dir)
+
+    from plumbline.runs.export import export_model, export_pairs
+
+    if options.pairs:
+        print(f"{options.out}: {export_pairs(run_dir, options.name, options.out)} pairs")
+    else:
+        print(f"{options.out}: {export_model(run_dir, options.name, options.out, adapter=options.adapter)}")
     return 0
 
 
@@ -257,6 +272,13 @@ def theory_command(options: argparse.Namespace) -> int:
     )
     print(theory_text(theory, options.pairs))
     return 0
+
+
+def _existing(run_dir: Path) -> Path:
+    """A run's directory, absolute. Raises UserError where it is none."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: no run directory: there is no config.yaml in it; start one by `plumbline run`")
+    return run_dir.absolute()
 
 
 def _columns(pairs: Sequence[str]) -> dict[str, str]:
