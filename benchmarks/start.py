@@ -162,7 +162,7 @@ def run_stages(file: Path, methods: list[str]) -> dict[str, Any]:
 async def first_prompts(methods: list[Any]) -> None:
     for method in methods:
         drawn = method._draw(1)
-        method._requests(1, drawn, method.ref(0), {"sample": None})
+        await method._requests(1, drawn, method.ref(0), {"sample": None})
 
 
 def measured(kind: str, file: Path, methods: list[str]) -> dict[str, Any]:

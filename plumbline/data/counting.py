@@ -4,6 +4,7 @@ the work of tokenising it, and enough for most rows to know that they fit.
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ _SPLITTERS = (
 """What cuts a text and adds nothing to it."""
 _OFTEN, _KEPT = 8, 1024
 """Among so many pieces of texts, one that is seen so often is counted."""
+_turn = threading.Lock()
 _bounds: "WeakKeyDictionary[PreTrainedTokenizerBase, _Bound]" = WeakKeyDictionary()
 
 
@@ -34,9 +36,18 @@ def encode_texts(
     if not texts:
         return []
     quiet: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split_special_tokens, **quiet)[
-        "input_ids"
-    ]
+    settings = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, **quiet}
+    return tokenized(tokenizer, list(texts), **settings)["input_ids"]
+
+
+def tokenized(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **settings: Any) -> dict[str, Any]:
+    """What a tokenizer returns of texts; whoever calls one does it here.
+
+    One thread at a time: transformers sets whether special tokens are split on the tokenizer itself, so of two threads
+    that ask for either at once, one got the ids of the other's way.
+    """
+    with _turn:
+        return dict(tokenizer(*texts, **settings))
 
 
 def most_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, *, split_special_tokens: bool = False) -> int | None:

@@ -50,7 +50,7 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str, *, ended: b
     What looks like a special token in the text is encoded as the characters it is written with: an answer that quotes
     an end-of-turn mark does not end there.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    [ids] = encode_texts(tokenizer, [text], split_special_tokens=True)
     return [*ids, turn_end(tokenizer)] if ended else ids
 
 

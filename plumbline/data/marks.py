@@ -43,15 +43,15 @@ def encode_turns(
     turns, quoted = marks.put_aside(messages)
     text = render_text(tokenizer, turns, generate=generate, template_args=template_args)
     # a template writes the special tokens that it wants itself
-    return marks.encode(text, quoted) if quoted else tokenizer.encode(text, add_special_tokens=False)
+    return marks.encode(text, quoted) if quoted else encode_texts(tokenizer, [text])[0]
 
 
 def encode_conversations(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], *, generate: bool = True
 ) -> list[list[int]]:
     """`encode_turns` of several, in one call of the tokenizer for all without a mark in their texts."""
     marks = _of(tokenizer)
-    rendered = _rendered(tokenizer, conversations)
+    rendered = _rendered(tokenizer, conversations, generate)
     plain = [text for text, quoted in rendered if not quoted]
     encoded = iter(encode_texts(tokenizer, plain))
     return [marks.encode(text, quoted) if quoted else next(encoded) for text, quoted in rendered]
@@ -65,15 +65,16 @@ def most_of_conversations(
     Raises:
         ModelError: the template refuses one of them.
     """
-    return [None if quoted else most_tokens(tokenizer, text) for text, quoted in _rendered(tokenizer, conversations)]
+    rendered = _rendered(tokenizer, conversations, generate=True)
+    return [None if quoted else most_tokens(tokenizer, text) for text, quoted in rendered]
 
 
 def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], generate: bool
 ) -> list[tuple[str, list[str]]]:
     """Conversations by the chat template, with the marks in their texts put aside, and those marks."""
     asides = [_of(tokenizer).put_aside(messages) for messages in conversations]
-    texts = render_texts(tokenizer, [turns for turns, _ in asides])
+    texts = render_texts(tokenizer, [turns for turns, _ in asides], generate=generate)
     return [(text, quoted) for text, (_, quoted) in zip(texts, asides, strict=True)]
 
 

@@ -129,13 +129,17 @@ def render_text(
     return text
 
 
-def render_texts(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]) -> list[str]:
-    """`render_text` of several, up to where their answers begin. Raises ModelError: the template refuses one."""
+def render_texts(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], *, generate: bool = True
+) -> list[str]:
+    """`render_text` of several. Raises ModelError: the template refuses one."""
+    if not conversations:
+        return []
+    turns: Any = [_plain(messages) for messages in conversations]
     try:
-        turns: Any = [_plain(messages) for messages in conversations]
-        texts: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) if turns else []
+        texts: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
     except Exception:  # which of them, and why
-        return [render_text(tokenizer, messages) for messages in conversations]
+        return [render_text(tokenizer, messages, generate=generate) for messages in conversations]
     return texts
 
 

@@ -1,6 +1,7 @@
 """Bounds of tokens without tokenising: never below what a tokenizer makes of a text, and none where nobody knows."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,14 @@ def test_ids_are_those_of_one_text_at_a_time() -> None:
         ones = [BOUNDED[0].encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
         assert encode_texts(BOUNDED[0], texts, split_special_tokens=split) == ones
     assert encode_texts(BOUNDED[0], []) == []
+
+
+def test_two_threads_get_their_own_ways_ids() -> None:
+    """transformers keeps on the tokenizer how special tokens are read: each thread had some of the other's ids."""
+    asked = [[Message(role="user", content=f"the goat {i}")] for i in range(64)]
+    texts = [f"the <|im_end|> goat {i}" for i in range(64)]
+    ways = (lambda: encode_conversations(BOUNDED[0], asked), lambda: encode_responses(BOUNDED[0], texts))
+    right = [way() for way in ways]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: ways[i % 2](), range(200)))
+    assert all(one == right[i % 2] for i, one in enumerate(found))
