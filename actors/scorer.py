@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from actors.metrics import SCORER_ITEMS, SCORER_SECONDS
 from plumbline.config.data import ServiceReward
-from plumbline.data.reward_text import Reads, RewardText, reward_text
+from plumbline.data.reward_text import Reads, reward_texts
 from plumbline.errors import ConfigError, RunError, in_one_line
 from plumbline.models.classifier import classifier_logits, packs_texts
 from plumbline.models.services import open_service
@@ -167,24 +167,19 @@ class ClassifierReward:
         """One score a request, computed in batches of at most `batch_tokens` tokens, padding included."""
         import torch
 
-        texts = [self._encode(request) for request in requests]
+        spec = self._spec
+        texts = reward_texts(self._tokenizer, requests, reads=spec.reads, max_len=spec.max_len)
+        self.truncated += sum(text.cut for text in texts)
         lengths = [len(text.ids) for text in texts]
         scores = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: lengths[i])
         with torch.inference_mode():
-            for batch in _batches(order, lengths, self._spec.batch_tokens, pads=self._pads):
+            for batch in _batches(order, lengths, spec.batch_tokens, pads=self._pads):
                 logits = classifier_logits(self._model, [texts[i].ids for i in batch], [texts[i].beside for i in batch])
                 values = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
                 for i, value in zip(batch, values.tolist(), strict=True):
                     scores[i] = value
         return scores
-
-    def _encode(self, request: ScoreRequest) -> RewardText:
-        text = reward_text(
-            self._tokenizer, request.messages, request.response, reads=self._spec.reads, max_len=self._spec.max_len
-        )
-        self.truncated += text.cut
-        return text
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], budget: int, *, pads: bool) -> list[list[int]]:

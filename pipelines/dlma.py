@@ -13,7 +13,7 @@ from pipelines.context import Context
 from pipelines.method import Method, Rollout, Row, rejected_row
 from pipelines.offline import OfflinePairs
 from plumbline.config.pipelines import Dlma
-from plumbline.data.prompting import dlma_contrast, render
+from plumbline.data.prompting import dlma_contrast
 from plumbline.methods.selection import self_reward_margin
 from plumbline.records import Completion, PolicyRef, Prompt, Sample
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, values
@@ -35,8 +35,8 @@ class DlmaMethod(Method):
         if self._offline:
             return self._offline.rollout(step, prompts)
         sides = {"positive": self._contrast.positive, "negative": self._contrast.negative}
-        asked = self._requests(step, prompts, ref, sides)
-        judged = [self._contrast_prompts(prompt) for prompt in prompts]
+        asked = await self._requests(step, prompts, ref, sides)
+        judged = await self._contrast_prompts(prompts)
         queries = [query for query in self._queries(prompts) for _ in range(2)]
         context = self._context
         reference = context.reference(self.name)
@@ -95,13 +95,11 @@ class DlmaMethod(Method):
                 figures["agreement"] = sum(agrees) / len(agrees)
         return figures
 
-    def _contrast_prompts(self, prompt: Prompt) -> ContrastPrompts:
-        tokenizer = self._context.tokenizer
-        return ContrastPrompts(
-            plain_ids=self._plain_ids(prompt),
-            positive_ids=render(tokenizer, prompt.messages, principle=self._scoring.positive),
-            negative_ids=render(tokenizer, prompt.messages, principle=self._scoring.negative),
-        )
+    async def _contrast_prompts(self, prompts: Sequence[Prompt]) -> list[ContrastPrompts]:
+        kinds = (None, self._scoring.positive, self._scoring.negative)
+        ids = await self._rendered([(prompt, text) for prompt in prompts for text in kinds])
+        three = zip(ids[::3], ids[1::3], ids[2::3], strict=True)
+        return [ContrastPrompts(plain_ids=a, positive_ids=b, negative_ids=c) for a, b, c in three]
 
 
 def judge(logps: ContrastLogps) -> dict[str, float]:

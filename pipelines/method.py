@@ -20,10 +20,12 @@ from pipelines.context import Context
 from pipelines.rewarding import RewardWatch
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Frozen, MethodSection
+from plumbline.data.ending import encode_responses
 from plumbline.data.length_filter import Fit, Unfit
-from plumbline.data.prompting import render, render_all
+from plumbline.data.prompting import render_all
 from plumbline.errors import RunError
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
+from plumbline.runs.pairs import Answer
 from plumbline.runs.parts import Parts, Rejected
 from plumbline.runs.rollouts import prompt_text
 
@@ -126,12 +128,12 @@ class Method(ABC):
             self._orders = {pass_: order}  # of many prompts it takes as long as a step
         return [self._prompts[i] for i in self._orders[pass_][position * size : (position + 1) * size]]
 
-    def _requests(
+    async def _requests(
         self, step: int, prompts: Sequence[Prompt], ref: PolicyRef, steering: Mapping[str, str | None], n: int = 1
     ) -> list[GenerateRequest]:
         """One for each prompt and each kind of `steering`: all of a prompt, then those of the next."""
         asked = [(prompt, kind, text) for prompt in prompts for kind, text in steering.items()]
-        rendered = render_all(self._context.tokenizer, [(prompt.messages, text) for prompt, _, text in asked])
+        rendered = await self._rendered([(prompt, text) for prompt, _, text in asked])
         return [
             GenerateRequest(
                 key=f"{step}/{prompt.id}/{kind}",
@@ -165,8 +167,16 @@ class Method(ABC):
     def _queries(self, prompts: Sequence[Prompt]) -> list[Query]:
         return [Query(messages=p.messages, extra=dict(p.extra)) for p in prompts]
 
-    def _plain_ids(self, prompt: Prompt) -> list[int]:
-        return render(self._context.tokenizer, prompt.messages)
+    async def _rendered(self, asked: Sequence[tuple[Prompt, str | None]]) -> list[list[int]]:
+        """Token ids of prompts with what steers them. The pipelines' loop goes on meanwhile."""
+        return await asyncio.to_thread(
+            render_all, self._context.tokenizer, [(prompt.messages, text) for prompt, text in asked]
+        )
+
+    async def _answers(self, texts: Sequence[str]) -> list[Answer]:
+        """Texts that nobody sampled, as sides of pairs."""
+        ids = await asyncio.to_thread(encode_responses, self._context.tokenizer, texts)
+        return [Answer(text=text, ids=own) for text, own in zip(texts, ids, strict=True)]
 
 
 def batch_count(items: int, size: int) -> int:

@@ -30,7 +30,7 @@ class PleMethod(Method):
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
         """Two answers a prompt; both scored against the plain query."""
-        asked = self._requests(step, prompts, ref, {"plain": None, "guided": self._principle})
+        asked = await self._requests(step, prompts, ref, {"plain": None, "guided": self._principle})
         queries = [query for query in self._queries(prompts) for _ in range(2)]
         scorer = self._context.pick(self._context.fleet.scorer)
         answers, scored = await self._generated(asked, lambda drawn: scorer.score_generations.remote(queries, drawn))

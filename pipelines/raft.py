@@ -19,7 +19,7 @@ class RaftMethod(Method):
         self._samples = section.samples
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
-        asked = self._requests(step, prompts, ref, {"sample": None}, n=self._samples)
+        asked = await self._requests(step, prompts, ref, {"sample": None}, n=self._samples)
         scorer, queries = self._context.pick(self._context.fleet.scorer), self._queries(prompts)
         drawn, scored = await self._generated(asked, lambda answers: scorer.score_generations.remote(queries, answers))
         scores = self.watch.look(scored)

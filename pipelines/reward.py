@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from actors.scorer import ScorerSpec
@@ -13,7 +14,8 @@ from pipelines.loop import train_on
 from plumbline.config.pipelines import RewardModel
 from plumbline.config.section import planned
 from plumbline.data.dataset import LabelledText
-from plumbline.data.reward_text import reward_text
+from plumbline.data.length_filter import AT_ONCE
+from plumbline.data.reward_text import reward_texts
 from plumbline.records import PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
 from plumbline.runs.disk import write_text
 from plumbline.runs.policies import PROOF, version_directory
@@ -21,22 +23,13 @@ from plumbline.runs.policies import PROOF, version_directory
 
 async def run_reward(context: Context, section: RewardModel) -> Path:
     """Train to the last batch, report held-out accuracy; returns the directory of the model."""
-    train, heldout = map(as_requests, context.rows.rewards[section.name])
-    if not heldout:  # the last twentieth is kept back
-        train, heldout = train[: -max(1, len(train) // 20)], train[-max(1, len(train) // 20) :]
-    batches = await asyncio.to_thread(
-        Batches,
-        (reward_sample(context, section, requests, label) for requests, label in train),
-        section.learner.batch_size,
-        section.epochs,
-        context.config.seed,
-    )
+    batches, heldout, trained_on = await asyncio.to_thread(reward_batches, context, section)
     spec = context.learner_spec(section, len(batches), serves=False)
     await train_on(context, spec, batches)
     directory = version_directory(context.run_dir, PolicyRef(policy=section.name, version=len(batches)))
     await asyncio.to_thread(context.storage.pull_directory, directory, PROOF)  # the learner may be elsewhere
     accuracy = await heldout_accuracy(context, section, directory, heldout)
-    figures = {"heldout_accuracy": accuracy, "heldout": len(heldout), "trained_on": len(train)}
+    figures = {"heldout_accuracy": accuracy, "heldout": len(heldout), "trained_on": trained_on}
     write_text(directory / "accuracy.json", json.dumps(figures))
     await asyncio.to_thread(context.storage.push, directory / "accuracy.json")
     context.events.write({"pipeline": section.name, **figures})
@@ -60,13 +53,27 @@ def as_requests(rows: Sequence[LabelledText | Prompt]) -> list[Labelled]:
     return requests
 
 
-def reward_sample(context: Context, section: RewardModel, requests: list[ScoreRequest], label: float) -> Sample:
-    """A group without a prompt: its responses are what the classifier reads."""
-    texts = [
-        reward_text(context.tokenizer, r.messages, r.response, reads=section.reads, max_len=planned(section.max_len))
-        for r in requests
-    ]
-    return Sample(group=TokenGroup([], [t.ids for t in texts], [t.beside for t in texts]), rewards=(label,))
+def reward_batches(context: Context, section: RewardModel) -> tuple[Batches, list[Labelled], int]:
+    """What it is trained on, what it is tried on, and of how many rows or pairs the former is.
+
+    A sample is a group without a prompt: its responses are what the classifier reads.
+    """
+    train, heldout = map(as_requests, context.rows.rewards[section.name])
+    if not heldout:  # the last twentieth is kept back
+        train, heldout = train[: -max(1, len(train) // 20)], train[-max(1, len(train) // 20) :]
+
+    def samples() -> Iterator[Sample]:
+        for start in range(0, len(train), AT_ONCE):
+            some = train[start : start + AT_ONCE]
+            asked = [request for requests, _ in some for request in requests]
+            longest = planned(section.max_len)
+            texts = iter(reward_texts(context.tokenizer, asked, reads=section.reads, max_len=longest))
+            for requests, label in some:
+                own = list(islice(texts, len(requests)))
+                yield Sample(group=TokenGroup([], [t.ids for t in own], [t.beside for t in own]), rewards=(label,))
+
+    batches = Batches(samples(), section.learner.batch_size, section.epochs, context.config.seed)
+    return batches, heldout, len(train)
 
 
 async def heldout_accuracy(context: Context, section: RewardModel, directory: Path, rows: list[Labelled]) -> float:

@@ -8,6 +8,7 @@ import random
 import statistics
 import zlib
 from collections.abc import Sequence
+from itertools import islice
 
 from actors.spawn import gather
 from pipelines.context import Context
@@ -15,7 +16,7 @@ from pipelines.method import Method, Rollout, Row, rejected_row
 from pipelines.offline import OfflinePairs
 from plumbline.config.pipelines import SelfContrast
 from plumbline.config.section import planned
-from plumbline.data.ending import encode_response, strip_stop
+from plumbline.data.ending import strip_stop
 from plumbline.methods.evaluation import data_accuracy
 from plumbline.methods.selection import select_negatives
 from plumbline.records import Generation, PolicyRef, Prompt, Sample, TokenGroup
@@ -43,22 +44,22 @@ class SelfContrastMethod(Method):
     async def _of_samples(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
         """R samples a prompt from one request; the positive is the target, up to a stop string as samples are."""
         settings = self._contrast
-        asked = self._requests(step, prompts, ref, {"sample": None}, n=settings.samples)
+        asked = await self._requests(step, prompts, ref, {"sample": None}, n=settings.samples)
         targets = [strip_stop(prompt.target or "", self._sampling.stop) for prompt in prompts]
         then = []
         if settings.filter:
             embedder = self._context.pick(self._context.fleet.embedder)
             then.append(lambda drawn: embedder.similarities.remote(targets, drawn))
         drawn, *similarities = await self._generated(asked, *then)
-        groups: list[tuple[Prompt, list[Answer]]] = []
+        positives = await self._answers(targets)
+        groups: list[tuple[Prompt, list[int], list[Answer]]] = []
         rejected = []
         for i, prompt in enumerate(prompts):
             picked = self._negatives(step, prompt, targets[i], drawn[i], similarities[0][i] if similarities else None)
             if not targets[i].strip():
                 rejected.append(rejected_row(step, prompt, "blank target", "nothing stands before its stop string"))
             elif picked:
-                positive = self._answer(targets[i])
-                groups.append((prompt, [positive, *picked]))
+                groups.append((prompt, asked[i].prompt_ids, [positives[i], *picked]))
             else:
                 detail = f"fewer than {settings.negatives} usable ones among {settings.samples} samples"
                 rejected.append(rejected_row(step, prompt, "too few negatives", detail))
@@ -92,38 +93,41 @@ class SelfContrastMethod(Method):
 
     async def _of_preferences(self, step: int, prompts: Sequence[Prompt]) -> Rollout:
         """The answers of a preference file. One that is equal to the chosen answer is no negative."""
-        groups: list[tuple[Prompt, list[Answer]]] = []
+        plain = await self._rendered([(prompt, None) for prompt in prompts])
+        others = [usable_rejected(prompt)[: self._contrast.negatives] for prompt in prompts]
+        sides = await self._answers([text for i, p in enumerate(prompts) for text in (p.chosen or "", *others[i])])
+        given = iter(sides)
+        groups: list[tuple[Prompt, list[int], list[Answer]]] = []
         rejected = []
-        for prompt in prompts:
-            others = usable_rejected(prompt)
-            answers = [self._answer(text) for text in (prompt.chosen or "", *others[: self._contrast.negatives])]
-            longest = len(self._plain_ids(prompt)) + max(len(one.ids) for one in answers)
-            if not others:
+        for prompt, ids, texts in zip(prompts, plain, others, strict=True):
+            answers = list(islice(given, 1 + len(texts)))
+            longest = len(ids) + max(len(one.ids) for one in answers)
+            if not texts:
                 rejected.append(rejected_row(step, prompt, "equal answers", "chosen and rejected are the same text"))
             elif longest > (limit := planned(self._context.config.model.max_len)):
                 rejected.append(rejected_row(step, prompt, "answer too long", f"{longest} tokens, limit {limit}"))
             else:
-                groups.append((prompt, answers))
+                groups.append((prompt, ids, answers))
         return Rollout(rows=await self._rows(step, groups, engine=None), rejected=rejected, tokens=0)
 
     async def _rows(
-        self, step: int, prompts: Sequence[tuple[Prompt, Sequence[Answer]]], engine: str | None
+        self, step: int, asked: Sequence[tuple[Prompt, list[int], Sequence[Answer]]], engine: str | None
     ) -> list[dict[str, object]]:
-        """Rows of all prompts, with the reference's log-probs and, where there is a reward, what it says of them."""
-        if not prompts:
+        """Rows of all prompts with their ids and answers: the reference's log-probs, and what a reward says of them."""
+        if not asked:
             return []
-        groups = [TokenGroup(self._plain_ids(prompt), [one.ids for one in answers]) for prompt, answers in prompts]
+        groups = [TokenGroup(ids, [one.ids for one in answers]) for _, ids, answers in asked]
         context = self._context
         wanted = [context.reference(self.name).logps.remote(groups)]
         if context.fleet.scorer:
-            queries = self._queries([prompt for prompt, _ in prompts])
-            texts = [[one.text for one in answers] for _, answers in prompts]
+            queries = self._queries([prompt for prompt, _, _ in asked])
+            texts = [[one.text for one in answers] for _, _, answers in asked]
             wanted.append(context.pick(context.fleet.scorer).score_answers.remote(queries, texts))
         logps, *found = await gather(*wanted)
         scored = [self.watch.look(one) for one in found]
         return [
             row
-            for i, ((prompt, answers), group, ref_logps) in enumerate(zip(prompts, groups, logps, strict=True))
+            for i, ((prompt, _, answers), group, ref_logps) in enumerate(zip(asked, groups, logps, strict=True))
             for row in pair_rows(
                 step=step,
                 prompt=prompt,
@@ -135,9 +139,6 @@ class SelfContrastMethod(Method):
                 model=self._context.fingerprint,
             )
         ]
-
-    def _answer(self, text: str) -> Answer:
-        return Answer(text=text, ids=encode_response(self._context.tokenizer, text))
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
         """See `plumbline.runs.pairs.pair_samples`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from plumbline.data.counting import encode_texts, most_tokens
 from plumbline.data.tokenizer import render_text
 from plumbline.errors import ModelError
 from plumbline.records import Completion, Message
@@ -49,14 +50,20 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str, *, ended: b
     What looks like a special token in the text is encoded as the characters it is written with: an answer that quotes
     an end-of-turn mark does not end there.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    [ids] = encode_texts(tokenizer, [text], split_special_tokens=True)
     return [*ids, turn_end(tokenizer)] if ended else ids
 
 
 def encode_responses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     """`encode_response` of texts that ended, in one call of the tokenizer."""
-    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    ids = encode_texts(tokenizer, texts, split_special_tokens=True)
     return [[*one, turn_end(tokenizer)] for one in ids]
+
+
+def most_of_responses(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[int | None]:
+    """What none of `encode_responses` has more tokens than, without tokenising them; None where nobody knows."""
+    mosts = (most_tokens(tokenizer, text, split_special_tokens=True) for text in texts)
+    return [None if most is None else most + 1 for most in mosts]
 
 
 def completion(

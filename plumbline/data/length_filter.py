@@ -1,21 +1,22 @@
 """Which prompts fit into a run: found before it starts, for all rows; the pipelines discard and count the others.
 
-A row is tokenised once for each text that is put before its prompt, however many pipelines ask, many rows at a time.
+A row is rendered once for each text that is put before its prompt, however many pipelines ask, many rows at a time. It
+is tokenised only where a look at its bytes does not say that it fits (`plumbline.data.counting`).
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from plumbline.config.pipelines import MethodSection, Preference
 from plumbline.config.section import planned
 from plumbline.config.tree import Config
-from plumbline.data.ending import encode_responses
-from plumbline.data.prompting import render_all, steerings
+from plumbline.data.ending import encode_responses, most_of_responses
+from plumbline.data.prompting import most_of_all, render_all, steerings
 from plumbline.errors import DataError, ModelError
 from plumbline.records import Prompt
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1024
 """Texts of one call of the tokenizer: enough for all its threads, few enough for their ids to be soon forgotten."""
+UNKNOWN = 2**30
+"""A bound where none is known: more than any limit, and two of them are an int32."""
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
@@ -44,6 +47,22 @@ class Fit:
     unfit: list[Unfit]
 
 
+class Counts:
+    """Tokens of a text of each row: `most` [N] int32 is no less than they are, and what they are where `settle`d."""
+
+    def __init__(self, most: np.ndarray, count: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.most = most
+        self._count = count
+        self._counted = np.zeros(len(most), bool)
+
+    def settle(self, rows: np.ndarray) -> np.ndarray:
+        """`most`, after counting the rows of a mask [N] that are not counted yet."""
+        left = np.flatnonzero(rows & ~self._counted)
+        self.most[left] = self._count(left)
+        self._counted[left] = True
+        return self.most
+
+
 class Lengths:
     """Tokens of the prompts and targets of a file; `source` is what messages call it.
 
@@ -54,37 +73,50 @@ class Lengths:
         self.prompts = list(prompts)
         self.source = source
         self._tokenizer = tokenizer
-        self._under: dict[str | None, np.ndarray] = {}
-        self._targets: np.ndarray | None = None
+        self._under: dict[str | None, Counts] = {}
+        self._targets: Counts | None = None
 
-    def under(self, steering: str | None) -> np.ndarray:
-        """[N] int32, of the prompts with a text put before them; None is the plain prompt."""
+    def under(self, steering: str | None) -> Counts:
+        """Of the prompts with a text put before them; None is the plain prompt."""
         if steering not in self._under:
-            self._under[steering] = self._counted(lambda some: self._rendered(some, steering))
+            self._under[steering] = self._counts(
+                lambda some: self._rendered(most_of_all, some, steering),
+                lambda some: self._rendered(render_all, some, steering),
+            )
         return self._under[steering]
 
-    def targets(self) -> np.ndarray:
-        """[N] int32, of the targets with EOS. Every prompt has one."""
+    def targets(self) -> Counts:
+        """Of the targets with EOS. Every prompt has one."""
         if self._targets is None:
-            self._targets = self._counted(
-                lambda some: encode_responses(self._tokenizer, [prompt.target or "" for prompt in some])
+            self._targets = self._counts(
+                lambda some: most_of_responses(self._tokenizer, [prompt.target or "" for prompt in some]),
+                lambda some: encode_responses(self._tokenizer, [prompt.target or "" for prompt in some]),
             )
         return self._targets
 
-    def _counted(self, ids: Callable[[Sequence[Prompt]], Sequence[Sequence[int]]]) -> np.ndarray:
-        counts = np.zeros(len(self.prompts), np.int32)
-        with _in_parallel():
-            for start in range(0, len(counts), AT_ONCE):
-                some = self.prompts[start : start + AT_ONCE]
-                counts[start : start + len(some)] = [len(one) for one in ids(some)]
-        return counts
+    def _counts(
+        self,
+        most: Callable[[Sequence[Prompt]], Sequence[int | None]],
+        ids: Callable[[Sequence[Prompt]], Sequence[Sequence[int]]],
+    ) -> Counts:
+        everyone = np.arange(len(self.prompts))
+        bounds = self._by_chunk(everyone, lambda some: [UNKNOWN if n is None else n for n in most(some)])
+        return Counts(bounds, lambda rows: self._by_chunk(rows, lambda some: [len(one) for one in ids(some)]))
 
-    def _rendered(self, prompts: Sequence[Prompt], steering: str | None) -> Sequence[Sequence[int]]:
+    def _by_chunk(self, rows: np.ndarray, number: Callable[[Sequence[Prompt]], Sequence[int]]) -> np.ndarray:
+        numbers = np.zeros(len(rows), np.int32)
+        with _in_parallel():
+            for start in range(0, len(rows), AT_ONCE):
+                some = [self.prompts[i] for i in rows[start : start + AT_ONCE]]
+                numbers[start : start + len(some)] = number(some)
+        return numbers
+
+    def _rendered(self, how: Callable[..., Sequence[Any]], prompts: Sequence[Prompt], steering: str | None) -> Any:
         try:
-            return render_all(self._tokenizer, [(prompt.messages, steering) for prompt in prompts])
+            return how(self._tokenizer, [(prompt.messages, steering) for prompt in prompts])
         except ModelError as error:
             if len(prompts) > 1:  # which of them
-                return [ids for prompt in prompts for ids in self._rendered([prompt], steering)]
+                return [one for prompt in prompts for one in self._rendered(how, [prompt], steering)]
             raise DataError(
                 f"{self.source}, row {prompts[0].row}: {error}; mend or remove the row, or give another "
                 "`model.chat_template`"
@@ -93,14 +125,19 @@ class Lengths:
 
 def prompt_fit(config: Config, section: MethodSection, lengths: Lengths) -> Fit:
     """Prompts within a pipeline's limits, at their longest with what steers them."""
-    plain, guided, room = _sizes(config, section, lengths)
-    limit = config.data.max_prompt_tokens
-    short = (plain <= limit) & (guided <= room)
+    limit, room = config.data.max_prompt_tokens, _room(config, section)
+    plain = lengths.under(None)
+    guided = [lengths.under(text) for text in _steerings(section)] or [plain]
+    short = plain.settle(plain.most > limit) <= limit
+    for one in guided:
+        short &= one.settle(one.most > room) <= room
+    long = plain.settle(~short)
+    longest = np.maximum.reduce([one.settle(~short) for one in guided])
     return _parted(
         lengths.prompts,
         short,
         "prompt too long",
-        lambda i: f"{plain[i]} tokens ({guided[i]} with the principle), limit {limit} ({room})",
+        lambda i: f"{long[i]} tokens ({longest[i]} with the principle), limit {limit} ({room})",
     )
 
 
@@ -119,13 +156,16 @@ def section_fit(config: Config, section: MethodSection, lengths: Lengths) -> Fit
 
 def target_fit(config: Config, lengths: Lengths) -> Fit:
     """Prompts that fit together with their targets, which all have one."""
-    plain, whole = lengths.under(None), lengths.under(None) + lengths.targets()
     limit, room = config.data.max_prompt_tokens, planned(config.model.max_len)
+    plain, targets = lengths.under(None), lengths.targets()
+    unsure = (plain.most > limit) | (plain.most + targets.most > room)
+    long = plain.settle(unsure)
+    whole = long + targets.settle(unsure)
     return _parted(
         lengths.prompts,
-        (plain <= limit) & (whole <= room),
+        (long <= limit) & (whole <= room),
         "target too long",
-        lambda i: f"{plain[i]} tokens ({whole[i]} with the target), limit {limit} ({room})",
+        lambda i: f"{long[i]} tokens ({whole[i]} with the target), limit {limit} ({room})",
     )
 
 
@@ -136,16 +176,18 @@ def _parted(prompts: Sequence[Prompt], fits: np.ndarray, reason: str, detail: Ca
     )
 
 
-def _sizes(config: Config, section: MethodSection, lengths: Lengths) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens of the prompts plain and at their longest, and what `model.max_len` leaves for them.
+def _gives_pairs(section: MethodSection) -> bool:
+    """Whether a pipeline trains on given pairs: it generates nothing, steers nothing, keeps no room for an answer."""
+    return isinstance(section, Preference) and section.pairs is not None
 
-    A pipeline that trains on given pairs generates nothing, so it steers nothing and keeps no room for an answer.
-    """
-    plain = lengths.under(None)
-    if isinstance(section, Preference) and section.pairs is not None:
-        return plain, plain, planned(config.model.max_len)
-    guided = [lengths.under(text) for text in steerings(section)] or [plain]
-    return plain, np.maximum.reduce(guided), planned(config.model.max_len) - section.generation.max_tokens
+
+def _steerings(section: MethodSection) -> list[str]:
+    return [] if _gives_pairs(section) else list(dict.fromkeys(steerings(section)))
+
+
+def _room(config: Config, section: MethodSection) -> int:
+    """What `model.max_len` leaves for prompts."""
+    return planned(config.model.max_len) - (0 if _gives_pairs(section) else section.generation.max_tokens)
 
 
 @contextmanager

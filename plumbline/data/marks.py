@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from plumbline.data.tokenizer import render_text
+from plumbline.data.counting import encode_texts, most_tokens
+from plumbline.data.tokenizer import render_text, render_texts
 from plumbline.errors import ModelError
 from plumbline.records import Message
 
@@ -42,22 +43,39 @@ def encode_turns(
     turns, quoted = marks.put_aside(messages)
     text = render_text(tokenizer, turns, generate=generate, template_args=template_args)
     # a template writes the special tokens that it wants itself
-    return marks.encode(text, quoted) if quoted else tokenizer.encode(text, add_special_tokens=False)
+    return marks.encode(text, quoted) if quoted else encode_texts(tokenizer, [text])[0]
 
 
 def encode_conversations(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], *, generate: bool = True
 ) -> list[list[int]]:
     """`encode_turns` of several, in one call of the tokenizer for all without a mark in their texts."""
     marks = _of(tokenizer)
-    asides = [marks.put_aside(messages) for messages in conversations]
-    texts = [render_text(tokenizer, turns) for turns, _ in asides]
-    plain = [text for text, (_, quoted) in zip(texts, asides, strict=True) if not quoted]
-    encoded = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
-    return [
-        marks.encode(text, quoted) if quoted else list(next(encoded))
-        for text, (_, quoted) in zip(texts, asides, strict=True)
-    ]
+    rendered = _rendered(tokenizer, conversations, generate)
+    plain = [text for text, quoted in rendered if not quoted]
+    encoded = iter(encode_texts(tokenizer, plain))
+    return [marks.encode(text, quoted) if quoted else next(encoded) for text, quoted in rendered]
+
+
+def most_of_conversations(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]
+) -> list[int | None]:
+    """What none of `encode_conversations` has more tokens than, without tokenising them; None where nobody knows.
+
+    Raises:
+        ModelError: the template refuses one of them.
+    """
+    rendered = _rendered(tokenizer, conversations, generate=True)
+    return [None if quoted else most_tokens(tokenizer, text) for text, quoted in rendered]
+
+
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], generate: bool
+) -> list[tuple[str, list[str]]]:
+    """Conversations by the chat template, with the marks in their texts put aside, and those marks."""
+    asides = [_of(tokenizer).put_aside(messages) for messages in conversations]
+    texts = render_texts(tokenizer, [turns for turns, _ in asides], generate=generate)
+    return [(text, quoted) for text, (_, quoted) in zip(texts, asides, strict=True)]
 
 
 class _Marks:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from plumbline.config.pipelines import Contrasts, Dlma, MethodSection
-from plumbline.data.marks import encode_conversations, encode_turns
+from plumbline.data.marks import encode_conversations, encode_turns, most_of_conversations
 from plumbline.data.tokenizer import nearest, render_text
 from plumbline.errors import ConfigError, ModelError
 from plumbline.records import Message
@@ -120,6 +120,19 @@ def render_all(
         ModelError: the chat template refuses one of them.
     """
     return encode_conversations(
+        tokenizer, [place_principle(tokenizer, messages, principle) for messages, principle in asked]
+    )
+
+
+def most_of_all(
+    tokenizer: "PreTrainedTokenizerBase", asked: Sequence[tuple[Sequence[Message], str | None]]
+) -> list[int | None]:
+    """What none of `render_all` has more tokens than, without tokenising them; None where nobody knows.
+
+    Raises:
+        ModelError: as `render_all`.
+    """
+    return most_of_conversations(
         tokenizer, [place_principle(tokenizer, messages, principle) for messages, principle in asked]
     )
 

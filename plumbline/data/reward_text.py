@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from plumbline.data.marks import encode_turns
+from plumbline.data.counting import tokenized
+from plumbline.data.marks import encode_conversations
 from plumbline.data.tokenizer import render_text
-from plumbline.records import Message
+from plumbline.records import Message, ScoreRequest
 
 Reads = Literal["response", "pair", "conversation"]
 
@@ -21,30 +22,35 @@ class RewardText:
     cut: bool
 
 
-def reward_text(
-    tokenizer: Any, messages: Sequence[Message], response: str, *, reads: Reads, max_len: int
-) -> RewardText:
-    """Tokenise what a reward `reads`, cut to `max_len` tokens.
+def reward_texts(tokenizer: Any, asked: Sequence[ScoreRequest], *, reads: Reads, max_len: int) -> list[RewardText]:
+    """Tokenise what a reward `reads` of each, in one call of the tokenizer, cut to `max_len` tokens.
 
     An answer alone is cut at its end, a conversation at its beginning, so that the answer stays. What looks like a
     special token in a text is text (`plumbline.data.marks`).
 
     Raises:
-        ModelError: the chat template refuses the conversation.
+        ModelError: the chat template refuses a conversation.
     """
+    if not asked:
+        return []
     if reads == "conversation":
-        ids = encode_turns(tokenizer, _turns(messages, response), generate=False)
-        return RewardText(ids=ids[-max_len:], beside={}, cut=len(ids) > max_len)
-    texts = (messages[-1].content, response) if reads == "pair" else (response,)
+        conversations = [_turns(one.messages, one.response) for one in asked]
+        rendered = encode_conversations(tokenizer, conversations, generate=False)
+        return [RewardText(ids=ids[-max_len:], beside={}, cut=len(ids) > max_len) for ids in rendered]
+    answers = [one.response for one in asked]
+    texts = ([one.messages[-1].content for one in asked], answers) if reads == "pair" else (answers,)
     # A tokenizer that is read from its file alone tells of a pair's segments only where it is asked.
-    found = dict(tokenizer(*texts, split_special_tokens=True, return_token_type_ids=reads == "pair"))
-    ids = found.pop("input_ids")
+    found = tokenized(tokenizer, *texts, split_special_tokens=True, return_token_type_ids=reads == "pair")
+    all_ids = found.pop("input_ids")
     found.pop("attention_mask", None)  # there is no padding yet
-    return RewardText(
-        ids=ids[:max_len],
-        beside={name: values[:max_len] for name, values in found.items() if len(values) == len(ids)},
-        cut=len(ids) > max_len,
-    )
+    return [
+        RewardText(
+            ids=ids[:max_len],
+            beside={name: values[i][:max_len] for name, values in found.items() if len(values[i]) == len(ids)},
+            cut=len(ids) > max_len,
+        )
+        for i, ids in enumerate(all_ids)
+    ]
 
 
 def check_conversation(tokenizer: Any, messages: Sequence[Message]) -> None:

@@ -118,15 +118,33 @@ def render_text(
     Raises:
         ModelError: the template refuses the conversation.
     """
-    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-    args = dict(template_args or {})
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **args)
+        text = tokenizer.apply_chat_template(
+            _plain(messages), tokenize=False, add_generation_prompt=generate, **(template_args or {})
+        )
     except Exception as error:  # Jinja runs the template's code: it can fail as any code can
         roles = ", ".join(turn.role for turn in messages)
         raise ModelError(f"the chat template refuses the turns ({roles}): {first_line(error)}") from error
     assert isinstance(text, str)
     return text
+
+
+def render_texts(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], *, generate: bool = True
+) -> list[str]:
+    """`render_text` of several. Raises ModelError: the template refuses one."""
+    if not conversations:
+        return []
+    turns: Any = [_plain(messages) for messages in conversations]
+    try:
+        texts: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+    except Exception:  # which of them, and why
+        return [render_text(tokenizer, messages, generate=generate) for messages in conversations]
+    return texts
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in messages]
 
 
 def template_variables(template: str) -> list[str]:

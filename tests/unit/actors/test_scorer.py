@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from actors.scorer import Query, Scorer, ScorerSpec, _batches, load_function
-from plumbline.data.reward_text import reward_text
+from plumbline.data.reward_text import reward_texts
 from plumbline.data.tokenizer import read_tokenizer
 from plumbline.errors import ConfigError
 from plumbline.miniature.tokenizer import make_tokenizer
@@ -238,7 +238,7 @@ def test_what_a_classifier_reads(tiny_model: Path) -> None:
     tokenizer: Any = read_tokenizer(str(tiny_model))
 
     def read(reads: Any, max_len: int = 64) -> tuple[str, bool]:
-        text = reward_text(tokenizer, QUESTION, "I am sorry", reads=reads, max_len=max_len)
+        [text] = reward_texts(tokenizer, asked("I am sorry"), reads=reads, max_len=max_len)
         return tokenizer.decode(text.ids), text.cut
 
     assert read("response") == ("I am sorry", False)
@@ -264,5 +264,6 @@ def test_of_a_pair_a_classifier_is_told_which_segment_is_the_answer(tmp_path: Pa
     assert min(abs(one - other) for one, other in zip(expected, blind, strict=True)) > 1e-2
     scores, _ = Scorer(ScorerSpec(path=str(path), reads="pair", batch_tokens=budget)).score(asked(*answers))
     assert scores == pytest.approx(expected, abs=1e-4)
-    text = reward_text(tokenizer, QUESTION, answers[0], reads="pair", max_len=6)
+    text, short = reward_texts(tokenizer, asked(*answers[:2]), reads="pair", max_len=6)
+    assert short.beside == {"token_type_ids": [0, 0, 0, 0, 1, 1]} and not short.cut
     assert text.cut and text.beside == {"token_type_ids": [0, 0, 0, 0, 1, 1]}, "cut as the ids are"
