@@ -9,16 +9,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray import cloudpickle
 from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[import]
 
 from actors.metrics import RUN_VARIABLE
 from plumbline import importing
+from plumbline.errors import ConfigError, RunError, in_one_line
 
 _PLENTY = 10_000
 """What a Ray of this machine alone offers of every resource by name: it plays all roles."""
+
+_ANSWER_S = 10.0
 
 _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
@@ -39,6 +44,10 @@ def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
         cpus: what a Ray started here has at least.
         resources: names of resources that it offers too, so that a cluster's config also runs on one machine.
         run: what metrics of all processes are told apart by.
+
+    Raises:
+        ConfigError: there is no Ray at RAY_ADDRESS, or it refuses this user's token.
+        RunError: Ray did not start here.
     """
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
@@ -53,16 +62,60 @@ def start_ray(cpus: int, resources: Iterable[str] = (), run: str = "") -> None:
     }
     ray_worker.print_to_stdstream = _note
     cloudpickle.register_pickle_by_value(importing)  # the hook comes before a worker can import anything of ours
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_address(address)
         # These variables come from this process, which has those of a job's own runtime_env: no conflict is one.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        ray.init(**common)
+        try:
+            ray.init(**common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"RAY_ADDRESS: {address}: there is no Ray to join ({in_one_line(error)})") from None
     else:
         common["resources"] = dict.fromkeys(resources, _PLENTY)
         make_token()
-        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **common)
+        try:
+            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **common)
+        except Exception as error:  # Ray's own, of no type: a machine too busy to start it in time, a full disk
+            ray.shutdown()
+            raise RunError(f"Ray did not start on this machine: {in_one_line(error)}") from None
     # Ray's subreaper ignores SIGCHLD in this process too, and then every `subprocess` here would return 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def check_address(address: str) -> None:
+    """Ask a cluster's GCS for its id, once: `ray.init` asks a refused one for 20 s, and names no token.
+
+    Raises:
+        ConfigError: nobody answers there, or the token is refused.
+    """
+    if ":" not in address or "://" in address:  # `auto`, or another protocol
+        return
+    headers = AuthenticationTokenLoader.instance().get_token_for_http_header()
+    metadata = tuple((name.lower(), value) for name, value in headers.items())
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=_ANSWER_S, metadata=metadata)
+        except grpc.RpcError as error:
+            code: Any = error.code()  # type: ignore[attr-defined]
+            if code == grpc.StatusCode.UNAUTHENTICATED:
+                raise ConfigError(
+                    f"RAY_ADDRESS: {address}: refuses the token of {token_source()}; put that cluster's there, which "
+                    "its head has in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+                ) from None
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise ConfigError(
+                    f"RAY_ADDRESS: {address}: no Ray answers there; start it, or unset RAY_ADDRESS for one of this "
+                    "machine"
+                ) from None
+
+
+def token_source() -> str:
+    """Where Ray reads this user's token from, as a message names it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return f"{path} (RAY_AUTH_TOKEN_PATH)" if path else str(Path.home() / ".ray" / "auth_token")
 
 
 def _note(data: Mapping[str, Any], ignore_prefix: bool) -> None:

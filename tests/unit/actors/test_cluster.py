@@ -1,0 +1,85 @@
+"""Which Ray is joined, and what is said where it cannot be."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+import ray
+
+from actors.cluster import check_address, start_ray
+from plumbline.errors import ConfigError, RunError
+from tests.endpoints import free_port
+
+Serve = Callable[[grpc.StatusCode | None], str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts what answers a GCS's first question, with a status or with an id; returns its address."""
+    servers: list[Any] = []
+
+    def start(status: grpc.StatusCode | None) -> str:
+        def answer(request: bytes, context: Any) -> bytes:
+            if status is not None:
+                context.abort(status, "InvalidAuthToken: Authentication token is missing or incorrect")
+            return b"id"
+
+        handler = grpc.unary_unary_rpc_method_handler(answer)
+        server = grpc.server(ThreadPoolExecutor(1))
+        service = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", {"GetClusterId": handler})
+        server.add_generic_rpc_handlers((service,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("RAY_AUTH_TOKEN", "b" * 64, "RAY_AUTH_TOKEN;"),
+        ("RAY_AUTH_TOKEN_PATH", "/etc/token", "/etc/token (RAY_AUTH_TOKEN_PATH);"),
+        ("HOME", "/home/me", "/home/me/.ray/auth_token;"),
+    ],
+)
+def test_a_refused_token_is_named(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, named: str
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    address = serve(grpc.StatusCode.UNAUTHENTICATED)
+    with pytest.raises(ConfigError) as caught:
+        check_address(address)
+    assert str(caught.value).startswith(f"RAY_ADDRESS: {address}: refuses the token of {named}")
+
+
+def test_nobody_there_is_told_before_ray_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS: {address}: no Ray answers there"):
+        start_ray(1)
+
+
+def test_who_answers_is_joined(serve: Serve) -> None:
+    check_address(serve(None))
+    check_address(serve(grpc.StatusCode.UNIMPLEMENTED))
+    check_address("auto")
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def fails(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(RunError, match=r"Ray did not start on this machine: .*timed out during startup"):
+        start_ray(1)
