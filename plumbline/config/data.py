@@ -1,12 +1,12 @@
 """The sections of a config that say what comes from outside a run: the base model, the rows, the rewards."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from plumbline.config.reading import Reading
-from plumbline.config.section import Count, MaxLen, Section, Tokens
+from plumbline.config.section import Count, Json, MaxLen, Section, Tokens
 
 
 class Model(Section):
@@ -20,9 +20,7 @@ class Model(Section):
         min_length=1,
         description="directory of a PEFT LoRA adapter on `path`, merged into it when the run begins",
     )
-    init: dict[str, Any] | None = Field(
-        default=None, description="a transformers config (`model_type`, …), random weights"
-    )
+    init: Json | None = Field(default=None, description="a transformers config (`model_type`, …), random weights")
     tokenizer: str | None = Field(default=None, description="directory of the tokenizer; default: `path`")
     chat_template: str | None = Field(
         default=None, description="`chatml`, `plain`, or a Jinja file; default: the tokenizer's"

@@ -1,5 +1,6 @@
 """What every section of a config is made of. Used by `plumbline.config.tree` and `plumbline.config.fleet`."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -92,6 +93,16 @@ AutoElastic = Annotated[
     BeforeValidator(lambda value: value if value == "auto" else _in_order(value)),
 ]
 
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("should hold texts, numbers, lists and mappings alone") from None
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_as_json)]
+"""A mapping that is handed on, as a run's config.yaml keeps it: what YAML reads as a number may be no key there."""
 
 LARGEST = 2**53
 """Of a number in a config: beyond it not every integer is a float of its own, and none is meant."""

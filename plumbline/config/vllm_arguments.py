@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from plumbline.config.section import Json
+
 _ADAPTERS = "the policies of the run decide on its adapters: `pipelines[].policy`"
 _GPUS = "an engine's model is cut over its GPUs: `fleet.generator.gpus`"
 _COPIES = "more engines are `fleet.generator.replicas`"
@@ -96,7 +98,7 @@ def _all(arguments: Any) -> Iterator[tuple[str, Any]]:
 
 
 VllmArguments = Annotated[
-    dict[str, Any],
+    Json,
     AfterValidator(_allowed),
     Field(description="more engine arguments of vLLM by their names, such as {kv_cache_dtype: fp8}"),
 ]

@@ -41,7 +41,7 @@ class LogpCache(ValueCache):
     """
 
     def __init__(self, path: Path | None, model: str) -> None:
-        super().__init__(path, "logps", "fleet.reference.cache")
+        super().__init__(path, "logps", "log-probs", "fleet.reference.cache")
         self.hits = 0
         self.misses = 0
         self._model = hashlib.sha256(model.encode()).digest()

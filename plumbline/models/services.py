@@ -70,7 +70,9 @@ class Service(ABC):
     def __init__(self, settings: ServiceReward, cache: str | None) -> None:
         self.cost = Cost()
         self._settings = settings
-        self._cache = ValueCache(Path(cache) / CACHE_FILE if cache and settings.cache else None, "rewards", _CACHE_KEY)
+        self._cache = ValueCache(
+            Path(cache) / CACHE_FILE if cache and settings.cache else None, "rewards", "scores", _CACHE_KEY
+        )
         key = os.environ.get(settings.key_env, "") if settings.key_env else ""
         if settings.key_env and not key:
             raise ConfigError(f"reward.key_env: {settings.key_env} is not set here; it holds the service's API key")

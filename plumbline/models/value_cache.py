@@ -26,15 +26,16 @@ class ValueCache:
 
     Args:
         path: the SQLite file, made where there is none; None keeps everything in memory.
-        table: what the values are called, in the file and, in words, in messages.
+        table: what the values are called in the file.
+        words: what they are called in messages.
         key: the key of the config that says where the file is, for messages.
 
     Raises:
         RunError: the file is damaged, or cannot be read and written. Every method may raise it.
     """
 
-    def __init__(self, path: Path | None, table: str, key: str) -> None:
-        self._path, self._table, self._key = path, table, key
+    def __init__(self, path: Path | None, table: str, words: str, key: str) -> None:
+        self._path, self._table, self._words, self._key = path, table, words, key
         with self._clear_errors():
             self._db = self._open(time.monotonic() + _BUSY_S)
 
@@ -89,7 +90,7 @@ class ValueCache:
         try:
             yield
         except (sqlite3.DatabaseError, OSError) as error:
-            what, cache = " ".join(str(error).split()), f"{self._path}: this cache of {self._table}"
+            what, cache = " ".join(str(error).split()), f"{self._path}: this cache of {self._words}"
             if isinstance(error, OSError) or getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF not in _DAMAGE:
                 raise RunError(
                     f"{cache} cannot be read and written ({what}); it needs a disk with space that this user may "

@@ -1,5 +1,7 @@
 """What is said, and swept, after a run whose own process was killed."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -7,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from cli.guard import first_gone, rays_own, sweep
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -50,3 +54,23 @@ def test_a_killed_run_is_told_how_to_go_on_and_leaves_no_process(tmp_path: Path)
     while psutil.pid_exists(int(ended.stdout)) and psutil.Process(int(ended.stdout)).status() != "zombie":
         assert time.monotonic() < deadline, "it is still there"
         time.sleep(0.1)
+
+
+def test_the_process_of_rays_own_that_ended_first_is_named() -> None:
+    driver = 4_000_000 + os.getpid()  # nobody's
+    session = f"--session=/tmp/ray/session_2026-01-01_00-00-00_000000_{driver}"
+    sleep = ["-c", "import time; time.sleep(60)", session]
+    there = [subprocess.Popen([f"/ray/{name}", *sleep], executable=sys.executable) for name in ("gcs_server", "raylet")]
+    try:
+        own = rays_own(driver)
+        assert list(own) == ["gcs_server", "raylet"] and first_gone(own) == ""
+        there[1].kill()
+        while not (gone := first_gone(own)):
+            time.sleep(0.01)
+        assert gone == "raylet" and rays_own(driver) == {}
+        sweep(driver)
+        assert [process.wait(10) for process in there] == [-signal.SIGKILL] * 2
+        assert first_gone({}) == ""
+    finally:
+        for process in there:
+            process.kill()

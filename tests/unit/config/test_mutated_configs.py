@@ -70,6 +70,7 @@ def told(error: ConfigError) -> None:
 @settings(
     max_examples=EXAMPLES,
     deadline=5000,
+    derandomize=True,
     suppress_health_check=SLOW,
 )
 @given(tree=mutated())
@@ -85,6 +86,7 @@ def test_a_tree_that_is_another(tree: dict[str, Any]) -> None:
 @settings(
     max_examples=EXAMPLES,
     deadline=5000,
+    derandomize=True,
     suppress_health_check=SLOW,
 )
 @given(name=st.sampled_from(sorted(TREES)), at=st.floats(0, 1), cut=st.integers(0, 9), put=TEXT)
@@ -102,3 +104,11 @@ def test_a_number_under_a_key_of_two_lines_is_told_in_one() -> None:
         parse_config({"name": {"a\nb": float("nan")}}, "x.yaml")
     told(raised.value)
     assert "name.a\\nb: should be a finite number" in str(raised.value)
+
+
+def test_what_a_mapping_hands_on_is_kept_as_json_has_it() -> None:
+    tree = TREES["comments-judge.yaml"]
+    tree = {**tree, "model": {**tree["model"], "init": {**tree["model"]["init"], "id2label": {0: "bad", 1: "good"}}}}
+    kept = parse_config(tree, "x.yaml")
+    assert kept.model.init and kept.model.init["id2label"] == {"0": "bad", "1": "good"}
+    assert parse_text(dump_config(kept), "kept") == kept

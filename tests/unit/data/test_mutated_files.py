@@ -119,6 +119,7 @@ def check(path: Path) -> None:
 @settings(
     max_examples=EXAMPLES,
     deadline=5000,
+    derandomize=True,
     suppress_health_check=SLOW,
 )
 @given(data=st.data())
@@ -132,6 +133,7 @@ def test_bytes_that_are_others(tmp_path_factory: pytest.TempPathFactory, name: s
 @settings(
     max_examples=EXAMPLES,
     deadline=5000,
+    derandomize=True,
     suppress_health_check=SLOW,
 )
 @given(rows=changed_rows())
