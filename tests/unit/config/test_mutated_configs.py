@@ -102,3 +102,10 @@ def test_a_number_under_a_key_of_two_lines_is_told_in_one() -> None:
         parse_config({"name": {"a\nb": float("nan")}}, "x.yaml")
     told(raised.value)
     assert "name.a\\nb: should be a finite number" in str(raised.value)
+
+
+def test_a_path_that_no_disk_can_have_is_left_to_who_opens_it() -> None:
+    """`Path.exists` raises on a name that is too long."""
+    tree = copy.deepcopy(TREES["quickstart.yaml"])
+    tree["model"]["path"] = "a" * 5000
+    assert parse_config(tree, "x.yaml").model.path == "a" * 5000
