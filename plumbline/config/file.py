@@ -6,6 +6,7 @@ be right. Local paths are taken from the working directory and kept absolute, so
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -107,7 +108,7 @@ def _absolute(key: str, value: str) -> str:
     """Local paths made absolute; names that are no local path (a dataset's, `chatml`, a URL) stay."""
     if key == "storage_path" and value and (value.startswith("file://") or "://" not in value):
         return str(Path(value.removeprefix("file://")).expanduser().resolve())
-    if key in LOCAL_PATHS and (value.startswith((".", "~")) or Path(value).exists()):
+    if key in LOCAL_PATHS and (value.startswith((".", "~")) or os.path.exists(value)):
         return str(Path(value).expanduser().resolve())
     return value
 

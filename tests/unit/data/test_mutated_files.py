@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from plumbline.data.dataset import read_labelled, read_preferences, read_prompts
 from plumbline.errors import DataError
 
-EXAMPLES = int(os.environ.get("PLUMBLINE_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("PLUMBLINE_EXAMPLES", "25"))
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 Rows = list[dict[str, Any]]
 READERS: Sequence[Callable[[str], list[Any]]] = (
