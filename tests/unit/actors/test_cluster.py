@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,6 +13,8 @@ from actors.cluster import check_address, start_ray
 from plumbline.errors import ConfigError, RunError
 from tests.endpoints import free_port
 
+told: list[str] = []
+"""What servers were told of the token."""
 Serve = Callable[[grpc.StatusCode | None], str]
 
 
@@ -22,6 +25,7 @@ def serve() -> Iterator[Serve]:
 
     def start(status: grpc.StatusCode | None) -> str:
         def answer(request: bytes, context: Any) -> bytes:
+            told.append(dict(context.invocation_metadata())["authorization"])
             if status is not None:
                 context.abort(status, "InvalidAuthToken: Authentication token is missing or incorrect")
             return b"id"
@@ -68,13 +72,19 @@ def test_nobody_there_is_told_before_ray_tries(monkeypatch: pytest.MonkeyPatch) 
         start_ray(1)
 
 
-def test_who_answers_is_joined(serve: Serve) -> None:
+def test_who_answers_is_joined(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("mine\n")
     check_address(serve(None))
+    assert told[-1] == "Bearer mine", "Ray's own reader has none before ray.init"
     check_address(serve(grpc.StatusCode.UNIMPLEMENTED))
     check_address("auto")
 
 
-def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fails(**options: object) -> None:
         raise Exception("The current node timed out during startup.")
 
