@@ -14,6 +14,7 @@ import ray
 from ray import cloudpickle
 from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+from ray._private.authentication.authentication_token_setup import _enable_token_auth
 
 from actors.metrics import RUN_VARIABLE
 from plumbline import importing
@@ -94,6 +95,8 @@ def check_address(address: str) -> None:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             ask(b"", timeout=_ANSWER_S, metadata=metadata)
+            if "RAY_AUTH_MODE" not in os.environ and _refused(ask):
+                _enable_token_auth()  # who joins a cluster has to, Ray does it for one of its own alone
         except grpc.RpcError as error:
             code: Any = error.code()  # type: ignore[attr-defined]
             if code == grpc.StatusCode.UNAUTHENTICATED:
@@ -106,6 +109,15 @@ def check_address(address: str) -> None:
                     f"RAY_ADDRESS: {address}: no Ray answers there; start it, or unset RAY_ADDRESS for one of this "
                     "machine"
                 ) from None
+
+
+def _refused(ask: Any) -> bool:
+    """Whether a cluster refuses who has no token."""
+    try:
+        ask(b"", timeout=_ANSWER_S)
+    except grpc.RpcError as error:
+        return error.code() == grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+    return False
 
 
 def token() -> str:
