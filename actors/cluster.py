@@ -90,7 +90,8 @@ def check_address(address: str) -> None:
     """
     if ":" not in address or "://" in address:  # `auto`, or another protocol
         return
-    metadata = (("authorization", f"Bearer {token()}"),)  # a cluster without tokens does not look at it
+    token, origin = read_token()
+    metadata = (("authorization", f"Bearer {token}"),)  # a cluster without tokens does not look at it
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
@@ -101,7 +102,7 @@ def check_address(address: str) -> None:
             code: Any = error.code()  # type: ignore[attr-defined]
             if code == grpc.StatusCode.UNAUTHENTICATED:
                 raise ConfigError(
-                    f"RAY_ADDRESS: {address}: refuses the token of {token_source()}; put that cluster's there, which "
+                    f"RAY_ADDRESS: {address}: refuses the token of {origin}; put that cluster's there, which "
                     "its head has in ~/.ray/auth_token or RAY_AUTH_TOKEN"
                 ) from None
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -120,22 +121,18 @@ def _refused(ask: Any) -> bool:
     return False
 
 
-def token() -> str:
-    """Ray's token of this user, empty where there is none. Ray's own reader knows of none before `ray.init`."""
+def read_token() -> tuple[str, str]:
+    """Ray's token of this user, empty where there is none, and where it stands, in a message's words. Ray's own reader
+    knows of none before `ray.init`."""
     if given := os.environ.get("RAY_AUTH_TOKEN"):
-        return given
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
-        return Path(path).read_text("utf-8").strip()
-    return ""
-
-
-def token_source() -> str:
-    """Where Ray reads this user's token from, as a message names it."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return "RAY_AUTH_TOKEN"
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return f"{path} (RAY_AUTH_TOKEN_PATH)" if path else str(Path.home() / ".ray" / "auth_token")
+        return given, "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    origin = f"{path} (RAY_AUTH_TOKEN_PATH)" if named else str(path)
+    try:
+        return path.read_text("utf-8").strip(), origin
+    except (OSError, UnicodeError):
+        return "", f"{origin}, which cannot be read"
 
 
 def _note(data: Mapping[str, Any], ignore_prefix: bool) -> None:

@@ -128,7 +128,7 @@ class ServiceReward(RewardBase):
     key_env: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z_]\w*$",
-        description="the environment variable with its API key, on the nodes that scorers run on",
+        description="the environment variable with its API key, here and on the nodes that scorers run on",
     )
     timeout_s: float = Field(default=60, gt=0, le=86_400, description="of one request")
     retries: int = Field(default=5, ge=0, le=100, description="of a request that failed and may succeed later")

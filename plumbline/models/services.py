@@ -26,7 +26,6 @@ from plumbline.models.value_cache import ValueCache
 from plumbline.records import ScoreRequest
 
 CACHE_FILE = "rewards.sqlite"
-_CACHE_KEY = "fleet.reference.cache"
 LONGEST_WAIT_S = 60.0
 """Between two tries, whatever the service asks for."""
 _AGAIN = frozenset({408, 409, 425, 429})  # and 500 or more
@@ -70,16 +69,15 @@ class Service(ABC):
     def __init__(self, settings: ServiceReward, cache: str | None) -> None:
         self.cost = Cost()
         self._settings = settings
-        self._cache = ValueCache(
-            Path(cache) / CACHE_FILE if cache and settings.cache else None, "rewards", "scores", _CACHE_KEY
-        )
+        path = Path(cache) / CACHE_FILE if cache and settings.cache else None
+        self._cache = ValueCache(path, "rewards", "scores", "fleet.reference.cache")
         key = os.environ.get(settings.key_env, "") if settings.key_env else ""
         if settings.key_env and not key:
-            raise ConfigError(f"reward.key_env: {settings.key_env} is not set here; it holds the service's API key")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+            raise ConfigError(f"key_env: {settings.key_env} is not set here; it holds the API key of {settings.url}")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         # One loop for all calls, so that connections are kept; a scorer answers one call after another.
         self._loop = asyncio.new_event_loop()
-        self._client = httpx.AsyncClient(timeout=settings.timeout_s, headers=self._headers)
+        self._client = httpx.AsyncClient(timeout=settings.timeout_s, headers=headers)
         self._places = asyncio.Semaphore(settings.concurrency)
         self._next = 0.0  # when the next request may start
 

@@ -82,9 +82,9 @@ def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) 
 
 
 def export_pairs(run_dir: Path, pipeline: str, out: Path) -> int:
-    """Write a pipeline's pairs as JSONL in TRL's form, `prompt`, `chosen`, `rejected`; returns how many they are.
+    """Write a pipeline's pairs as JSONL in TRL's conversational form; returns how many they are.
 
-    One with several turns, or where one needs a role, is in TRL's conversational form: lists of messages.
+    `prompt`, `chosen` and `rejected` are lists of messages, so that a trainer puts its own chat template around them.
 
     Raises:
         UserError: `out` is there.

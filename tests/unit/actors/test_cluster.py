@@ -48,8 +48,8 @@ def serve() -> Iterator[Serve]:
     ("variable", "value", "named"),
     [
         ("RAY_AUTH_TOKEN", "b" * 64, "RAY_AUTH_TOKEN;"),
-        ("RAY_AUTH_TOKEN_PATH", "/etc/token", "/etc/token (RAY_AUTH_TOKEN_PATH);"),
-        ("HOME", "/home/me", "/home/me/.ray/auth_token;"),
+        ("RAY_AUTH_TOKEN_PATH", "/etc/token", "/etc/token (RAY_AUTH_TOKEN_PATH), which cannot be read;"),
+        ("HOME", "/home/me", "/home/me/.ray/auth_token, which cannot be read;"),
     ],
 )
 def test_a_refused_token_is_named(
