@@ -24,6 +24,7 @@ from plumbline.runs.disk import writing
 from plumbline.runs.parts import Parts
 from plumbline.runs.policies import (
     PROOF,
+    SOURCES,
     base_directory,
     check_files,
     parse_ref,
@@ -66,7 +67,7 @@ def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) 
         nonlocal seen
         if adapter:
             _copy(source, aside)
-            _name_base(aside, config.model.path or str(base))
+            _name_base(aside, str(base))  # of a run with `sft` or `model.adapter`, what that made
         elif is_adapter:
             from plumbline.models.merging import merge_adapter
 
@@ -74,7 +75,7 @@ def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) 
         else:
             _copy(source if ref.version else base, aside)
         run_tokenizer(config).save_pretrained(aside)
-        (aside / "README.md").write_text(_card(config, run_dir, ref, adapter), encoding="utf-8")
+        (aside / "README.md").write_text(_card(config, run_dir, ref, str(base), adapter), encoding="utf-8")
         seen = "as it was published" if adapter or not is_adapter else _check(run_dir, ref, base, aside)
 
     write_directory(out.absolute(), write)
@@ -130,7 +131,7 @@ def _turns(prompt: str) -> list[dict[str, str]]:
 
 def _copy(source: Path, aside: Path) -> None:
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != PROOF:
+        if file.is_file() and file.name not in (PROOF, SOURCES):
             shutil.copyfile(file, aside / file.name)
 
 
@@ -181,9 +182,8 @@ def _means(model_path: Path, groups: Sequence[TokenGroup]) -> list[float]:
     return means
 
 
-def _card(config: Config, run_dir: Path, ref: PolicyRef, adapter: bool) -> str:
+def _card(config: Config, run_dir: Path, ref: PolicyRef, base: str, adapter: bool) -> str:
     """A model card: what it was made of, by which settings, and the run's figures of its policy."""
-    base = config.model.path or "a random model"
     head = {"base_model": base, "library_name": "peft" if adapter else "transformers", "tags": ["plumbline"]}
     sections = [*config.pipelines, *([config.sft] if config.sft else [])]
     settings = [one.model_dump(mode="json", exclude_defaults=True) for one in sections if one.name == ref.policy]

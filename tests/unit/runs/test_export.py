@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -82,6 +83,21 @@ def test_the_adapter_alone_names_its_base(run_dir: Path, tmp_path: Path, tiny_mo
     assert settings["base_model_name_or_path"] == str(tiny_model)
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path / "out"))
     assert means(merged) != pytest.approx(means(AutoModelForCausalLM.from_pretrained(tiny_model)), abs=0.1)
+
+
+def test_an_adapter_is_for_what_it_was_trained_on(run_dir: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Not for the model that the run's own base was made of."""
+    make_tiny_adapter(tmp_path / "first", tiny_model)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"]["adapter"] = str(tmp_path / "first")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copytree(tiny_model, run_dir / "base")
+    (run_dir / "base" / "sources.json").write_text("{}")
+    export_model(run_dir, "ple", tmp_path / "out", adapter=True)
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(run_dir / "base")
+    export_model(run_dir, "base", tmp_path / "whole")
+    assert not (tmp_path / "whole" / "sources.json").exists() and (tmp_path / "whole" / "config.json").exists()
 
 
 def test_what_does_not_answer_as_the_version_did_is_not_written(run_dir: Path, tmp_path: Path) -> None:
