@@ -93,7 +93,8 @@ def another_ray() -> Iterator[str]:
         user = {key: value for key, value in environment.items() if not key.startswith("RAY_")}
         with (Path(environment["RAY_TMPDIR"]) / "head.log").open("wb") as log:
             starting = subprocess.Popen(command, env=user, stdout=log, stderr=log)
-        head = Head(address=f"http://127.0.0.1:{dashboard}", environment=user)
+        # It asks for the user's token, which the run beside it made if there was none; `ray job` has to be told so.
+        head = Head(address=f"http://127.0.0.1:{dashboard}", environment=user | {"RAY_AUTH_MODE": "token"})
         head.wait(starting, Path(log.name))
         yield f"127.0.0.1:{port}"
 
