@@ -156,11 +156,6 @@ def make_token() -> None:
     aside.unlink()
 
 
-def is_job() -> bool:
-    """Whether this process is the entrypoint of a submitted job."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def missing(asked: Mapping[str, float]) -> list[tuple[str, float, float]]:
     """Resources of which all nodes together offer less now than is asked for; with what is asked, and what there is."""
     offered = ray.cluster_resources()

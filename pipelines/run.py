@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.cluster import is_job, missing, start_ray, stop_ray
+from actors.cluster import missing, start_ray, stop_ray
 from actors.engines.check import check_engine
 from pipelines.context import Context, Event, EventLog
 from pipelines.dlma import DlmaMethod
@@ -49,6 +49,7 @@ from plumbline.runs.models import check_causal
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
 from plumbline.runs.rows import heldout_fit
 from plumbline.runs.storage import Storage
+from plumbline.submitted import is_job
 from plumbline.tracking.feed import start_trackers
 
 METHODS = {"ple": PleMethod, "dlma": DlmaMethod, "self_contrast": SelfContrastMethod, "raft": RaftMethod}
@@ -82,13 +83,8 @@ def run(
         # The run directory keeps what the user gave: another machine places a resumed run anew.
         placed = with_base(checked.placed.plan.config, run_dir, storage, events.say)
         checked = replace(checked, placed=replace(checked.placed, plan=replace(checked.placed.plan, config=placed)))
-        try:
-            with writing(run_dir):
-                return asyncio.run(
-                    within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint))
-                )
-        except UserError as error:  # exit code 2 would say that nothing was started
-            raise RunError(str(error)) from error
+        with writing(run_dir):
+            return asyncio.run(within_ray(placed, lambda: run_pipelines(run_dir, checked, storage, events, endpoint)))
 
 
 def compare(
@@ -134,7 +130,12 @@ def compare(
 
 
 async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
-    """Start Ray, do the work, stop Ray: also when interrupted or terminated, which end alike."""
+    """Start Ray, do the work, stop Ray: also when interrupted or terminated, which end alike.
+
+    Raises:
+        UserError: the Ray that is named cannot be joined.
+        RunError: in place of a UserError too, once work has begun: exit code 2 would say that nothing was started.
+    """
     task = asyncio.current_task()
     assert task is not None
     start_ray(math.ceil(demand(config, most=True)["CPU"]), named(config), run=config.name)
@@ -142,6 +143,8 @@ async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         return await work()
+    except UserError as error:
+        raise RunError(str(error)) from error
     except BaseException:
         if task.cancelling():  # whatever a stage made of being cancelled, the user interrupted the run
             raise KeyboardInterrupt from None

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from plumbline.config.section import LARGEST, out_of_reach
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
+from plumbline.submitted import left_out
 
 LOCAL_PATHS = {"path", "adapter", "tokenizer", "chat_template", "cache"}
 
@@ -31,7 +32,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; name a YAML config, such as configs/quickstart.yaml") from None
+        raise ConfigError(
+            f"{file}: no such file; name a YAML config, such as configs/quickstart.yaml{left_out(path)}"
+        ) from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"{file}: not a text file ({error}); a config is YAML in UTF-8") from None
     except OSError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from plumbline.errors import DataError
+from plumbline.submitted import left_out
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
@@ -106,7 +107,8 @@ def _file(path: str, split: str) -> Iterator[RawRow]:
     known = next((suffix for suffix in reversed(SUFFIXES) if path.lower().endswith(suffix)), None)
     if not file.exists():
         if known or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise DataError(f"{path}: no such file; name a {', '.join(SUFFIXES)} file or a Hugging Face dataset")
+            hint = f"name a {', '.join(SUFFIXES)} file or a Hugging Face dataset{left_out(path)}"
+            raise DataError(f"{path}: no such file; {hint}")
         return _dataset(path, None, split)
     if known is None:
         hint = "; write one JSON object a line and call it .jsonl" if path.lower().endswith(".json") else ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbline.errors import ModelError, in_one_line
+from plumbline.submitted import left_out
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -43,7 +44,8 @@ def model_files(path: str, key: str) -> dict[str, Stored]:
     if directory.suffix == ".gguf" and directory.is_file():
         raise ModelError(f"{key}: {path}: a GGUF file; {_NO_GGUF}")
     if not directory.exists():
-        raise ModelError(f"{key}: {path}: no such directory; give a model's directory (config.json, model.safetensors)")
+        gives = f"give a model's directory (config.json, model.safetensors){left_out(path)}"
+        raise ModelError(f"{key}: {path}: no such directory; {gives}")
     if (directory / ADAPTER_CONFIG).is_file():  # also beside a config.json: transformers would look for its base
         raise ModelError(f"{key}: {path}: an adapter{_base_of(directory)}, no model; {_remedy(path, key)}")
     if not (directory / CONFIG).is_file():
@@ -67,7 +69,7 @@ def adapter_files(path: str, key: str) -> dict[str, Stored]:
     """
     directory, gives = Path(path), f"give a PEFT adapter's ({ADAPTER_CONFIG}, {ADAPTER_WEIGHTS})"
     if not directory.is_dir():
-        raise ModelError(f"{key}: {path}: no such directory; {gives}")
+        raise ModelError(f"{key}: {path}: no such directory; {gives}{left_out(path)}")
     if not (directory / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{key}: {path}: no adapter: there is no {ADAPTER_CONFIG} in it; {gives}")
     _json(directory / ADAPTER_CONFIG, key, "an adapter's is one")

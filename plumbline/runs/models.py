@@ -28,6 +28,7 @@ from plumbline.models.files import (
     size_of,
 )
 from plumbline.runs.policies import model_path
+from plumbline.submitted import left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,7 @@ def embedder_parts(path: str) -> Iterator[tuple[Path, str, dict[str, Stored]]]:
     """
     directory, listed = Path(path), Path(path) / "modules.json"
     if not directory.is_dir():
-        raise ModelError(f"{EMBEDDER}: {path}: no such directory; give a sentence-transformers model's")
+        raise ModelError(f"{EMBEDDER}: {path}: no such directory; give a sentence-transformers model's{left_out(path)}")
     if not listed.is_file():
         raise ModelError(f"{EMBEDDER}: {path}: no sentence-transformers model: there is no modules.json in it")
     try:

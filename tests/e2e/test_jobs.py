@@ -107,6 +107,26 @@ def test_a_job_is_stopped_and_resumed_by_another(head: Head, project: Path, tmp_
     assert all(p.stat().st_mtime_ns == then for p, then in before.items()), "a part was written twice"
 
 
+def test_the_doctor_of_a_job_names_the_rule_that_left_a_module_out(head: Head, project: Path) -> None:
+    (project / "build").mkdir()
+    (project / "build/judge.py").write_text(
+        "def score(requests):\n    return [float(len(r.response)) for r in requests]\n"
+    )
+    reward = ["--set", "reward={type: program, function: 'build.judge:score'}"]
+    command = ["--working-dir", str(project), "--", "plumbline", "doctor", "config.yaml", *reward]
+
+    (project / ".gitignore").write_text("*.log\nbuild/\n")
+    told, _ = head.job("submit", *command).communicate(timeout=PATIENCE_S)
+    assert "No module named 'build'" in told
+    assert ".gitignore, line 2, 'build/', left it out of this job: write a rule that begins with /" in told
+    assert "Traceback" not in told
+
+    (project / ".gitignore").write_text("*.log\n/dist/\n")
+    told, _ = head.job("submit", *command).communicate(timeout=PATIENCE_S)
+    assert "build.judge:score" in told
+    assert "No module" not in told
+
+
 def test_a_job_without_the_token_is_refused(head: Head, project: Path) -> None:
     stranger = head.job("submit", "--working-dir", str(project), "--", "true", RAY_AUTH_TOKEN=secrets.token_hex(16))
     told, _ = stranger.communicate(timeout=PATIENCE_S)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HOUSE = """
     plumbline.errors  plumbline.records
-    plumbline.importing
+    plumbline.importing  plumbline.submitted
     plumbline.config
     plumbline.models
     plumbline.data
@@ -158,7 +158,7 @@ def test_unit_tests_stand_as_the_wings_do(path: Path) -> None:
     repository stands at the top."""
     folder = path.parent.relative_to(ROOT / "tests/unit").as_posix()
     if folder == ".":
-        assert path.stem in {"test_architecture", "test_deploy", "test_docs", "test_importing"}
+        assert path.stem in {"test_architecture", "test_deploy", "test_docs", "test_importing", "test_submitted"}
     else:
         assert folder.partition("/")[0] in {wing.rpartition(".")[2] for wing in LEVELS}
         assert (ROOT / folder).is_dir() or (ROOT / "plumbline" / folder).is_dir()

@@ -9,6 +9,7 @@ import grpc
 import pytest
 import ray
 
+from actors import cluster
 from actors.cluster import check_address, start_ray
 from plumbline.errors import ConfigError, RunError
 from tests.endpoints import free_port
@@ -93,3 +94,27 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(ray, "init", fails)
     with pytest.raises(RunError, match=r"Ray did not start on this machine: .*timed out during startup"):
         start_ray(1)
+
+
+def test_two_first_starts_share_one_whole_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where two runs are the first of a user at once: nobody ever sees a file without its token."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".ray" / "auth_token"
+    tokens = iter(["a" * 64, "b" * 64])
+
+    def generate() -> str:
+        token = next(tokens)
+        if token.startswith("a"):  # the other start comes by just now, and is the faster
+            assert not file.exists(), "a file that is yet to be filled"
+            cluster.make_token()
+            assert cluster.read_token()[0] == "b" * 64
+        return token
+
+    monkeypatch.setattr(cluster, "generate_new_authentication_token", generate)
+    cluster.make_token()
+    assert cluster.read_token()[0] == "b" * 64
+    assert [one.name for one in file.parent.iterdir()] == ["auth_token"], "nothing is left beside it"
+    assert file.stat().st_mode & 0o777 == 0o600
+    cluster.make_token()  # who comes later asks for none

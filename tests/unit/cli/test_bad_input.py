@@ -16,6 +16,7 @@ import yaml
 
 from cli.main import main
 from plumbline import doctor
+from plumbline.errors import DataError
 from plumbline.models.logp_cache import model_fingerprint
 from plumbline.placement import sight
 from plumbline.records import Message, Prompt
@@ -1069,3 +1070,28 @@ def test_an_embedder_that_is_damaged(world: World, refused: Refused) -> None:
     weights["embedding.weight"][3] = math.nan
     save_file(weights, file)
     holds(run(world, refused), "embedder.path: ", "embedder: embedding.weight has values that are no finite numbers")
+
+
+# In mid-run
+
+
+def test_what_a_run_only_finds_out_on_its_way_is_no_wrong_use(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 would say that nothing was started; and the same command goes on where it ended."""
+    from pipelines import run as running
+
+    async def fail(run_dir: Path, *_: Any) -> dict[str, Any]:
+        raise DataError("a.jsonl, row 3: what no check saw")
+
+    monkeypatch.setattr(running, "start_ray", lambda cpus, resources, run: None)
+    monkeypatch.setattr(running, "stop_ray", lambda: None)
+    monkeypatch.setattr(running, "run_pipelines", fail)
+    assert main(["run", world.write(), "--run-dir", str(world.run_dir)]) == 1
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "plumbline: a.jsonl, row 3: what no check saw",
+        f"plumbline: continue with: plumbline resume {world.run_dir}",
+    ]
+    monkeypatch.setattr(running, "compare_policies", fail)
+    assert main(["evaluate", str(world.run_dir)]) == 1
+    assert "plumbline: a.jsonl, row 3: what no check saw" in capsys.readouterr().err
