@@ -1,15 +1,16 @@
-"""What is left to do where a run's own process was killed: by `kill -9`, for its memory, or by Ray, whose raylet died.
+"""What is left to do where a command's own process was killed, or Ray under it.
 
-`guarded` starts a small process beside the run, which hears by a pipe how the run ended. Where nobody said goodbye it
-ends what Ray left behind, for some of it would stay for minutes, and says how to go on.
+`guarded` starts a small process beside it, which hears by a pipe how the command ended. Where nobody said goodbye it
+ends what Ray left behind, for some of it would stay for minutes, and says how to go on. A Ray whose raylet or GCS died
+answers no more, and whoever waits for it waits for ever: the command ends then, in the middle of whatever it does.
 """
 
 import contextlib
 import os
 import re
-import select
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,37 +18,58 @@ import psutil
 
 GOODBYE = b"goodbye"
 RAYS_OWN = ("gcs_server", "raylet")
-LOOK_S = 2.0
-"""Between two looks at them: what is left at the end does not say which of them took the other with it."""
+LOOK_S = 1.0
+"""Between two looks at them."""
 
 
 @contextlib.contextmanager
-def guarded(run_dir: Path) -> Iterator[None]:
-    """Watch over this process until the block ends, however it does."""
-    # By its path: the working directory may have a package of our name. In a session of its own: Ctrl-C is the run's.
-    command = [sys.executable, "-P", __file__, str(run_dir), str(os.getpid())]
+def guarded(what: str, *then: str) -> Iterator[None]:
+    """Watch over this process until the block ends, however it does.
+
+    Args:
+        what: this process is, in a message's words, such as ``run``.
+        then: the last lines of a command that did not end by itself: how to go on.
+    """
+    # By its path: the working directory may have a package of our name. A session of its own: Ctrl-C is for this one.
+    command = [sys.executable, "-P", __file__, str(os.getpid()), what, *then]
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    ended = threading.Event()
+    looking = threading.Thread(target=look, args=(guard, ended), daemon=True)
+    looking.start()
     try:
         yield
     finally:
+        ended.set()
+        looking.join()
         with contextlib.suppress(OSError):
             guard.communicate(GOODBYE)
 
 
-def watch(run_dir: str, driver: int) -> None:
-    """Wait until the process `driver` says goodbye, or is gone."""
+def run_guard(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """`guarded`, of a run."""
+    return guarded("run", "all steps that are done are saved", f"continue with: plumbline resume {run_dir}")
+
+
+def look(guard: "subprocess.Popen[bytes]", ended: threading.Event) -> None:
+    """End this process, in its own thread, once the Ray that it started has lost one of `RAYS_OWN`."""
     own: dict[str, psutil.Process] = {}
-    died = ""
-    while not select.select([sys.stdin], [], [], LOOK_S)[0]:
-        own = own or rays_own(driver)
-        died = died or first_gone(own)
-    if sys.stdin.buffer.read() == GOODBYE:
+    while not ended.wait(LOOK_S):
+        own = own or rays_own(os.getpid())
+        died = first_gone(own)
+        if died and sys.modules["ray"].is_initialized():  # else it was stopped
+            with contextlib.suppress(OSError):
+                guard.communicate(died.encode())
+            os._exit(1)
+
+
+def watch(driver: int, what: str, *then: str) -> None:
+    """Wait until the process `driver` says goodbye, says what of Ray's has died, or is gone."""
+    said = sys.stdin.buffer.read()
+    if said == GOODBYE:
         return
-    died = died or first_gone(own)
-    what = f"Ray's {died} died, and the run with it" if died else "the run was killed, or Ray under it"
     sweep(driver)
-    print(f"plumbline: {what}; all steps that are done are saved", file=sys.stderr)
-    print(f"plumbline: continue with: plumbline resume {run_dir}", file=sys.stderr)
+    died = f"Ray's {said.decode()} died, and the {what} with it" if said else f"the {what} was killed, or Ray under it"
+    print(*(f"plumbline: {line}" for line in (died, *then)), sep="\n", file=sys.stderr)
 
 
 def rays_own(driver: int) -> dict[str, psutil.Process]:
@@ -87,4 +109,4 @@ def of_ray(driver: int) -> list[tuple[psutil.Process, list[str]]]:
 
 
 if __name__ == "__main__":
-    watch(sys.argv[1], int(sys.argv[2]))
+    watch(int(sys.argv[1]), *sys.argv[2:])

@@ -152,7 +152,7 @@ def _run(config: Any, run_dir: Path) -> int:
     checked = check(config, run_dir, check_engine, partial(find_machine, run_dir))
 
     from cli.display import Display, duration, result_text
-    from cli.guard import guarded
+    from cli.guard import run_guard
     from pipelines.run import run
     from plumbline.report.balance import balance
     from plumbline.report.files import read_events
@@ -163,7 +163,7 @@ def _run(config: Any, run_dir: Path) -> int:
         from serve.live import LiveEndpoint
 
         endpoint = LiveEndpoint(checked.placed.plan.config)
-    with guarded(run_dir), Display() as display:
+    with run_guard(run_dir), Display() as display:
         result = run(config, run_dir, display, checked, endpoint)
     print(result_text(result))
     if said := balance(read_events(run_dir / "events.jsonl")[0]):
@@ -180,9 +180,10 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
     from actors.machine import find_machine
     from cli.display import Display, result_text
+    from cli.guard import guarded
     from pipelines.run import compare
 
-    with Display() as display:
+    with guarded("evaluation", f"begin it again by: plumbline evaluate {options.run_dir}"), Display() as display:
         result = compare(run_dir, options.of or ["base", *servable(run_dir)], options.prompts, display, find_machine)
     print(result_text(result))
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from plumbline.errors import RunError, UserError
 from plumbline.importing import HOME
 
-PATIENCE_S = 600
+PATIENCE_S, STOP_S = 600, 60
 LOG, PID = "serve.log", "serve.pid"
 
 
@@ -49,6 +49,7 @@ def serve_command(options: argparse.Namespace) -> int:
     if options.detach:
         return detach(options, target)
     from cli.display import Display
+    from cli.guard import guarded
     from serve.target import read_target, serve_target
 
     given = {"host": options.host, "port": options.port, "api_keys": options.api_keys}
@@ -58,7 +59,7 @@ def serve_command(options: argparse.Namespace) -> int:
             raise UserError(f"--replicas takes one number or two bounds, not {len(options.replicas)}")
         overrides["replicas"] = options.replicas[0] if len(options.replicas) == 1 else options.replicas
     read = read_target(target, overrides)
-    with Display() as display:
+    with guarded("endpoint", f"start it again by: plumbline serve {options.target}"), Display() as display:
         display({"message": f"starting an engine for {options.target}"})
 
         def ready(url: str) -> None:
@@ -119,9 +120,7 @@ def stop(target: Path) -> int:
     found = running(pid_file)
     if found:
         address = _address((target / LOG).read_text("utf-8", errors="replace"))
-        os.kill(int(pid_file.read_text()), signal.SIGTERM)
-        while running(pid_file):
-            time.sleep(0.2)
+        _end(pid_file)
         pid_file.unlink()
     if os.environ.get("RAY_ADDRESS"):
         from serve.target import stop_target
@@ -132,6 +131,19 @@ def stop(target: Path) -> int:
         raise UserError(f"{target}: is not served by a detached process{_elsewhere()}")
     print(f"the endpoint over {target}{f' on {address}/v1' if address else ''} has ended")
     return 0
+
+
+def _end(pid_file: Path) -> None:
+    """As Ctrl-C does; by force where the Ray under it answers no more."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        os.kill(int(pid_file.read_text()), number)
+        deadline = time.monotonic() + STOP_S
+        while running(pid_file):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _elsewhere() -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from cli.guard import of_ray
 from plumbline.runs.parts import Parts, Rejected
 from tests.clusters import another_ray
 from tests.endpoints import KEY, TURN, client, free_port
@@ -174,6 +175,28 @@ def test_a_killed_run_is_resumed_with_one_command(run: Run) -> None:
     run.interrupt()
     run.assert_whole()
     assert leftovers(run.directory) == []
+
+
+@pytest.mark.parametrize("what", ["raylet", "gcs_server"])
+def test_a_run_whose_ray_died_is_resumed_with_one_command(run: Run, what: str) -> None:
+    run.process = begin(run.directory, "resume", str(run.directory / "run"))
+    run.wait_for_steps({name: count + 1 for name, count in run.steps().items()})
+    [process] = [one for one in of_ray(run.process.pid) if os.path.basename(one[1][0]) == what]
+    process[0].kill()
+    killed = time.monotonic()
+    assert run.process.wait(LIMIT_S) == 1, run.printed()
+    ended = time.monotonic() - killed
+    assert run.printed().endswith(
+        f"plumbline: Ray's {what} died, and the run with it\nplumbline: all steps that are done are saved\n"
+        f"plumbline: continue with: plumbline resume {run.directory / 'run'}\n"
+    )
+    assert leftovers(run.directory) == []
+    began = time.monotonic()
+    run.process = begin(run.directory, "resume", str(run.directory / "run"))
+    stepped = run.seconds_until_all_step(began)
+    tell(what, f"the run ends after {ended:.0f} s; `plumbline resume` | {stepped:.0f} | |")
+    run.interrupt()
+    run.assert_whole()
 
 
 def test_another_ray_of_this_machine_leaves_a_run_alone(tmp_path: Path) -> None:

@@ -18,36 +18,60 @@ ROOT = Path(__file__).resolve().parents[3]
 def guarded(ending: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A process that is watched over, starts what Ray would, and ends by `ending`."""
     code = f"""
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time, types
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from cli.guard import guarded
-session = f"/tmp/ray/session_2026-11-27_05-30-00_123456_{{os.getpid()}}/logs"
-left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", session])
+from cli.guard import run_guard
+session = f"--session=/tmp/ray/session_2026-11-27_05-30-00_123456_{{os.getpid()}}/logs"
+sleep = ["-c", "import time; time.sleep(60)", session]
+names = ["gcs_server", "raylet", "worker"]
+gcs, raylet, left = [subprocess.Popen([f"/ray/{{name}}", *sleep], executable=sys.executable) for name in names]
 print(left.pid, flush=True)
+stopped = False
+sys.modules["ray"] = types.SimpleNamespace(is_initialized=lambda: not stopped)
 try:
-    with guarded(Path("runs/a")):
+    with run_guard(Path("runs/a")):
         {ending}
 finally:
-    left.kill()
+    for one in (gcs, raylet, left):
+        one.kill()
 """
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, text=True, capture_output=True, timeout=60, check=False
     )
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(1)"])
+@pytest.mark.parametrize(
+    "ending", ["pass", "raise SystemExit(1)", "time.sleep(2); stopped = True; raylet.kill(); gcs.kill(); time.sleep(3)"]
+)
 def test_nothing_is_said_of_a_run_that_ended_itself(tmp_path: Path, ending: str) -> None:
-    assert guarded(ending, tmp_path).stderr == ""
+    """Its Ray ends before it does."""
+    ended = guarded(ending, tmp_path)
+    assert ended.stderr == ""
+    assert ended.returncode == ("SystemExit" in ending)
 
 
-def test_a_killed_run_is_told_how_to_go_on_and_leaves_no_process(tmp_path: Path) -> None:
+KILLED = "the run was killed, or Ray under it"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9, KILLED),
+        ("time.sleep(2); raylet.kill(); time.sleep(60)", 1, "Ray's raylet died, and the run with it"),
+        ("time.sleep(2); gcs.kill(); time.sleep(60)", 1, "Ray's gcs_server died, and the run with it"),
+    ],
+)
+def test_a_killed_run_is_told_how_to_go_on_and_leaves_no_process(
+    tmp_path: Path, ending: str, code: int, said: str
+) -> None:
     (tmp_path / "cli").mkdir()  # a user's own package of our name
     (tmp_path / "cli" / "__init__.py").write_text("raise RuntimeError")
-    ended = guarded("os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
-    assert ended.returncode == -9
+    ended = guarded(ending, tmp_path)
+    assert ended.returncode == code, ended.stderr
     assert ended.stderr == (
-        "plumbline: the run was killed, or Ray under it; all steps that are done are saved\n"
+        f"plumbline: {said}\n"
+        "plumbline: all steps that are done are saved\n"
         "plumbline: continue with: plumbline resume runs/a\n"
     )
     deadline = time.monotonic() + 10
