@@ -5,8 +5,9 @@
 What works is what a long run has: `pipelines.loop`'s stages, PLE's parts and rejections, events, the channel, the
 policy store, promotions, checkpoints and versions as a learner writes and keeps them, and the storage's copy of it. The
 actors are plain objects of this process, whose memory is therefore that of all of them; no Ray is started. At each
-thousandth step it prints the mean time of a step and the process's memory; at the end, their ratio of the last thousand
-to the first, and how long a resumed run takes until it asks for its next step, also where its directory was lost.
+thousandth step it prints the mean time of a step, by the clock and by the processor, and the process's memory; at the
+end, their ratio of the last thousand to the first, and how long a resumed run takes until it asks for its next step,
+also where its directory was lost.
 
 Without `--storage` the run directory is the only copy. It takes any URL that fsspec opens here, such as ``s3://bucket/x``
 (s3fs reads FSSPEC_S3_ENDPOINT_URL, which may be moto's server). ``far://bucket`` is `far_store`: objects in this
@@ -159,10 +160,12 @@ class InstantLearner:
 
 
 class Month:
-    """Step times and memory, noted at every event of a step; `ends_at` stops the run as a kill would."""
+    """Step times, by the clock and by the processor, and memory, noted at every event of a step; `ends_at` stops the
+    run as a kill would."""
 
     def __init__(self, ends_at: int) -> None:
         self.times: list[float] = []
+        self.work: list[float] = []
         self.resident: list[float] = []
         self._ends_at = ends_at
 
@@ -170,18 +173,22 @@ class Month:
         if event.get("pipeline") != "ple" or "step" not in event:
             return
         self.times.append(time.perf_counter())
+        self.work.append(time.process_time())
         if event["step"] % EVERY == 0:
             gc.collect()
             self.resident.append(psutil.Process().memory_info().rss / 2**20)
-            print(f"step {event['step']}: {self.per_step()[-1]:.2f} ms a step, {self.resident[-1]:.0f} MiB", flush=True)
+            took, worked = per_step(self.times)[-1], per_step(self.work)[-1]
+            told = f"{took:.2f} ms a step, {worked:.2f} of a processor, {self.resident[-1]:.0f} MiB"
+            print(f"step {event['step']}: {told}", flush=True)
         if event["step"] == self._ends_at:
             raise KeyboardInterrupt
 
-    def per_step(self) -> list[float]:
-        """Mean milliseconds of a step of each full `EVERY`, without the first ten, which warm up."""
-        marks = [self.times[10], *self.times[EVERY - 1 :: EVERY]]
-        counts = [EVERY - 11, *[EVERY] * (len(marks) - 2)]
-        return [1000 * (b - a) / n for a, b, n in zip(marks, marks[1:], counts, strict=False)]
+
+def per_step(seconds: Sequence[float]) -> list[float]:
+    """Mean milliseconds of a step of each full `EVERY`, without the first ten, which warm up."""
+    marks = [seconds[10], *seconds[EVERY - 1 :: EVERY]]
+    counts = [EVERY - 11, *[EVERY] * (len(marks) - 2)]
+    return [1000 * (b - a) / n for a, b, n in zip(marks, marks[1:], counts, strict=False)]
 
 
 def make_config(out: Path, steps: int, storage: str | None, keep: int | None) -> Config:
@@ -271,13 +278,16 @@ def main() -> None:
         calls = {kind: round(count / options.steps, 1) for kind, count in FarStore.calls.items()}
         FarStore.latency = options.latency / 1000
         resumed = resumes(config, out, options.steps)
-        steps, memory = clock.per_step(), clock.resident
-        rows = [
-            ["ms a step", f"{steps[0]:.2f}", f"{steps[-1]:.2f}", f"{steps[-1] / steps[0]:.2f}×"],
-            ["MiB", f"{memory[0]:.0f}", f"{memory[-1]:.0f}", f"{memory[-1] / memory[0]:.2f}×"],
-        ]
+        series = {
+            "ms a step": per_step(clock.times),
+            "ms of a processor": per_step(clock.work),
+            "MiB": clock.resident,
+        }
+        rows = [[name, f"{of[0]:.1f}", f"{of[-1]:.1f}", f"{of[-1] / of[0]:.2f}×"] for name, of in series.items()]
         print(table([f"{options.steps} steps", f"first {EVERY}", f"last {EVERY}", "ratio"], rows))
-        print(f"\nresumed at its next step in {resumed}; calls of the stand-in a step: {calls or 'none'}")
+        held = sum(map(len, FarStore.objects.values())) / 2**20
+        print(f"\nresumed at its next step in {resumed}")
+        print(f"the stand-in: {calls or 'no'} calls a step, {held:.0f} MiB in it")
     finally:
         shutil.rmtree(out)
         if options.storage:

@@ -106,3 +106,9 @@ def assert_each_prompt_once(
     seen = [str(r["prompt_id"]) for r in [*rows, *rejected]]
     assert sorted(seen) == sorted(f"p{i}" for i in range(prompts))
     return rows
+
+
+def tell(what: str, text: str) -> None:
+    """A row of the table of faults, in the file that PLUMBLINE_FAULTS names."""
+    with open(os.environ.get("PLUMBLINE_FAULTS", os.devnull), "a", encoding="utf-8") as table:
+        table.write(f"| {what} | {text} |\n")

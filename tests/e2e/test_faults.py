@@ -22,7 +22,18 @@ from cli.guard import of_ray
 from plumbline.runs.parts import Parts, Rejected
 from tests.clusters import another_ray
 from tests.endpoints import KEY, TURN, client, free_port
-from tests.runs import LIMIT_S, assert_each_prompt_once, events, finish, kill, leftovers, plumbline, start, wait_for
+from tests.runs import (
+    LIMIT_S,
+    assert_each_prompt_once,
+    events,
+    finish,
+    kill,
+    leftovers,
+    plumbline,
+    start,
+    tell,
+    wait_for,
+)
 from tests.tiny import make_tiny_embedder, tiny_config, write_config
 
 pytest.importorskip("vllm")
@@ -136,12 +147,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     finally:
         one.process.kill()
         leftovers(directory)
-
-
-def tell(what: str, text: str) -> None:
-    """A row of the table, in the file that PLUMBLINE_FAULTS names."""
-    with open(os.environ.get("PLUMBLINE_FAULTS", os.devnull), "a", encoding="utf-8") as table:
-        table.write(f"| {what} | {text} |\n")
 
 
 @pytest.mark.parametrize("what", KILLED)

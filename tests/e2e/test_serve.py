@@ -18,12 +18,15 @@ import httpx
 import openai
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, given, settings
+from peft import PeftModel
 from schemathesis.checks import not_a_server_error
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.mutations import ask_many
 from plumbline.runs.promotions import promoted
-from tests.endpoints import KEY, TURN, client, first_logprob, free_port, healthy, served, wait_until
+from tests.endpoints import KEY, TURN, Users, client, first_logprob, free_port, healthy, served, wait_until
 from tests.runs import LIMIT_S, events, finish, kill, leftovers, start, wait_for
 from tests.tiny import make_prompts, tiny_config
 
@@ -224,6 +227,72 @@ def test_wrong_requests_by_the_hundred_are_no_server_errors(over: str) -> None:
     assert max(statuses) < 500 and {200, 400, 499} <= set(statuses), statuses
     header = {"Authorization": f"Bearer {KEY}"}
     assert "plumbline_serve_in_flight 0.0" in httpx.get(f"{over}/metrics", headers=header).text
+
+
+def test_thirty_two_who_stream_meet_no_error(over: str) -> None:
+    """For ten seconds; `make test-faults` has them ask for two minutes."""
+    with Users(over, count=32, model="base", streams=True) as users:
+        time.sleep(10)
+    assert users.failures() == []
+
+
+DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "openai chat": ("chat/completions", {"messages": TURN}),
+    "openai completion": ("completions", {"prompt": "The goat"}),
+    "openai response": ("responses", {"input": "The goat"}),
+    "langchain chat": ("chat/completions", {"stream": False, "messages": TURN}),
+    "langchain stream": ("chat/completions", {"stream": True, "messages": TURN}),
+    "langchain response": ("responses", {"stream": False, "input": [TURN[0] | {"type": "message"}]}),
+    "langchain completion": (
+        "completions",
+        {"prompt": ["The goat", "A bee"], "frequency_penalty": 0, "logprobs": None, "max_tokens": 256, "n": 1}
+        | {"presence_penalty": 0, "seed": None, "temperature": 0.7, "top_p": 1},
+    ),
+    "litellm stream": ("chat/completions", {"messages": TURN, "stream": True}),
+    "lm-eval": (
+        "completions",
+        {"prompt": ["The goat"], "max_tokens": 8, "temperature": 0, "stop": ["</s>", "Question:"], "seed": 1234},
+    ),
+}
+"""What they send where users say no more: langchain-openai 1.7.4, litellm 1.110.2, openai 3.57.0, lm-eval 0.4.13."""
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_clients_send_by_default_is_answered(over: str, name: str) -> None:
+    path, body = DEFAULTS[name]
+    header = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{over}/v1/{path}", json=body | {"model": "ple"}, headers=header, timeout=LIMIT_S)
+    assert answer.status_code == 200, answer.text
+    if body.get("stream"):
+        assert answer.text.rstrip().endswith("data: [DONE]") and '"finish_reason"' in answer.text
+    elif path == "responses":
+        assert answer.json()["output"][0]["content"][0]["text"]
+    else:
+        prompts = body.get("prompt")
+        count = len(prompts) if isinstance(prompts, list) else 1
+        assert [choice["index"] for choice in answer.json()["choices"]] == list(range(count))
+
+
+def test_log_likelihoods_are_the_models_own(live: Live, over: str) -> None:
+    """As lm-eval asks for them, with ids of its own; the version's, by transformers and PEFT."""
+    tokenizer = AutoTokenizer.from_pretrained(live.directory / "model")
+    texts = ["Could you tell me what the goat eats?", "The goat eats grass.", "My rival has one rose."]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    body = {"prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    header = {"Authorization": f"Bearer {KEY}"}
+    model = AutoModelForCausalLM.from_pretrained(live.directory / "model", dtype=torch.float32)
+    adapter = live.run_dir / f"policies/ple/v{STEPS:06d}"
+    for name in ("base", f"ple@{STEPS}"):
+        one: Any = model if name == "base" else PeftModel.from_pretrained(model, adapter)
+        body["model"] = name
+        answer = httpx.post(f"{over}/v1/completions", json=body, headers=header, timeout=LIMIT_S).json()
+        for ids, choice in zip(prompts, answer["choices"], strict=True):
+            with torch.no_grad():
+                logps = one(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            own = logps.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            told = choice["logprobs"]["token_logprobs"][1:-1]  # of all but the first, and without what was generated
+            assert len(told) == len(ids) - 1 > 3
+            assert max(abs(a - b) for a, b in zip(told, own.tolist(), strict=True)) < 1.3e-5
 
 
 def test_two_hundred_who_hang_up_hold_nobody_up(over: str) -> None:
