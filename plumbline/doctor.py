@@ -37,7 +37,7 @@ from plumbline.runs.mirror import check_storage
 from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards
 from plumbline.runs.policies import model_path
 from plumbline.runs.rows import Read, Rows, fit_rows, read_rows
-from plumbline.submitted import left_out
+from plumbline.submitted import left_out_module
 from plumbline.tracking.feed import check_tracking
 
 if TYPE_CHECKING:
@@ -176,9 +176,9 @@ def _reward(key: str, reward: Reward) -> str:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # importing runs the user's code, which can fail as any code can
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        file = f"{(getattr(error, 'name', None) or module).replace('.', '/')}.py"
+        hint = left_out_module(getattr(error, "name", None) or module) or left_out_module(module)
         raise ConfigError(
-            f"{key}.function: {reward.function}: {what}{taken}; write module:function, importable here{left_out(file)}"
+            f"{key}.function: {reward.function}: {what}{taken}; write module:function, importable here{hint}"
         ) from None
     finally:
         sys.path.remove(os.getcwd())

@@ -37,6 +37,12 @@ def left_out(name: str | Path) -> str:
     return ""
 
 
+def left_out_module(name: str) -> str:
+    """`left_out`, of a module, a file or a package, by its dotted name."""
+    path = name.replace(".", "/")
+    return left_out(f"{path}.py") or left_out(path)
+
+
 def _rule(file: str, path: Path) -> str:
     """The last line that matches, as a path or as a directory's, unless it is one that takes in again."""
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
-from plumbline.submitted import left_out
+from plumbline.submitted import left_out, left_out_module
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,13 @@ def test_the_rule_is_named_by_which_ray_leaves_a_path_out(
     assert bool(said) == bool(rule) == excludes(job / name / ("x" if "." not in name else ""))
     number = [line.strip() for line in rules.splitlines()].index(rule.strip("'")) + 1 if rule else 0
     assert f"; {file}, line {number}, {rule}, left it out of this job" in said or not rule
+
+
+def test_a_module_is_a_file_or_a_package(job: Path) -> None:
+    (job / ".gitignore").write_text("build/\n/dist.py\n")
+    assert "'build/'" in left_out_module("build") and "'build/'" in left_out_module("rewards.build.judge")
+    assert "'/dist.py'" in left_out_module("dist")
+    assert not left_out_module("rewards.dist")
 
 
 def test_nothing_is_said_where_no_rule_did_it(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
