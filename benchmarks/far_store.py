@@ -5,6 +5,7 @@ time as it is asked for. It is for tests and benchmarks, which import `FarStore`
 """
 
 import asyncio
+from bisect import bisect_left, insort
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,33 @@ from fsspec.asyn import AsyncFileSystem
 PAGE = 1000
 
 
+class Objects(dict[str, bytes]):
+    """Objects by their names, which are kept in order: a listing costs what it finds, as a store's index does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: list[str] = []
+
+    def __setitem__(self, name: str, value: bytes) -> None:
+        if name not in self:
+            insort(self._names, name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self._names[bisect_left(self._names, name)]
+
+    def under(self, top: str) -> list[str]:
+        """The names in a directory, and `top` itself where it is an object."""
+        first, last = bisect_left(self._names, f"{top}/"), bisect_left(self._names, f"{top}0")  # 0 comes after /
+        return [*([top] if top in self else []), *self._names[first:last]]
+
+    def clear(self) -> None:
+        """Forget them all."""
+        super().clear()
+        self._names.clear()
+
+
 class FarStore(AsyncFileSystem):
     """Objects by their names, ``bucket/runs/a/events.jsonl``. All that is here belongs to the class, as to a bucket.
 
@@ -23,7 +51,7 @@ class FarStore(AsyncFileSystem):
     """
 
     protocol = "far"
-    objects: ClassVar[dict[str, bytes]] = {}
+    objects: ClassVar[Objects] = Objects()
     calls: ClassVar[Counter[str]] = Counter()
     latency: ClassVar[float] = 0.02
     put_names: ClassVar[list[str]] = []
@@ -52,8 +80,7 @@ class FarStore(AsyncFileSystem):
         return {"name": name, "size": len(self.objects[name]), "type": "file"}
 
     async def _find(self, path: str, maxdepth: Any = None, withdirs: bool = False, **options: Any) -> Any:
-        top = _name(path).rstrip("/")
-        names = sorted(name for name in self.objects if name == top or name.startswith(f"{top}/"))
+        names = self.objects.under(_name(path).rstrip("/"))
         for _ in range(0, max(1, len(names)), PAGE):
             await self._call("list")
         return {name: self._described(name) for name in names} if options.get("detail") else names
@@ -63,7 +90,7 @@ class FarStore(AsyncFileSystem):
         name = _name(path)
         if name in self.objects:
             return self._described(name)
-        if any(other.startswith(f"{name}/") for other in self.objects):
+        if self.objects.under(name):
             return {"name": name, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
 
@@ -88,7 +115,7 @@ class FarStore(AsyncFileSystem):
 
     async def _rm_file(self, path: str, **_: Any) -> Any:
         await self._call("delete")
-        self.objects.pop(_name(path), None)  # as S3, which does not say that there was none
+        self._forget(_name(path))
 
     async def _rm(
         self, path: Any, recursive: bool = False, batch_size: Any = None, maxdepth: Any = None, **_: Any
@@ -98,7 +125,11 @@ class FarStore(AsyncFileSystem):
         for start in range(0, len(names), PAGE):
             await self._call("delete")
             for name in names[start : start + PAGE]:
-                self.objects.pop(name, None)
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        if name in self.objects:  # S3 does not say that there was none either
+            del self.objects[name]
 
 
 def _name(path: str) -> str:
