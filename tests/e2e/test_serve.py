@@ -245,7 +245,13 @@ DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "langchain response": ("responses", {"stream": False, "input": [TURN[0] | {"type": "message"}]}),
     "langchain completion": (
         "completions",
-        {"prompt": ["The goat", "A bee"], "frequency_penalty": 0, "logprobs": None, "max_tokens": 256, "n": 1}
+        {
+            "prompt": ["The goat", "A bee"],
+            "frequency_penalty": 0,
+            "logprobs": None,
+            "max_tokens": 64,
+            "n": 1,
+        }  # 256, more than this model reads
         | {"presence_penalty": 0, "seed": None, "temperature": 0.7, "top_p": 1},
     ),
     "litellm stream": ("chat/completions", {"messages": TURN, "stream": True}),
