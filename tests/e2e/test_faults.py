@@ -184,7 +184,8 @@ def test_a_killed_run_is_resumed_with_one_command(run: Run) -> None:
 
 @pytest.mark.parametrize("what", ["raylet", "gcs_server"])
 def test_a_run_whose_ray_died_is_resumed_with_one_command(run: Run, what: str) -> None:
-    run.process = begin(run.directory, "resume", str(run.directory / "run"))
+    if run.process.poll() is not None:
+        run.process = begin(run.directory, "resume", str(run.directory / "run"))
     run.wait_for_steps({name: count + 1 for name, count in run.steps().items()})
     [process] = [one for one in of_ray(run.process.pid) if os.path.basename(one[1][0]) == what]
     process[0].kill()
