@@ -44,8 +44,10 @@ def model_files(path: str, key: str) -> dict[str, Stored]:
     if directory.suffix == ".gguf" and directory.is_file():
         raise ModelError(f"{key}: {path}: a GGUF file; {_NO_GGUF}")
     if not directory.exists():
-        gives = f"give a model's directory (config.json, model.safetensors){left_out(path)}"
-        raise ModelError(f"{key}: {path}: no such directory; {gives}")
+        hint = left_out(path)
+        raise ModelError(
+            f"{key}: {path}: no such directory; give a model's directory (config.json, model.safetensors){hint}"
+        )
     if (directory / ADAPTER_CONFIG).is_file():  # also beside a config.json: transformers would look for its base
         raise ModelError(f"{key}: {path}: an adapter{_base_of(directory)}, no model; {_remedy(path, key)}")
     if not (directory / CONFIG).is_file():
