@@ -6,7 +6,7 @@ time as it is asked for. It is for tests and benchmarks, which import `FarStore`
 
 import asyncio
 from bisect import bisect_left, insort
-from collections import Counter
+from collections import Counter, UserDict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +16,12 @@ from fsspec.asyn import AsyncFileSystem
 PAGE = 1000
 
 
-class Objects(dict[str, bytes]):
+class Objects(UserDict[str, bytes]):
     """Objects by their names, which are kept in order: a listing costs what it finds, as a store's index does."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._names: list[str] = []
+        super().__init__()
 
     def __setitem__(self, name: str, value: bytes) -> None:
         if name not in self:
@@ -36,11 +36,6 @@ class Objects(dict[str, bytes]):
         """The names in a directory, and `top` itself where it is an object."""
         first, last = bisect_left(self._names, f"{top}/"), bisect_left(self._names, f"{top}0")  # 0 comes after /
         return [*([top] if top in self else []), *self._names[first:last]]
-
-    def clear(self) -> None:
-        """Forget them all."""
-        super().clear()
-        self._names.clear()
 
 
 class FarStore(AsyncFileSystem):
@@ -115,7 +110,7 @@ class FarStore(AsyncFileSystem):
 
     async def _rm_file(self, path: str, **_: Any) -> Any:
         await self._call("delete")
-        self._forget(_name(path))
+        self.objects.pop(_name(path), None)  # as S3, which does not say that there was none
 
     async def _rm(
         self, path: Any, recursive: bool = False, batch_size: Any = None, maxdepth: Any = None, **_: Any
@@ -125,11 +120,7 @@ class FarStore(AsyncFileSystem):
         for start in range(0, len(names), PAGE):
             await self._call("delete")
             for name in names[start : start + PAGE]:
-                self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        if name in self.objects:  # S3 does not say that there was none either
-            del self.objects[name]
+                self.objects.pop(name, None)
 
 
 def _name(path: str) -> str:

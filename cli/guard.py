@@ -52,6 +52,8 @@ def run_guard(run_dir: Path) -> contextlib.AbstractContextManager[None]:
 
 def look(guard: "subprocess.Popen[bytes]", ended: threading.Event) -> None:
     """End this process, in its own thread, once the Ray that it started has lost one of `RAYS_OWN`."""
+    if os.environ.get("RAY_ADDRESS"):  # it starts none
+        return
     own: dict[str, psutil.Process] = {}
     while not ended.wait(LOOK_S):
         own = own or rays_own(os.getpid())

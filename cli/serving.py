@@ -136,13 +136,12 @@ def stop(target: Path) -> int:
 def _end(pid_file: Path) -> None:
     """As Ctrl-C does; by force where the Ray under it answers no more."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        os.kill(int(pid_file.read_text()), number)
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            os.kill(int(pid_file.read_text()), number)
         deadline = time.monotonic() + STOP_S
-        while running(pid_file):
-            if time.monotonic() > deadline:
-                break
+        while running(pid_file) and time.monotonic() < deadline:
             time.sleep(0.2)
-        else:
+        if not running(pid_file):
             return
 
 
