@@ -5,7 +5,7 @@ the work of tokenising it, and enough for most rows to know that they fit.
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,7 @@ _SPLITTERS = (
 )
 """What cuts a text and adds nothing to it."""
 _OFTEN, _KEPT = 8, 1024
-"""Among so many pieces of texts, one that is seen so often is counted."""
+"""Among so many texts, one that is seen so often comes again and again."""
 _turn = threading.Lock()
 _bounds: "WeakKeyDictionary[PreTrainedTokenizerBase, _Bound]" = WeakKeyDictionary()
 
@@ -32,12 +32,18 @@ _bounds: "WeakKeyDictionary[PreTrainedTokenizerBase, _Bound]" = WeakKeyDictionar
 def encode_texts(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, split_special_tokens: bool = False
 ) -> list[list[int]]:
-    """Ids of each text, in one call of the tokenizer, which gives it all its threads and nothing that nobody reads."""
+    """Ids of each text and nothing around them, in one call of the tokenizer, which gives it all its threads."""
     if not texts:
         return []
-    quiet: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
-    settings = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, **quiet}
-    return tokenized(tokenizer, list(texts), **settings)["input_ids"]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        settings = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
+        return tokenized(tokenizer, list(texts), **settings)["input_ids"]
+    with _turn:  # without what transformers makes of the ids, which takes as long as they do
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def tokenized(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **settings: Any) -> dict[str, Any]:
@@ -52,9 +58,40 @@ def tokenized(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **settings: Any
 
 def most_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, *, split_special_tokens: bool = False) -> int | None:
     """What the text has no more tokens than; None where nobody knows."""
+    return _bound(tokenizer).of(tokenizer, text, split_special_tokens)
+
+
+def most_around(tokenizer: "PreTrainedTokenizerBase", between: Sequence[str]) -> int | None:
+    """What `between` has no more tokens than, whatever stands between its parts; None where nobody knows.
+
+    With `most_bytes` of these texts added, it bounds the whole, if none of them holds a special token.
+    """
+    return _bound(tokenizer).around(tokenizer, between)
+
+
+def most_bytes(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], int]:
+    """`most_tokens` of a part of a text by a look at its bytes alone; where `most_around` is known."""
+    return _bound(tokenizer).by_bytes
+
+
+def _bound(tokenizer: "PreTrainedTokenizerBase") -> "_Bound":
     if tokenizer not in _bounds:
         _bounds[tokenizer] = _Bound(tokenizer)
-    return _bounds[tokenizer].of(tokenizer, text, split_special_tokens)
+    return _bounds[tokenizer]
+
+
+class Often:
+    """Whether a text comes again and again, such as a system turn, among others that do not."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def __call__(self, text: str) -> bool:
+        seen = self._seen.get(text, 0) + 1
+        if len(self._seen) >= _KEPT:
+            self._seen.clear()
+        self._seen[text] = seen
+        return seen >= _OFTEN
 
 
 class _Bound:
@@ -71,30 +108,41 @@ class _Bound:
         alone = not any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in special)
         marks = sorted((token.content for token in special), key=len, reverse=True) if alone else []
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
-        self._seen: dict[str, int] = {}
+        begins = {mark[:end] for mark in marks for end in range(1, len(mark))}
+        self._overlap = any(mark[start:] in begins for mark in marks for start in range(1, len(mark)))
+        self._often = Often()
         self._counts: dict[str, int] = {}
 
     def of(self, tokenizer: "PreTrainedTokenizerBase", text: str, split_special_tokens: bool) -> int | None:
         if self._growth is None:
             return None
         if split_special_tokens or self._marks is None:
-            return self._by_bytes(text)
+            return self.by_bytes(text)
         pieces = self._marks.split(text)
         return len(pieces) - 1 + sum(self._piece(tokenizer, piece) for piece in pieces if piece)
 
-    def _piece(self, tokenizer: "PreTrainedTokenizerBase", piece: str) -> int:
-        if piece in self._counts:
-            return self._counts[piece]
-        seen = self._seen.get(piece, 0) + 1
-        if seen >= _OFTEN:
-            self._counts[piece] = len(encode_texts(tokenizer, [piece])[0])
-        for kept in (self._seen, self._counts):
-            if len(kept) >= _KEPT:
-                kept.clear()
-        self._seen[piece] = seen
-        return self._by_bytes(piece)
+    def around(self, tokenizer: "PreTrainedTokenizerBase", between: Sequence[str]) -> int | None:
+        if self._growth is None or self._overlap:  # a text's end and a mark's beginning could be a mark together
+            return None
+        total = 0
+        for position, part in enumerate(between):
+            pieces = self._marks.split(part) if self._marks else [part]
+            total += len(pieces) - 1
+            for i, piece in enumerate(pieces):
+                meets = (i == 0 and position > 0) or (i == len(pieces) - 1 and position < len(between) - 1)
+                total += self.by_bytes(piece) if meets or not piece else len(encode_texts(tokenizer, [piece])[0])
+        return total
 
-    def _by_bytes(self, text: str) -> int:
+    def _piece(self, tokenizer: "PreTrainedTokenizerBase", piece: str) -> int:
+        if not self._often(piece):
+            return self.by_bytes(piece)
+        if len(self._counts) >= _KEPT:
+            self._counts.clear()
+        if piece not in self._counts:
+            self._counts[piece] = len(encode_texts(tokenizer, [piece])[0])
+        return self._counts[piece]
+
+    def by_bytes(self, text: str) -> int:
         assert self._growth is not None
         return len(text) if text.isascii() else self._growth * len(text.encode())
 

@@ -8,7 +8,7 @@ written with.
 import copy
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+Rendering = tuple[str, list[str]]
+"""A conversation as the template writes it, with the marks in its texts put aside, and those marks."""
 _NONCE = secrets.token_hex(8)  # nobody can write what stands for a mark
 _marks: "WeakKeyDictionary[PreTrainedTokenizerBase, _Marks]" = WeakKeyDictionary()
 
@@ -50,32 +52,42 @@ def encode_conversations(
     tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], *, generate: bool = True
 ) -> list[list[int]]:
     """`encode_turns` of several, in one call of the tokenizer for all without a mark in their texts."""
+    return encode_renderings(tokenizer, renderings(tokenizer, conversations, generate=generate))
+
+
+def encode_renderings(tokenizer: "PreTrainedTokenizerBase", rendered: Sequence[Rendering]) -> list[list[int]]:
+    """Ids of `renderings`."""
+    encoded = iter(encode_texts(tokenizer, [text for text, quoted in rendered if not quoted]))
     marks = _of(tokenizer)
-    rendered = _rendered(tokenizer, conversations, generate)
-    plain = [text for text, quoted in rendered if not quoted]
-    encoded = iter(encode_texts(tokenizer, plain))
     return [marks.encode(text, quoted) if quoted else next(encoded) for text, quoted in rendered]
 
 
-def most_of_conversations(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]
-) -> list[int | None]:
-    """What none of `encode_conversations` has more tokens than, without tokenising them; None where nobody knows.
+def most_of_renderings(tokenizer: "PreTrainedTokenizerBase", rendered: Sequence[Rendering]) -> list[int | None]:
+    """What none of `encode_renderings` has more tokens than, without tokenising them; None where nobody knows."""
+    return [None if quoted else most_tokens(tokenizer, text) for text, quoted in rendered]
+
+
+def renderings(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], *, generate: bool
+) -> list[Rendering]:
+    """Conversations by the chat template, each with the marks in its texts put aside.
 
     Raises:
         ModelError: the template refuses one of them.
     """
-    rendered = _rendered(tokenizer, conversations, generate=True)
-    return [None if quoted else most_tokens(tokenizer, text) for text, quoted in rendered]
-
-
-def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], generate: bool
-) -> list[tuple[str, list[str]]]:
-    """Conversations by the chat template, with the marks in their texts put aside, and those marks."""
-    asides = [_of(tokenizer).put_aside(messages) for messages in conversations]
+    asides = [put_aside(tokenizer, messages) for messages in conversations]
     texts = render_texts(tokenizer, [turns for turns, _ in asides], generate=generate)
     return [(text, quoted) for text, (_, quoted) in zip(texts, asides, strict=True)]
+
+
+def put_aside(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
+    """The turns with a numbered word in place of each mark in their texts, and those marks."""
+    return _of(tokenizer).put_aside(messages)
+
+
+def quotes(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], bool]:
+    """Whether a text has a mark in it."""
+    return _of(tokenizer).quoted
 
 
 class _Marks:
@@ -94,8 +106,7 @@ class _Marks:
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # not the tokenizer: it is a weak key
 
     def put_aside(self, messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
-        """The turns with a numbered word in place of each mark in their texts, and those marks."""
-        if not any(self._in(turn.content) for turn in messages):
+        if not any(self.quoted(turn.content) for turn in messages):
             return list(messages), []
         quoted: list[str] = []
 
@@ -129,8 +140,8 @@ class _Marks:
         copied.encode_special_tokens = True
         return copied, {copied.token_to_id(self._stand_ins[text]): id for text, id in self._ids.items()}
 
-    def _in(self, text: str) -> bool:
-        """Whether a mark is; without the pattern, which is slow where there are hundreds."""
+    def quoted(self, text: str) -> bool:
+        """Without the pattern, which is slow where there are hundreds."""
         return any(first in text for first in self._firsts) and any(mark in text for mark in self._ids)
 
 

@@ -6,10 +6,22 @@ Called by the pipelines for every prompt, by the miniature and by evaluation.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from plumbline.config.pipelines import Contrasts, Dlma, MethodSection
-from plumbline.data.marks import encode_conversations, encode_turns, most_of_conversations
+from plumbline.data.counting import Often, most_around, most_bytes
+from plumbline.data.frames import Frame, Unread, find_frame, unread
+from plumbline.data.marks import (
+    Rendering,
+    encode_renderings,
+    encode_turns,
+    most_of_renderings,
+    put_aside,
+    quotes,
+    renderings,
+)
 from plumbline.data.tokenizer import nearest, render_text
 from plumbline.errors import ConfigError, ModelError
 from plumbline.records import Message
@@ -57,6 +69,8 @@ CONTRASTS: Mapping[str, Contrast] = {
 # Not words of any template, so that finding them in a rendering means that the template kept them.
 _SYSTEM_MARK, _USER_MARK = "plumbsystemline", "plumbuserline"
 _keeps_system: dict[str, bool] = {}
+_KEPT = 1024
+_shapes: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Often, _Shapes]]" = WeakKeyDictionary()
 
 
 def principle_text(name_or_text: str) -> str:
@@ -119,9 +133,7 @@ def render_all(
     Raises:
         ModelError: the chat template refuses one of them.
     """
-    return encode_conversations(
-        tokenizer, [place_principle(tokenizer, messages, principle) for messages, principle in asked]
-    )
+    return encode_renderings(tokenizer, _renderings(tokenizer, asked))
 
 
 def most_of_all(
@@ -132,9 +144,78 @@ def most_of_all(
     Raises:
         ModelError: as `render_all`.
     """
-    return most_of_conversations(
-        tokenizer, [place_principle(tokenizer, messages, principle) for messages, principle in asked]
-    )
+    most, quoted = most_bytes(tokenizer), quotes(tokenizer)
+    bounds: list[int | None] = []
+    others: dict[int, list[Message]] = {}
+    for messages, principle in asked:
+        shape = _shape(tokenizer, messages, principle)
+        if shape is None or shape.most is None:
+            others[len(bounds)] = place_principle(tokenizer, messages, principle)
+            bounds.append(None)
+        elif any(quoted(turn.content) for turn in messages):
+            bounds.append(None)
+        else:
+            bounds.append(shape.most + sum(most(messages[turn].content) for turn in shape.frame.turns))
+    rendered = renderings(tokenizer, list(others.values()), generate=True)
+    for i, bound in zip(others, most_of_renderings(tokenizer, rendered), strict=True):
+        bounds[i] = bound
+    return bounds
+
+
+def _renderings(
+    tokenizer: "PreTrainedTokenizerBase", asked: Sequence[tuple[Sequence[Message], str | None]]
+) -> list[Rendering]:
+    written: list[Rendering] = []
+    others: dict[int, list[Message]] = {}
+    for messages, principle in asked:
+        shape = _shape(tokenizer, messages, principle)
+        if shape is None:
+            others[len(written)] = place_principle(tokenizer, messages, principle)
+            written.append(("", []))
+        else:
+            turns, quoted = put_aside(tokenizer, messages)
+            written.append((shape.frame.around([turn.content for turn in turns]), quoted))
+    for i, one in zip(others, renderings(tokenizer, list(others.values()), generate=True), strict=True):
+        written[i] = one
+    return written
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The frame of all conversations of some roles with a principle, and perhaps a system turn that all of them have,
+    and what it has no more tokens than."""
+
+    frame: Frame
+    most: int | None
+
+
+_Shapes = dict[tuple[str | None, ...], _Shape | None]
+
+
+def _shape(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], principle: str | None) -> _Shape | None:
+    """None where each conversation is to be rendered."""
+    often, known = _shapes.setdefault(tokenizer, (Often(), {}))
+    first = messages[0] if messages else None
+    own = first.content if first and first.role == "system" and often(first.content) else None
+    key = (tokenizer.get_chat_template(), principle, own, *[turn.role for turn in messages])
+    if key in known:
+        return known[key]
+    turns = unread([turn.role for turn in messages])
+    found = _found(tokenizer, turns if own is None else [*messages[:1], *turns[1:]], principle)
+    if len(known) < _KEPT:
+        known[key] = found
+    return found
+
+
+def _found(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], principle: str | None) -> _Shape | None:
+    given = [principle or "", *(turn.content for turn in turns if not isinstance(turn.content, Unread))]
+    if any(map(quotes(tokenizer), given)):
+        return None
+    try:
+        frame = find_frame(tokenizer, place_principle(tokenizer, turns, principle))
+    except ModelError:  # as it says of each row
+        return None
+    return None if frame is None else _Shape(frame, most_around(tokenizer, frame.between))
 
 
 def steerings(section: MethodSection) -> list[str]:
@@ -163,17 +244,17 @@ def place_principle(
     """
     turns = list(messages)
     system = turns.pop(0).content if turns and turns[0].role == "system" else None
-    if principle is None and system is None:
+    texts = [text for text in (principle, system) if text is not None]
+    if not texts:
         return turns
     if keeps_system(tokenizer):
-        content = "\n\n".join(text for text in (principle, system) if text)
-        return [Message(role="system", content=content), *turns]
+        return [Message(role="system", content=reduce(_above, texts)), *turns]
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         raise ModelError("the chat template has no system turn, and there is no user's turn that its text could go to")
     for index, text in ((first, system), (len(turns) - 1, principle)):
-        if text:
-            turns[index] = Message(role=turns[index].role, content=f"{text}\n\n{turns[index].content}")
+        if text is not None:
+            turns[index] = Message(role=turns[index].role, content=_above(text, turns[index].content))
     return turns
 
 
@@ -188,6 +269,10 @@ def keeps_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
             text = ""
         _keeps_system[template] = _SYSTEM_MARK in text and _USER_MARK in text
     return _keeps_system[template]
+
+
+def _above(text: str, other: str) -> str:
+    return text + "\n\n" + other  # by +, which an `Unread` text bears
 
 
 def _names(presets: Mapping[str, object]) -> str:

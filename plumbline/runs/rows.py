@@ -4,7 +4,9 @@
 long, listed for the pipelines, which discard and count it.
 """
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,11 @@ class Rows:
 
 def read_rows(config: Config) -> Read:
     """Every row, by every reader that a pipeline reads it with, in the columns that it reads. Raises DataError."""
+    with _nothing_collected():
+        return _read(config)
+
+
+def _read(config: Config) -> Read:
     prompts, heldout = [], []
     train, other = config.data.train, config.data.heldout
     if not all(isinstance(p, RewardModel) for p in config.pipelines):
@@ -134,6 +141,18 @@ def heldout_fit(config: Config, tokenizer: "PreTrainedTokenizerBase", prompts: S
     if not kept:
         raise DataError(f"{lengths.source}: no prompt fits into all pipelines; raise data.max_prompt_tokens")
     return kept
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Without Python's search for cycles, which looks at all rows again and again and takes as long as reading them."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _target(config: Config) -> Target:

@@ -17,7 +17,7 @@ from plumbline.data import length_filter
 from plumbline.data.counting import encode_texts, most_tokens
 from plumbline.data.ending import encode_responses, most_of_responses
 from plumbline.data.length_filter import Fit, Lengths, section_fit
-from plumbline.data.marks import encode_conversations, most_of_conversations
+from plumbline.data.marks import encode_conversations, most_of_renderings, renderings
 from plumbline.data.tokenizer import TEMPLATES
 from plumbline.errors import DataError
 from plumbline.records import Message, Prompt
@@ -37,6 +37,10 @@ def make(normalizer: Any = None, *before: Any, byte_fallback: bool = False, temp
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(["the goat eats the grass, then the other goat eats"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=MARKS[2], chat_template=TEMPLATES[template])
+
+
+def most_of_conversations(tokenizer: Any, asked: Sequence[Sequence[Message]]) -> list[int | None]:
+    return most_of_renderings(tokenizer, renderings(tokenizer, asked, generate=True))
 
 
 BOUNDED = [
