@@ -23,6 +23,23 @@ class DataError(UserError):
     """A data file or row that cannot be read."""
 
 
+class RowError(DataError):
+    """One row of a data file that cannot be read; the others may be.
+
+    Attributes:
+        file, row: where it is; a JSON Lines row's number is its line's.
+        key: the file's column that is wrong, where it is one.
+        problem: what is wrong with it, and what would be right.
+    """
+
+    def __init__(self, file: str, row: int, key: str | None, problem: str) -> None:
+        super().__init__(file, row, key, problem)  # the args are what pickle rebuilds it from
+        self.file, self.row, self.key, self.problem = file, row, key, problem
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}{'' if self.key is None else f', {self.key}'}: {self.problem}"
+
+
 class ModelError(UserError):
     """A directory or model that is not what it was named to be."""
 

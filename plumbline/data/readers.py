@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from plumbline.errors import DataError
+from plumbline.config.reading import OnBad
+from plumbline.errors import DataError, RowError
 from plumbline.submitted import left_out
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
@@ -38,16 +39,24 @@ class Place:
 PlacedRow = tuple[Place, Mapping[str, object]]
 
 
-def read_rows(path: str, *, split: str = "train", limit: int | None = None) -> Iterator[PlacedRow]:
+def stop(error: RowError) -> None:
+    """Of bad rows, the first ends the reading."""
+    raise error
+
+
+def read_rows(
+    path: str, *, split: str = "train", limit: int | None = None, on_bad: OnBad = stop
+) -> Iterator[PlacedRow]:
     """Rows of a .jsonl, .jsonl.gz, .parquet or .csv file, of a directory of such, or of a Hugging Face dataset.
 
     Yields (place, columns), streaming. A CSV's empty cells are None. Stops after `limit` rows. `split` is for
-    directories, where the files' names say it as Hugging Face has it, and for datasets.
+    directories, where the files' names say it as Hugging Face has it, and for datasets. A line that is no row goes to
+    `on_bad`, where the lines after it can be told.
 
     Raises:
         DataError: naming the file, the row where there is one, what is wrong and what would be right.
     """
-    rows = islice(_open(path, split), limit)
+    rows = islice(_open(path, split, on_bad), limit)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{path}: no rows in it; write at least one")
@@ -55,28 +64,28 @@ def read_rows(path: str, *, split: str = "train", limit: int | None = None) -> I
     yield from rows
 
 
-def _open(path: str, split: str) -> Iterator[PlacedRow]:
+def _open(path: str, split: str, on_bad: OnBad) -> Iterator[PlacedRow]:
     """The rows of all files of `path`, one file after the other."""
     before = 0
-    for file, rows in _sources(path, split):
+    for file, rows in _sources(path, split, on_bad):
         number = 0
         for number, values in rows:
             yield Place(file=file, row=number, number=before + number), values
         before += number
 
 
-def _sources(path: str, split: str) -> Iterator[tuple[str, Iterator[RawRow]]]:
+def _sources(path: str, split: str, on_bad: OnBad) -> Iterator[tuple[str, Iterator[RawRow]]]:
     """Each file with its rows. A directory's files are read as they stand: a schema that the first of them set would
     refuse a later one, for a column that is empty in one and text in the other."""
     if "://" in path:
         raise DataError(f"{path}: data is not read from an address; copy it to a disk that this run sees")
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        yield path, _file(path, split)
+        yield path, _file(path, split, on_bad)
     elif any((directory / name).exists() for name in _SAVED):
         yield path, _dataset(path, directory, split)
     elif files := _data_files(path, directory, split):
-        yield from ((file, _file(file, split)) for file in files)
+        yield from ((file, _file(file, split, on_bad)) for file in files)
     else:
         yield path, _dataset(path, directory, split)
 
@@ -102,7 +111,7 @@ def _data_files(path: str, directory: Path, split: str) -> list[str]:
     return files if all(file.lower().endswith(SUFFIXES) for file in files) else []
 
 
-def _file(path: str, split: str) -> Iterator[RawRow]:
+def _file(path: str, split: str, on_bad: OnBad) -> Iterator[RawRow]:
     file = Path(path).expanduser()
     known = next((suffix for suffix in reversed(SUFFIXES) if path.lower().endswith(suffix)), None)
     if not file.exists():
@@ -115,55 +124,57 @@ def _file(path: str, split: str) -> Iterator[RawRow]:
         raise DataError(f"{path}: unknown suffix {file.suffix!r}; it should be one of {', '.join(SUFFIXES)}{hint}")
     if file.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; write at least one row")
-    return {".jsonl": _jsonl, ".jsonl.gz": _jsonl_gz, ".parquet": _parquet, ".csv": _csv}[known](path, file)
+    return {".jsonl": _jsonl, ".jsonl.gz": _jsonl_gz, ".parquet": _parquet, ".csv": _csv}[known](path, file, on_bad)
 
 
-def _jsonl(path: str, file: Path) -> Iterator[RawRow]:
+def _jsonl(path: str, file: Path, on_bad: OnBad) -> Iterator[RawRow]:
     with _opened(path, file) as stream:
-        yield from _json_rows(path, stream)
+        yield from _json_rows(path, stream, on_bad)
 
 
-def _jsonl_gz(path: str, file: Path) -> Iterator[RawRow]:
+def _jsonl_gz(path: str, file: Path, on_bad: OnBad) -> Iterator[RawRow]:
     try:
         with _opened(path, file) as stream, gzip.open(stream) as unzipped:
-            yield from _json_rows(path, unzipped)
+            yield from _json_rows(path, unzipped, on_bad)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: damaged gzip ({error}); compress the .jsonl again, or drop .gz if it is none"
         ) from error
 
 
-def _json_rows(path: str, stream: IO[bytes] | gzip.GzipFile) -> Iterator[RawRow]:
-    for number, line in _text_lines(path, stream, unit="row"):
+def _json_rows(path: str, stream: IO[bytes] | gzip.GzipFile, on_bad: OnBad) -> Iterator[RawRow]:
+    for number, line in _text_lines(path, stream, on_bad):
         if not line.strip():
             continue
         try:
             row = json.loads(line.rstrip())  # or what is missing at its end would be missed in column 1 of line 2
         except (ValueError, RecursionError) as error:
             what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else _one_line(error)
-            raise DataError(f"{path}, row {number}: broken JSON ({what}); write one JSON object on a line") from error
+            on_bad(RowError(path, number, None, f"broken JSON ({what}); write one JSON object on a line"))
+            continue
         if not isinstance(row, dict):
             kind = {list: "a list", str: "text", type(None): "null"}.get(type(row), f"the value {row!r:.40}")
-            raise DataError(f"{path}, row {number}: {kind}, not an object; write {{...}} with the columns as keys")
+            on_bad(RowError(path, number, None, f"{kind}, not an object; write {{...}} with the columns as keys"))
+            continue
         yield number, row
 
 
-def _csv(path: str, file: Path) -> Iterator[RawRow]:
+def _csv(path: str, file: Path, on_bad: OnBad) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB, which a text may well have
     with _opened(path, file) as stream:
-        reader = csv.reader((line for _, line in _text_lines(path, stream, unit="line")), strict=True)
+        reader = csv.reader((line for _, line in _text_lines(path, stream)), strict=True)
         begun = 1
         try:
             header = next(reader, [])
             if repeated := {name for name in header if header.count(name) > 1}:
                 raise DataError(f"{path}: its header names column {sorted(repeated)[0]!r} twice; rename one")
             for number, cells in enumerate((cells for cells in reader if cells), start=1):
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"{path}, row {number}: {len(cells)} cells where the header has {len(header)}; "
-                        'put text that holds commas or line breaks between double quotes (")'
-                    )
                 begun = reader.line_num + 1
+                if len(cells) != len(header):
+                    many = f"{len(cells)} cells where the header has {len(header)}"
+                    remedy = 'put text that holds commas or line breaks between double quotes (")'
+                    on_bad(RowError(path, number, None, f"{many}; {remedy}"))
+                    continue
                 yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
             raise DataError(f"{path}, line {begun}: broken CSV ({error}); {_csv_remedy(str(error))}") from error
@@ -177,7 +188,7 @@ def _csv_remedy(problem: str) -> str:
     return 'put its texts between double quotes, a quote in a text as two (""), or write the rows as .jsonl'
 
 
-def _parquet(path: str, file: Path) -> Iterator[RawRow]:
+def _parquet(path: str, file: Path, _: OnBad) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -228,21 +239,30 @@ def _dataset_problem(path: str, directory: Path | None, split: str, error: Excep
     return f"{path}: cannot be loaded as a dataset, split {split!r} ({_one_line(error.__cause__ or error)})"
 
 
-def _text_lines(path: str, stream: IO[bytes] | gzip.GzipFile, *, unit: str) -> Iterator[tuple[int, str]]:
-    """Lines decoded as UTF-8, numbered from 1; a byte order mark is dropped."""
+def _text_lines(path: str, stream: IO[bytes] | gzip.GzipFile, on_bad: OnBad | None = None) -> Iterator[tuple[int, str]]:
+    """Lines decoded as UTF-8, numbered from 1; a byte order mark is dropped. A line that is no text goes to `on_bad`;
+    where rows are no lines, and there is none, it ends the file."""
     start = 0
     for number, line in enumerate(stream, start=1):
+        wrong = text = None
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            at = start + error.start
-            zipped = line[:2] == b"\x1f\x8b"
-            remedy = "it is gzip, call it .jsonl.gz" if zipped and start == 0 else "save it as UTF-8"
-            raise DataError(f"{path}, {unit} {number}: not UTF-8 at byte {at}; {remedy}") from error
-        if "\0" in text:
-            raise DataError(f"{path}, {unit} {number}: zero bytes, as UTF-16 text has; save it as UTF-8")
-        yield number, text
+            zipped = line[:2] == b"\x1f\x8b" and start == 0
+            remedy = "it is gzip, call it .jsonl.gz" if zipped else "save it as UTF-8"
+            wrong = f"not UTF-8 at byte {start + error.start}; {remedy}"
+            if zipped:
+                raise DataError(f"{path}, row {number}: {wrong}") from error
+        if text is not None and "\0" in text:
+            wrong = "zero bytes, as UTF-16 text has; save it as UTF-8"
         start += len(line)
+        if wrong is None:
+            assert text is not None
+            yield number, text
+        elif on_bad is None:
+            raise DataError(f"{path}, line {number}: {wrong}")
+        else:
+            on_bad(RowError(path, number, None, wrong))
 
 
 @contextmanager

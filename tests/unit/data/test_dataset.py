@@ -172,27 +172,30 @@ BAD_ROWS: list[tuple[str, Row, list[str]]] = [
     ("empty prompt", {"prompt": ""}, ["prompt: is blank", "remove the row"]),
     ("blank prompt", {"prompt": " \n\t"}, ["prompt: is blank", "remove the row"]),
     ("prompt is a number", {"prompt": 3}, ["prompt: is an int, not text", "string"]),
-    ("prompt is turns", {"prompt": TURNS}, ["prompt: is a list, not text", "`messages`"]),
+    ("prompt is words", {"prompt": ["a", "b"]}, ["prompt: turn 1 is a str", "role and content"]),
     ("half a character", {"prompt": "a\ud800"}, ["prompt: holds half a character", "at 1"]),
-    ("both", {"prompt": "x", "messages": TURNS}, ["has `messages` too", "columns: {prompt: prompt}"]),
+    (
+        "both",
+        {"prompt": "x", "messages": TURNS},
+        ["has `messages` too, in which no user says it", "columns: {prompt: prompt}"],
+    ),
     ("id is a list", {"prompt": "x", "id": [1]}, ["id: is a list", "text or a number"]),
     ("blank id", {"prompt": "x", "id": ""}, ["id: is blank", "leave the key out"]),
     ("messages is text", {"messages": "hi"}, ["messages: is a str", "{role, content}"]),
     ("no messages", {"messages": []}, ["messages: is empty", "{role, content}"]),
     ("a turn is text", {"messages": ["hi"]}, ["messages: turn 1 is a str", "role and content"]),
-    ("another form", {"messages": [{"from": "human", "value": "x"}]}, ["turn 1 has from, value", "role and content"]),
+    ("no value", {"messages": [{"from": "human", "content": "x"}]}, ["turn 1 has from, content", "role and content"]),
     (
         "unknown role",
-        {"messages": [{"role": "human", "content": "x"}]},
-        ["turn 1", "'human'", "system, user, assistant"],
+        {"messages": [{"role": "bishop", "content": "x"}]},
+        ["turn 1", "'bishop'", "system, user, assistant"],
     ),
+    ("role is a list", {"messages": [{"role": ["user"], "content": "x"}]}, ["turn 1", "unknown role ['user']"]),
     ("blank turn", {"messages": [{"role": "user", "content": ""}]}, ["messages: content of turn 1 is blank"]),
     ("turn is no text", {"messages": [{"role": "user", "content": 5}]}, ["content of turn 1 is an int, not text"]),
-    (
-        "answer last",
-        {"messages": TURNS[:3]},
-        ["messages: ends with a turn of the assistant", "move the answer to `target`"],
-    ),
+    ("two answers", {"messages": [*TURNS[:3], TURNS[2]]}, ["ends with a turn of the assistant before the answer"]),
+    ("an answer alone", {"messages": [TURNS[2]]}, ["messages: ends with nothing before the answer"]),
+    ("system last", {"messages": [TURNS[0]]}, ["messages: ends with a turn of the system", "with the user's"]),
     ("late system", {"messages": [TURNS[1], TURNS[0], TURNS[3]]}, ["turn 2 is a system turn", "only the first"]),
 ]
 
@@ -219,7 +222,7 @@ def test_answers_that_nobody_reads_are_not_checked(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "chosen": TURNS, "rejected": [3, "y", ""]}, {"prompt": "z"}]
     [first, _] = read_prompts(jsonl(tmp_path / "a.jsonl", rows))
     assert (first.chosen, first.rejected, first.row) == (None, ("y",), 1)
-    refused(lambda: read_preferences(str(tmp_path / "a.jsonl")), "row 1, chosen: is a list, not text")
+    refused(lambda: read_preferences(str(tmp_path / "a.jsonl")), "row 1, chosen: ends with a turn of the user")
     refused(lambda: read_prompts(str(tmp_path / "a.jsonl"), target="needed"), "row 1: no `target`")
 
 
