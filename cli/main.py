@@ -5,6 +5,7 @@ the output was closed.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.serving import add_commands as add_serving
+from plumbline.config.reading import Reading
 from plumbline.errors import PlumblineError, UserError
 from plumbline.importing import ours_first
 
@@ -90,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
     one.add_argument("--split", default="train")
     one.add_argument("--kind", choices=("prompts", "targets", "labelled", "preferences"), default="prompts")
+    one.add_argument("--write", type=Path, metavar="OUT", help="the rows that can be used, as a .jsonl file")
     one.set_defaults(command=validate_command)
 
     add_serving(commands)
@@ -231,21 +234,36 @@ def doctor_command(options: argparse.Namespace) -> int:
 
 def validate_command(options: argparse.Namespace) -> int:
     """`plumbline validate`."""
-    from plumbline.data.dataset import read_labelled, read_preferences, read_prompts, summarize
+    from plumbline.data.bad_rows import BadRows, by_reason
+    from plumbline.data.dataset import as_row, read_labelled, read_preferences, read_prompts, summarize
+    from plumbline.runs.disk import write_text
 
-    columns = _columns(options.column)
+    if options.write and (options.write.suffix != ".jsonl" or options.write.exists()):
+        raise UserError(f"--write {options.write}: it should be a .jsonl file that is not there yet")
+    bad = BadRows(options.data, allowed=1)
+    reading = Reading(columns=_columns(options.column), split=options.split, on_bad=bad)
     if options.kind == "labelled":
-        rows = read_labelled(options.data, columns=columns, split=options.split)
-        print(f"{options.data}: {len(rows)} labelled texts, {sum(r.label for r in rows):.0f} of them wanted ones")
-        return 0
-    if options.kind == "preferences":
-        prompts = read_preferences(options.data, columns=columns, split=options.split)
+        rows = read_labelled(options.data, **reading)
+        told = [f"{options.data}: {len(rows)} labelled texts, {sum(r.label for r in rows):.0f} of them wanted ones"]
     else:
         target = "needed" if options.kind == "targets" else "unread"
-        prompts = read_prompts(options.data, target=target, columns=columns, split=options.split)
-    for key, value in summarize(prompts).items():
-        print(f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}")
-    return 0
+        if options.kind == "preferences":
+            rows = read_preferences(options.data, **reading)
+        else:
+            rows = read_prompts(options.data, target=target, **reading)
+        told = [
+            f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}"
+            for key, value in summarize(rows).items()
+        ]
+    if not bad.errors or options.write:
+        print("\n".join(told))
+    for line in by_reason(bad.errors):
+        print(f"plumbline: {line}", file=sys.stderr)
+    if options.write and rows:
+        write_text(options.write, "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
+        print(f"{options.write}: {len(rows)} rows that can be used, of {len(rows) + len(bad.errors)}")
+        return 0
+    return 2 if bad.errors else 0
 
 
 def chat_command(options: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.runs.models import check_causal
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
-from plumbline.runs.rows import heldout_fit
+from plumbline.runs.rows import heldout_fit, left_out
 from plumbline.runs.storage import Storage
 from plumbline.submitted import is_job
 from plumbline.tracking.feed import start_trackers
@@ -166,6 +166,9 @@ async def run_pipelines(
     context = make_context(run_dir, checked, storage, events)
     config = context.config
     context.events.say(line(checked.placed.plan.rows))
+    for bad in checked.rows.bad.values():
+        if bad.errors:
+            context.events.say(left_out(bad))
     for name, asked, offered in missing(demand(config)):
         context.events.say(
             f"the run asks for {asked:g} {name}, all nodes offer {offered:g}: what finds no room waits until one joins"

@@ -8,7 +8,7 @@ from pipelines.context import Context
 from pipelines.loop import train_on
 from plumbline.config.pipelines import Sft
 from plumbline.data.ending import encode_responses
-from plumbline.data.length_filter import AT_ONCE
+from plumbline.data.length_filter import AT_ONCE, BAD
 from plumbline.data.prompting import render_all
 from plumbline.records import PolicyRef, Sample, TokenGroup
 from plumbline.runs.policies import PROOF, version_directory
@@ -24,7 +24,7 @@ async def run_sft(
         begun: called once it trains, with the directory where the final version will be.
     """
     batches = await asyncio.to_thread(sft_batches, context, section)
-    if unfit := context.rows.fits[section.name].unfit:
+    if unfit := [one for one in context.rows.fits[section.name].unfit if one.reason != BAD]:
         first = unfit[0].prompt.row
         context.events.say(f"{section.name}: {len(unfit)} rows are too long and left out; the first is row {first}")
     spec = context.learner_spec(section, len(batches), serves=serves)

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from plumbline.config.reading import Reading
+from plumbline.config.reading import OnBad, Reading
 from plumbline.config.section import Count, Json, MaxLen, Section, Tokens
 
 
@@ -75,6 +75,10 @@ class Source(Section):
         """What the readers take beside the path."""
         return Reading(columns=self.columns, where=self.where, split=self.split, limit=self.limit)
 
+    def reading_past(self, on_bad: OnBad) -> Reading:
+        """`reading`, in which bad rows go to `on_bad`."""
+        return {**self.reading, "on_bad": on_bad}
+
 
 class Data(Section):
     """What the run learns on, and what it is judged on."""
@@ -84,6 +88,21 @@ class Data(Section):
     max_prompt_tokens: Count = Field(
         default=256, description="longer prompts are counted and listed in rejected.parquet"
     )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="a row that cannot be used ends the start, or is left out, told, and listed in rejected.parquet",
+    )
+    max_bad_rows: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of a file's rows that `skip` may leave out",
+    )
+
+    @property
+    def bad_allowed(self) -> float | None:
+        """The share of bad rows that a file may have; None where the first one ends the start."""
+        return self.max_bad_rows if self.on_bad_row == "skip" else None
 
 
 class RewardBase(Section):

@@ -62,6 +62,8 @@ def _run(config: Config) -> Idle:
     methods, heldout = config.methods, config.data.heldout
     rewards = [p for p in config.pipelines if isinstance(p, RewardModel)]
     made = any(not isinstance(one, Frozen) or one.train for one in config.served)
+    skips, why = config.data.on_bad_row == "skip", "is what `on_bad_row: skip` may leave out; set that, or leave it out"
+    yield from _given(config.data, "data", ["max_bad_rows"], why, acts=skips)
     if config.sft and len(rewards) == len(config.pipelines):
         yield (
             "sft",

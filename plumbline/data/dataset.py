@@ -63,6 +63,19 @@ def read_labelled(path: str, **reading: Unpack[Reading]) -> list[LabelledText]:
     return list(_parsed(path, LABELLED_KEYS, reading, _labelled))
 
 
+def as_row(record: Prompt | LabelledText) -> dict[str, object]:
+    """A row that is read as this record, in our own columns."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in record.messages or ()]
+    plain = [turn["role"] for turn in turns] == ["user"]
+    row: dict[str, object] = {"prompt": turns[0]["content"]} if plain else {"messages": turns}
+    if isinstance(record, LabelledText):
+        row |= {"text": record.text, "label": record.label}
+    else:
+        answers = {"target": record.target, "chosen": record.chosen, "rejected": list(record.rejected)}
+        row = {"id": record.id, **row, **answers, **record.extra}
+    return {name: value for name, value in row.items() if value not in (None, [])}
+
+
 def summarize(prompts: Sequence[Prompt]) -> dict[str, int | float]:
     """What `plumbline validate` shows: counts, shares in [0, 1], and characters of the whole conversation."""
     characters = [sum(len(turn.content) for turn in prompt.messages) for prompt in prompts]

@@ -260,9 +260,10 @@ def _ended(row: Row, key: str, turns: tuple[Message, ...]) -> Asked:
 
 
 def _asking(row: Row, key: str, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    if not turns or turns[-1].role != "user":
-        last = f"a turn of the {turns[-1].role}" if turns else "nothing"
-        row.fail(key, f"ends with {last} before the answer; it should end with the user's turn")
+    if not turns:
+        row.fail(key, "is an answer that no user's turn stands before; write what it answers, or remove the row")
+    if turns[-1].role != "user":
+        row.fail(key, f"ends with a turn of the {turns[-1].role} before any answer; it should end with the user's")
     return turns
 
 

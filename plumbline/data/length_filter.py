@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plumbline.config.pipelines import MethodSection, Preference
+from plumbline.config.reading import OnBad
 from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.data.ending import encode_responses, most_of_responses
 from plumbline.data.prompting import most_of_all, render_all, steerings
-from plumbline.errors import DataError, ModelError
+from plumbline.data.readers import stop
+from plumbline.errors import ModelError, RowError
 from plumbline.records import Prompt
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1024
 """Texts of one call of the tokenizer: enough for all its threads, few enough for their ids to be soon forgotten."""
-UNKNOWN = 2**30
+BAD = "bad row"
+"""The reason of one that no pipeline can use; others are too long for one."""
+UNKNOWN = 2**29
 """A bound where none is known: more than any limit, and two of them are an int32."""
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 
@@ -66,12 +70,17 @@ class Counts:
 class Lengths:
     """Tokens of the prompts and targets of a file; `source` is what messages call it.
 
-    Every method raises DataError, which names the row, where the chat template refuses a conversation.
+    Where the chat template refuses a conversation, every method gives its RowError to `on_bad`; where that goes on
+    without the row, it is in `refused`, by the prompt's id, and fits nowhere.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], source: str) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], source: str, on_bad: OnBad = stop
+    ) -> None:
         self.prompts = list(prompts)
         self.source = source
+        self.refused: dict[str, RowError] = {}
+        self._on_bad = on_bad
         self._tokenizer = tokenizer
         self._under: dict[str | None, Counts] = {}
         self._targets: Counts | None = None
@@ -80,8 +89,8 @@ class Lengths:
         """Of the prompts with a text put before them; None is the plain prompt."""
         if steering not in self._under:
             self._under[steering] = self._counts(
-                lambda some: self._rendered(most_of_all, some, steering),
-                lambda some: self._rendered(render_all, some, steering),
+                lambda some: self._rendered(most_of_all, some, steering, None),
+                lambda some: self._rendered(render_all, some, steering, range(UNKNOWN)),
             )
         return self._under[steering]
 
@@ -111,16 +120,24 @@ class Lengths:
                 numbers[start : start + len(some)] = number(some)
         return numbers
 
-    def _rendered(self, how: Callable[..., Sequence[Any]], prompts: Sequence[Prompt], steering: str | None) -> Any:
+    def refuse(self, prompt: Prompt, problem: str) -> None:
+        """Leave a prompt out. Raises its RowError where `on_bad` does."""
+        if prompt.id not in self.refused:
+            error = RowError(self.source, prompt.row, None, problem)
+            self._on_bad(error)
+            self.refused[prompt.id] = error
+
+    def _rendered(
+        self, how: Callable[..., Sequence[Any]], prompts: Sequence[Prompt], steering: str | None, refused: Any
+    ) -> Any:
+        """`refused` stands for what a refused one would have given."""
         try:
             return how(self._tokenizer, [(prompt.messages, steering) for prompt in prompts])
         except ModelError as error:
             if len(prompts) > 1:  # which of them
-                return [one for prompt in prompts for one in self._rendered(how, [prompt], steering)]
-            raise DataError(
-                f"{self.source}, row {prompts[0].row}: {error}; mend or remove the row, or give another "
-                "`model.chat_template`"
-            ) from error
+                return [one for prompt in prompts for one in self._rendered(how, [prompt], steering, refused)]
+            self.refuse(prompts[0], f"{error}; mend or remove the row, or give another `model.chat_template`")
+            return [refused]
 
 
 def prompt_fit(config: Config, section: MethodSection, lengths: Lengths) -> Fit:
@@ -134,7 +151,7 @@ def prompt_fit(config: Config, section: MethodSection, lengths: Lengths) -> Fit:
     long = plain.settle(~short)
     longest = np.maximum.reduce([one.settle(~short) for one in guided])
     return _parted(
-        lengths.prompts,
+        lengths,
         short,
         "prompt too long",
         lambda i: f"{long[i]} tokens ({longest[i]} with the principle), limit {limit} ({room})",
@@ -162,18 +179,26 @@ def target_fit(config: Config, lengths: Lengths) -> Fit:
     long = plain.settle(unsure)
     whole = long + targets.settle(unsure)
     return _parted(
-        lengths.prompts,
+        lengths,
         (long <= limit) & (whole <= room),
         "target too long",
         lambda i: f"{long[i]} tokens ({whole[i]} with the target), limit {limit} ({room})",
     )
 
 
-def _parted(prompts: Sequence[Prompt], fits: np.ndarray, reason: str, detail: Callable[[int], str]) -> Fit:
-    return Fit(
-        prompts=[prompt for prompt, fit in zip(prompts, fits, strict=True) if fit],
-        unfit=[Unfit(prompt=prompts[i], reason=reason, detail=detail(i)) for i in np.flatnonzero(~fits)],
-    )
+def _parted(lengths: Lengths, fits: np.ndarray, reason: str, detail: Callable[[int], str]) -> Fit:
+    prompts, refused = lengths.prompts, lengths.refused
+    unfit = [Unfit(prompt=prompts[i], reason=reason, detail=detail(i)) for i in np.flatnonzero(~fits)]
+    unfit = [one for one in unfit if one.prompt.id not in refused]
+    bad = [bad_row(refused[prompt.id], prompt) for prompt in prompts if prompt.id in refused]
+    kept = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit and prompt.id not in refused]
+    return Fit(prompts=kept, unfit=[*bad, *unfit])
+
+
+def bad_row(error: RowError, prompt: Prompt | None = None) -> Unfit:
+    """A row that no pipeline can use."""
+    prompt = prompt or Prompt(id=str(error.row), messages=(), row=error.row)
+    return Unfit(prompt=prompt, reason=BAD, detail=str(error))
 
 
 def _gives_pairs(section: MethodSection) -> bool:

@@ -8,6 +8,7 @@ import gzip
 import json
 import sys
 import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from plumbline.submitted import left_out
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
+_GZIP = b"\x1f\x8b"
 RawRow = tuple[int, Mapping[str, object]]
 
 
@@ -56,9 +58,18 @@ def read_rows(
     Raises:
         DataError: naming the file, the row where there is one, what is wrong and what would be right.
     """
-    rows = islice(_open(path, split, on_bad), limit)
+    bad = False
+
+    def noted(error: RowError) -> None:
+        nonlocal bad
+        bad = True
+        on_bad(error)
+
+    rows = islice(_open(path, split, noted), limit)
     first = next(rows, None)
     if first is None:
+        if bad:
+            return
         raise DataError(f"{path}: no rows in it; write at least one")
     yield first
     yield from rows
@@ -248,10 +259,9 @@ def _text_lines(path: str, stream: IO[bytes] | gzip.GzipFile, on_bad: OnBad | No
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            zipped = line[:2] == b"\x1f\x8b" and start == 0
-            remedy = "it is gzip, call it .jsonl.gz" if zipped else "save it as UTF-8"
+            remedy = "it is gzip, call it .jsonl.gz" if line[:2] == _GZIP and start == 0 else "save it as UTF-8"
             wrong = f"not UTF-8 at byte {start + error.start}; {remedy}"
-            if zipped:
+            if line[:2] in (_GZIP, BOM_UTF16_LE, BOM_UTF16_BE) and start == 0:  # no line of it is text
                 raise DataError(f"{path}, row {number}: {wrong}") from error
         if text is not None and "\0" in text:
             wrong = "zero bytes, as UTF-16 text has; save it as UTF-8"

@@ -66,15 +66,6 @@ class Row:
             self.missing(key, f"`{key}`")
         return self.checked(key, self.get(key))
 
-    def texts(self, key: str) -> tuple[str, ...]:
-        """One text, or each of a list of them."""
-        value = self.get(key)
-        if isinstance(value, list):
-            if not value:
-                self.fail(key, "is an empty list; write at least one text, or remove the row")
-            return tuple(self.checked(key, one, f"text {n} ") for n, one in enumerate(value, start=1))
-        return (self.required_text(key),)
-
     def checked(self, key: str, value: object, what: str = "") -> str:
         """`value` if it is text that can be tokenised; `what` names the part of the column that it is."""
         if not isinstance(value, str):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from plumbline.config.data import Source
+from plumbline.config.reading import OnBad
 from plumbline.data.dataset import read_preferences
 from plumbline.data.ending import encode_response
 from plumbline.data.prompting import render
@@ -62,14 +63,14 @@ def check_model(source: Source, models: Sequence[str], fingerprint: str) -> None
             )
 
 
-def read_preference_file(source: Source) -> list[Prompt]:
-    """Prompts with `chosen` and `rejected` answers of a preference file.
+def read_preference_file(source: Source, on_bad: OnBad) -> list[Prompt]:
+    """Prompts with `chosen` and `rejected` answers of a preference file; rows that have none go to `on_bad`.
 
     Raises:
-        DataError: a row lacks one, or every row's answers are equal.
+        DataError: every row's answers are equal.
     """
-    rows = read_preferences(source.path, **source.reading)
-    if not any(usable_rejected(prompt) for prompt in rows):
+    rows = read_preferences(source.path, **source.reading_past(on_bad))
+    if rows and not any(usable_rejected(prompt) for prompt in rows):
         raise DataError(
             f"{source.path}: in all {len(rows)} rows chosen and rejected are the same text: there is nothing to prefer"
         )

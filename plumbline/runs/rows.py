@@ -5,22 +5,24 @@ long, listed for the pipelines, which discard and count it.
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from plumbline.config.data import ClassifierReward, Source
 from plumbline.config.pipelines import Dlma, Preference, RewardModel, Sft
 from plumbline.config.tree import Config
+from plumbline.data.bad_rows import BadRows
 from plumbline.data.dataset import LabelledText, Target, read_labelled, read_preferences, read_prompts
-from plumbline.data.length_filter import Fit, Lengths, prompt_fit, section_fit, target_fit
+from plumbline.data.length_filter import Fit, Lengths, bad_row, prompt_fit, section_fit, target_fit
 from plumbline.data.reward_text import check_conversation
 from plumbline.data.tokenizer import read_tokenizer
 from plumbline.data.tokenizer_check import check_thoughts
-from plumbline.errors import DataError, ModelError
+from plumbline.errors import DataError, ModelError, RowError
 from plumbline.records import Prompt
 from plumbline.runs.policies import model_path
 from plumbline.runs.preferences import is_parts, read_preference_file, read_table
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Labelled = Sequence[LabelledText] | Sequence[Prompt]
+_Some = TypeVar("_Some", bound=Sequence[Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class Read:
         given: of preference files, by the name of the pipeline that trains on them.
         parts: pairs that another run made, by the name of the pipeline.
         rewards: what each `reward` pipeline trains on, and what it is tried on, by its name.
+        bad: of each file that was read, by its path, the rows that cannot be used.
     """
 
     prompts: list[Prompt]
@@ -48,6 +52,7 @@ class Read:
     given: Mapping[str, list[Prompt]]
     parts: Mapping[str, pa.Table]
     rewards: Mapping[str, tuple[Labelled, Labelled]]
+    bad: Mapping[str, BadRows]
 
     def counts(self) -> str:
         """What was read, in words."""
@@ -55,7 +60,8 @@ class Read:
         heldout = len(self.heldout) or max((len(heldout) for _, heldout in self.rewards.values()), default=0)
         counted = {"train": train, "heldout": heldout}
         counted |= {f"pairs of {name}": len(rows) for name, rows in (*self.given.items(), *self.parts.items())}
-        return ", ".join(f"{name}: {count} rows" for name, count in counted.items() if count)
+        bad = [left_out(one) for one in self.bad.values() if one.errors]
+        return "; ".join([", ".join(f"{name}: {count} rows" for name, count in counted.items() if count), *bad])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +73,19 @@ class Rows:
         heldout: those that fit into every pipeline.
         fits: what each pipeline uses of its prompts, and the `sft` section, by their names.
         rewards: as `Read` has them.
+        bad: rows that are in none of these, by the path of their file.
     """
 
     prompts: Sequence[Prompt] = ()
     heldout: Sequence[Prompt] = ()
     fits: Mapping[str, Fit] = field(default_factory=dict)
     rewards: Mapping[str, tuple[Labelled, Labelled]] = field(default_factory=dict)
+    bad: Mapping[str, BadRows] = field(default_factory=dict)
+
+
+def left_out(bad: BadRows) -> str:
+    """In words, of a file with rows that cannot be used."""
+    return f"{bad.path}: {len(bad.errors)} rows cannot be used and are left out; the first: {bad.errors[0]}"
 
 
 def read_rows(config: Config) -> Read:
@@ -84,14 +97,25 @@ def read_rows(config: Config) -> Read:
 def _read(config: Config) -> Read:
     prompts, heldout = [], []
     train, other = config.data.train, config.data.heldout
+    bad: dict[str, BadRows] = {}
+
+    def checked(source: Source, read: Callable[[BadRows], _Some]) -> _Some:
+        own = bad.setdefault(source.path, BadRows(source.path, config.data.bad_allowed))
+        rows = read(own)
+        own.check(len(rows))
+        return rows
+
     if not all(isinstance(p, RewardModel) for p in config.pipelines):
-        prompts = read_prompts(train.path, target=_target(config), **train.reading)
-        heldout = read_prompts(other.path, target="read", **other.reading) if other else []
+        target = _target(config)
+        prompts = checked(train, lambda own: read_prompts(train.path, target=target, **train.reading_past(own)))
+        if other:
+            heldout = checked(other, lambda own: read_prompts(other.path, target="read", **other.reading_past(own)))
     given, parts, rewards = {}, {}, {}
     for section in config.pipelines:
         if isinstance(section, RewardModel):
-            rewards[section.name] = (_labelled(train, section), _labelled(other, section))
-            if not other and len(rewards[section.name][0]) < 2:
+            learnt, tried = (checked(one, partial(_labelled, one, section)) if one else [] for one in (train, other))
+            rewards[section.name] = (learnt, tried)
+            if not other and len(learnt) < 2:
                 raise DataError(
                     f"{train.path}: one row; {section.name} keeps one back to be tried on, and needs another"
                 )
@@ -99,45 +123,61 @@ def _read(config: Config) -> Read:
             if isinstance(section, Dlma) or is_parts(section.pairs):  # dlma trains on parts alone: it needs margins
                 parts[section.name] = read_table(section.pairs)
             else:
-                given[section.name] = read_preference_file(section.pairs)
-    return Read(prompts=prompts, heldout=heldout, given=given, parts=parts, rewards=rewards)
+                given[section.name] = checked(section.pairs, partial(read_preference_file, section.pairs))
+    return Read(prompts=prompts, heldout=heldout, given=given, parts=parts, rewards=rewards, bad=bad)
 
 
 def fit_rows(config: Config, tokenizer: "PreTrainedTokenizerBase", read: Read) -> Rows:
     """What of the rows each pipeline can use.
 
     Raises:
-        DataError: a chat template refuses a row, or a pipeline finds none that it can use, or would learn an answer as
-            a thought.
+        DataError: a chat template refuses a row, or more rows than the config allows, or a pipeline finds none that it
+            can use, or would learn an answer as a thought.
         ConfigError: a principle or a contrast that is none.
     """
-    train = Lengths(tokenizer, read.prompts, config.data.train.path)
+    train = Lengths(tokenizer, read.prompts, config.data.train.path, read.bad[config.data.train.path])
+    every = [train]
+    if config.data.heldout:
+        every.append(Lengths(tokenizer, read.heldout, config.data.heldout.path, read.bad[config.data.heldout.path]))
+    rewards = _check_conversations(config, tokenizer, read, every)
     fits: dict[str, Fit] = {}
     for section in config.methods:
         if section.name in read.given:
             assert isinstance(section, Preference) and section.pairs is not None
-            given = Lengths(tokenizer, read.given[section.name], section.pairs.path)
+            path = section.pairs.path
+            given = Lengths(tokenizer, read.given[section.name], path, read.bad[path])
             fits[section.name] = _some(section_fit(config, section, given), given, section.name)
-            check_thoughts(tokenizer, given.source, given.prompts)
+            check_thoughts(tokenizer, path, given.prompts)
+            every.append(given)
         elif section.name not in read.parts:
             fits[section.name] = _some(section_fit(config, section, train), train, section.name)
     for stage in (*([config.sft] if config.sft else []), *(p for p in config.pipelines if isinstance(p, Sft))):
         fits[stage.name] = _some(target_fit(config, train), train, stage.name)
     if _target(config) == "needed":
         check_thoughts(tokenizer, train.source, train.prompts)
-    heldout = heldout_fit(config, tokenizer, read.heldout)
-    _check_conversations(config, tokenizer, read)
-    return Rows(prompts=read.prompts, heldout=heldout, fits=fits, rewards=read.rewards)
+    heldout = _heldout(config, every[1]) if config.data.heldout and read.heldout else []
+    for lengths in every:
+        read.bad[lengths.source].check(len(lengths.prompts) - len(lengths.refused))
+    refused = {(error.file, error.row) for error in train.refused.values()}
+    unread = [bad_row(e) for e in read.bad[train.source].errors if (e.file, e.row) not in refused]
+    fits = {
+        name: fit if name in read.given else replace(fit, unfit=[*unread, *fit.unfit]) for name, fit in fits.items()
+    }
+    return Rows(prompts=read.prompts, heldout=heldout, fits=fits, rewards=rewards, bad=read.bad)
 
 
 def heldout_fit(config: Config, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]) -> list[Prompt]:
     """The held-out prompts that are within the limits of every pipeline. Raises DataError as `fit_rows`."""
     if not prompts or config.data.heldout is None:
         return []
-    lengths = Lengths(tokenizer, prompts, config.data.heldout.path)
+    path = config.data.heldout.path
+    return _heldout(config, Lengths(tokenizer, prompts, path, BadRows(path, config.data.bad_allowed)))
+
+
+def _heldout(config: Config, lengths: Lengths) -> list[Prompt]:
     fits = [_some(prompt_fit(config, section, lengths), lengths, section.name) for section in config.methods]
     unfit = {one.prompt.id for fit in fits for one in fit.unfit}
-    kept = [prompt for prompt in prompts if prompt.id not in unfit]
+    kept = [prompt for prompt in lengths.prompts if prompt.id not in unfit]
     if not kept:
         raise DataError(f"{lengths.source}: no prompt fits into all pipelines; raise data.max_prompt_tokens")
     return kept
@@ -160,19 +200,18 @@ def _target(config: Config) -> Target:
     return "needed" if stages or any(section.needs_target for section in config.methods) else "unread"
 
 
-def _labelled(source: Source | None, section: RewardModel) -> Labelled:
+def _labelled(source: Source, section: RewardModel, own: BadRows) -> Labelled:
     """Raises DataError."""
-    if source is None:
-        return []
     if section.source == "pairs":
-        return read_preferences(source.path, **source.reading)
-    rows = read_labelled(source.path, **source.reading)
-    for row in rows:
+        return read_preferences(source.path, **source.reading_past(own))
+    kept = []
+    for row in read_labelled(source.path, **source.reading_past(own)):
         if section.reads == "pair" and row.messages is None:
-            raise DataError(
-                f"{source.path}, row {row.row}: no `prompt`; a reward model of `reads: pair` needs one in each row"
-            )
-    return rows
+            problem = "no `prompt`; a reward model of `reads: pair` needs one in each row"
+            own(RowError(source.path, row.row, None, problem))
+        else:
+            kept.append(row)
+    return kept
 
 
 def _some(fit: Fit, lengths: Lengths, name: str) -> Fit:
@@ -186,26 +225,51 @@ def _some(fit: Fit, lengths: Lengths, name: str) -> Fit:
     return fit
 
 
-def _check_conversations(config: Config, tokenizer: "PreTrainedTokenizerBase", read: Read) -> None:
-    """Every conversation must be one for the rewards that read conversations, those that are trained here too."""
+def _check_conversations(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", read: Read, every: Sequence[Lengths]
+) -> Mapping[str, tuple[Labelled, Labelled]]:
+    """Every conversation must be one for the rewards that read conversations, those that are trained here too.
+
+    Returns the rows of the latter, without those that are none.
+    """
     judge = config.evaluation.judge if config.evaluation else None
-    sources = [(config.data.train, read.prompts), *([(config.data.heldout, read.heldout)] if read.heldout else [])]
     for reward in (config.reward, judge):
         if isinstance(reward, ClassifierReward) and reward.reads == "conversation":
             own = read_tokenizer(model_path(reward.path))
-            for source, prompts in sources:
-                assert source is not None
-                _check_each(own, source.path, prompts, f"the reward {reward.path}")
+            for lengths in every:
+                for prompt in lengths.prompts:
+                    if problem := _refused(own, prompt, f"the reward {reward.path}"):
+                        lengths.refuse(prompt, problem)
+    rewards = dict(read.rewards)
     for section in config.pipelines:
         if isinstance(section, RewardModel) and section.reads == "conversation":
-            for source, rows in zip((config.data.train, config.data.heldout), read.rewards[section.name], strict=True):
-                if source:
-                    _check_each(tokenizer, source.path, rows, section.name)
+            train, heldout = (
+                _conversations(tokenizer, source, rows, section.name, read)
+                for source, rows in zip((config.data.train, config.data.heldout), rewards[section.name], strict=True)
+            )
+            rewards[section.name] = (train, heldout)
+    return rewards
 
 
-def _check_each(tokenizer: Any, path: str, rows: Labelled, who: str) -> None:
+def _conversations(
+    tokenizer: Any, source: Source | None, rows: Labelled, who: str, read: Read
+) -> Sequence[LabelledText] | Sequence[Prompt]:
+    kept: list[Any] = []
     for row in rows:
-        try:
-            check_conversation(tokenizer, row.messages or ())
-        except ModelError as error:
-            raise DataError(f"{path}, row {row.row}: of {who}, {error}; mend or remove the row") from error
+        assert source is not None
+        if problem := _refused(tokenizer, row, who):
+            read.bad[source.path](RowError(source.path, row.row, None, problem))
+        else:
+            kept.append(row)
+    if source is not None:
+        read.bad[source.path].check(len(kept))
+    return kept
+
+
+def _refused(tokenizer: Any, row: LabelledText | Prompt, who: str) -> str | None:
+    """What is wrong with a conversation for a chat template."""
+    try:
+        check_conversation(tokenizer, row.messages or ())
+    except ModelError as error:
+        return f"of {who}, {error}; mend or remove the row"
+    return None

@@ -235,7 +235,7 @@ BAD_DATA: Mapping[str, tuple[str, bytes | None, list[str]]] = {
     "turns": (
         "a.jsonl",
         lines(GOOD, {"messages": [{"role": "assistant", "content": "So."}]}),
-        ["a.jsonl, row 2, messages: ends with a turn of the assistant; it should end with the user's"],
+        ["a.jsonl, row 2, messages: is an answer that no user's turn stands before"],
     ),
     "suffix": ("a.txt", b"Why?\n", ["a.txt: unknown suffix '.txt'; it should be one of .jsonl"]),
     "cut gzip": ("a.jsonl.gz", gzip.compress(lines(GOOD) * 9)[:30], ["a.jsonl.gz: damaged gzip"]),
@@ -946,7 +946,7 @@ def test_self_contrast_without_targets(world: World, refused: Refused) -> None:
         ([{"prompt": "a", "chosen": "b"}], ("pairs.jsonl, row 1: no `rejected`", "columns")),
         ([{"prompt": "a", "rejected": "b"}], ("pairs.jsonl, row 1: no `chosen`",)),
         ([{"prompt": "a", "chosen": "b", "rejected": []}], ("row 1, rejected: is an empty list",)),
-        ([{"prompt": "a", "chosen": "b", "rejected": ["c", " "]}], ("row 1, rejected: text 2 is blank",)),
+        ([{"prompt": "a", "chosen": "b", "rejected": ["c", " "]}], ("row 1, rejected: answer 2 is blank",)),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2,
             ("pairs.jsonl: in all 2 rows chosen and rejected are the same text",),

@@ -193,8 +193,8 @@ BAD_ROWS: list[tuple[str, Row, list[str]]] = [
     ("role is a list", {"messages": [{"role": ["user"], "content": "x"}]}, ["turn 1", "unknown role ['user']"]),
     ("blank turn", {"messages": [{"role": "user", "content": ""}]}, ["messages: content of turn 1 is blank"]),
     ("turn is no text", {"messages": [{"role": "user", "content": 5}]}, ["content of turn 1 is an int, not text"]),
-    ("two answers", {"messages": [*TURNS[:3], TURNS[2]]}, ["ends with a turn of the assistant before the answer"]),
-    ("an answer alone", {"messages": [TURNS[2]]}, ["messages: ends with nothing before the answer"]),
+    ("two answers", {"messages": [*TURNS[:3], TURNS[2]]}, ["ends with a turn of the assistant before any answer"]),
+    ("an answer alone", {"messages": [TURNS[2]]}, ["messages: is an answer that no user's turn stands before"]),
     ("system last", {"messages": [TURNS[0]]}, ["messages: ends with a turn of the system", "with the user's"]),
     ("late system", {"messages": [TURNS[1], TURNS[0], TURNS[3]]}, ["turn 2 is a system turn", "only the first"]),
 ]
