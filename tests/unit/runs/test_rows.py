@@ -14,7 +14,11 @@ from tests.tiny import make_byte_tokenizer, write_rows
 
 NO_ACCENTS = "{% if 'é' in messages[-1].content %}{{ raise_exception('no accents') }}{% endif %}" + TEMPLATES["chatml"]
 GOOD: list[dict[str, object]] = [{"prompt": f"Why {i}?", "target": "So."} for i in range(8)]
-BAD: list[dict[str, object]] = [{"prompt": ""}, {"prompt": "é", "target": "So."}, {"prompt": "Why?", "target": "So. " * 99}]
+BAD: list[dict[str, object]] = [
+    {"prompt": ""},
+    {"prompt": "é", "target": "So."},
+    {"prompt": "Why?", "target": "So. " * 99},
+]
 
 
 @pytest.fixture(scope="module")
