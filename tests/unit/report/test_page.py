@@ -133,7 +133,7 @@ def reject(directory: Path, counts: Mapping[str, int]) -> None:
 class Page(HTMLParser):
     """What a browser would find: tags, ids, attributes, and the texts of table rows, headings and notices."""
 
-    VOID = frozenset({"meta", "rect", "line", "path", "use"})
+    VOID = frozenset({"meta", "rect", "line", "path", "use", "input"})
 
     def __init__(self, path: Path) -> None:
         super().__init__()
