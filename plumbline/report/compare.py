@@ -186,7 +186,9 @@ def _notices(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
             if not common:
                 yield "unfinished", f"{run.label}: no prompt in common with {first.label}, and so no differences."
             elif common < max(len(run.keys), len(first.keys)):
-                told = f"{common} prompts in common with {first.label} (of {len(run.keys)} and {len(first.keys)})"
+                told = (
+                    f"{common} of its {len(run.keys)} held-out prompts are among the {len(first.keys)} of {first.label}"
+                )
                 yield "unfinished", f"{run.label}: {told}; differences are over these, means over all of a run."
         if run.cut:
             yield "unfinished", f"{run.label}: the last line of events.jsonl is half-written and left out."

@@ -99,7 +99,9 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
     prompts, rewards = tree.setdefault("prompts", []), tree.setdefault("rewards", {})
     if not isinstance(prompts, list) or not all(isinstance(key, str) for key in prompts):
         raise DataError(f"{path}: `prompts` should be a list of texts; {remedy}")
-    for who, values in rewards.items() if isinstance(rewards, dict) else [("", rewards)]:
+    if not isinstance(rewards, dict):
+        raise DataError(f"{path}: `rewards` should map policies to a number or null for each prompt; {remedy}")
+    for who, values in rewards.items():
         numbers = isinstance(values, list) and all(one is None or isinstance(one, int | float) for one in values)
         if not numbers or (prompts and len(values) != len(prompts)):
             raise DataError(f"{path}: `rewards` of {who!r} should be a number or null for each prompt; {remedy}")
