@@ -215,7 +215,7 @@ def compare_command(options: argparse.Namespace) -> int:
     from plumbline.report.compare import compare_runs
 
     print(compare_runs(options.run_dirs, options.out))
-    print(f"\n{options.out}")
+    print(f"\n{options.out.absolute()}")
     return 0
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from plumbline.methods.evaluation import Interval, markdown, paired_interval, re
 from plumbline.report.files import Event, check_run, read_config, read_evaluation, read_events
 from plumbline.report.pages import render_page, write_page
 from plumbline.report.plots import BESIDE, NEUTRAL, colors, overlaid
-from plumbline.report.tables import Cell, Column, Table, comparison, number
+from plumbline.report.tables import Cell, Column, Table, comparison, number, value
 from plumbline.runs.directory import leaves
 
 BASES = {"before", "base"}
@@ -63,11 +64,11 @@ def compare_runs(paths: Sequence[Path], out: Path) -> str:
         ConfigError, DataError: a file of a run is broken.
     """
     runs = read_runs(paths)
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out {out}: should be a file, such as compare.html, in a directory that is there")
+    if out.suffix != ".html" or out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: should be a file that ends in .html, in a directory that is there")
     differences = [one for run in runs[1:] for one in paired(runs[0], run)]
     notices = list(_notices(runs))
-    alike = all(Counter(run.keys) == Counter(runs[0].keys) for run in runs) and not _rewards_differ(runs)
+    alike = not _rewards_differ(runs) and len({tuple(sorted(run.keys)) for run in runs if run.rows}) == 1
     names = dict.fromkeys(e["pipeline"] for run in runs for e in run.events if e["pipeline"] not in BESIDE)
     rows = [
         {**{k: v for k, v in row.items() if k != "win rate"}, "policy": f"{run.label}: {row['policy']}"}
@@ -163,13 +164,14 @@ def _rewards(run: Run) -> dict[str, dict[tuple[str, int], float]]:
         seen[key] += 1
     rewards = run.evaluation["rewards"] if run.evaluation and places else {}
     return {
-        who: {place: one for place, one in zip(places, values, strict=True) if one is not None}
+        who: {place: one for place, one in zip(places, values, strict=True) if not math.isnan(value(one))}
         for who, values in rewards.items()
     }
 
 
 def _rewards_differ(runs: Sequence[Run]) -> bool:
-    return any(run.config.get("reward") != runs[0].config.get("reward") for run in runs)
+    rewards = [run.config.get("reward") for run in runs if run.rows]
+    return any(reward != rewards[0] for reward in rewards)
 
 
 def _notices(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
@@ -230,7 +232,7 @@ def _terminal(
     rows: Sequence[Mapping[str, Any]], differences: Sequence[Difference], notices: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
     if rows:
-        yield markdown([{k: Interval(**v) if isinstance(v, Mapping) else v for k, v in row.items()} for row in rows])
+        yield markdown([{k: _interval(v) if isinstance(v, Mapping) else v for k, v in row.items()} for row in rows])
     if differences:
         yield markdown(
             [
@@ -240,3 +242,8 @@ def _terminal(
         )
     if notices:
         yield "\n".join(text for _, text in notices)
+
+
+def _interval(cell: Mapping[str, Any]) -> Interval | None:
+    mean, low, high = (value(cell.get(side)) for side in ("mean", "low", "high"))
+    return None if math.isnan(mean) else Interval(mean=mean, low=low, high=high, n=0)

@@ -91,7 +91,7 @@ async function look() {
       scrollTo(0, at);
     } else link.textContent = "Live: what is new appears here by itself.";
   } catch {
-    link.textContent = "`plumbline watch` does not answer any more; this is how the run stood.";
+    link.textContent = "plumbline watch does not answer any more; this is how the run stood.";
   }
   setTimeout(look, 5000);
 }

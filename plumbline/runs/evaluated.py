@@ -18,6 +18,8 @@ from plumbline.runs.parts import Row, read_file, write_aside
 from plumbline.runs.rollouts import prompt_text
 
 DIRECTORY = "evaluated"
+LONGEST = 200
+"""Characters of a file's name: of a longer path its end, for file systems take no more than 255."""
 SCHEMA = pa.schema([("key", pa.string()), ("prompt", pa.string()), ("answer", pa.string()), ("reward", pa.float64())])
 """`key` is `prompt_key`'s; `reward` is null where there is none, or none that is finite."""
 
@@ -43,14 +45,15 @@ def keep_answers(
         for prompt, answer, score in zip(prompts, answers, scores, strict=True)
     ]
     (run_dir / DIRECTORY).mkdir(exist_ok=True)
-    path = run_dir / DIRECTORY / f"{quote(who, safe='@')}.parquet"
+    name = quote(who, safe="@")[-LONGEST:]
+    path = run_dir / DIRECTORY / f"{name}.parquet"
     write_aside(fs.LocalFileSystem(), str(path), pa.Table.from_pylist(rows, schema=SCHEMA))
 
 
 def read_answers(run_dir: Path) -> dict[str, list[Row]]:
     """Rows of `SCHEMA` by whose they are, in no order of note. Raises DataError where a file is damaged."""
     found = {}
-    for path in sorted((run_dir / DIRECTORY).glob("[!.]*.parquet")):
+    for path in sorted((run_dir / DIRECTORY).glob("*.parquet")):
         table = read_file(fs.LocalFileSystem(), str(path), "remove it, or evaluate that version again")
         if table.schema != SCHEMA:
             raise DataError(f"{path}: its columns are not those of answers; remove it, or evaluate that version again")

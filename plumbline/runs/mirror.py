@@ -106,7 +106,7 @@ def pushed_at_end(storage: Storage, run_dir: Path, say: Callable[[str], None]) -
 
 def push_logs(storage: Storage, run_dir: Path) -> None:
     """Push what has changed of the files that are no parts, checkpoints or versions."""
-    files = sorted([*run_dir.glob("*"), *run_dir.glob("evaluated/[!.]*"), *run_dir.glob(f"policies/*/{LEDGER}")])
+    files = sorted([*run_dir.glob("*"), *run_dir.glob("evaluated/*"), *run_dir.glob(f"policies/*/{LEDGER}")])
     names = [file.relative_to(run_dir).as_posix() for file in files]
     storage.push_together(run_dir / name for name in names if _LOG.fullmatch(name) or _RESULT.fullmatch(name))
 

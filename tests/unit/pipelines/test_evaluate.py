@@ -68,9 +68,10 @@ def test_answers_of_a_models_directory_are_kept_under_its_name(tmp_path: Path, m
         return answers([math.nan, 2.0])
 
     monkeypatch.setattr(evaluate, "answers_of", answers_of)
-    asyncio.run(answers_by_name(context(tmp_path, []), {"out/my model": PolicyRef()}, PROMPTS))
-    assert [row["reward"] for row in read_answers(tmp_path)["out/my model"]] == [None, 2.0]
-    assert [path.name for path in (tmp_path / "evaluated").iterdir()] == ["out%2Fmy%20model.parquet"]
+    asyncio.run(answers_by_name(context(tmp_path, []), {"./my model": PolicyRef(), 300 * "d": PolicyRef()}, PROMPTS))
+    kept = read_answers(tmp_path)
+    assert list(kept) == ["./my model", 200 * "d"]
+    assert [row["reward"] for row in kept["./my model"]] == [None, 2.0]
 
 
 def test_a_watcher_that_fails_is_told_and_the_run_goes_on_to_its_evaluation(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path: Path) -> None:
 
     path = tmp_path / "none" / "b"
     assert notices("none", some, None) == f"b: not evaluated; `plumbline evaluate {path}` does it."
+    (tmp_path / "both").mkdir()
+    shown, _ = compared(tmp_path / "both", some, None, reward=None)
+    assert "different rewards" not in shown  # the second has none that is shown
     old = {"rows": some["rows"], "samples": [], "rewards": some["rewards"]}
     assert notices("old", some, old).startswith("b: its evaluation.json has no rewards by prompt to be paired; ")
     assert notices("other", some, evaluation(["x"], ple=[1.0])) == (
@@ -137,7 +140,7 @@ def test_the_command_writes_where_it_says(
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "a", "b"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| policy |") and lines[-1] == "compare.html"
+    assert lines[0].startswith("| policy |") and lines[-1] == str(tmp_path / "compare.html")
     assert main(["compare", "a", "b", "--out", "out.html"]) == 0
     assert (tmp_path / "out.html").read_bytes() == (tmp_path / "compare.html").read_bytes()
 
@@ -149,14 +152,17 @@ def test_the_command_writes_where_it_says(
         (["a", "./a"], "a: is named twice; name two runs or more"),
         (["a", "gone"], "gone: no such directory; name a run's, such as runs/quickstart"),
         (["a", "."], ".: no run directory: there is no config.yaml in it"),
-        (["a", "b", "--out", "b"], "--out b: should be a file, such as compare.html, in a directory that is there"),
         (
-            ["a", "b", "--out", "c/d.html"],
-            "--out c/d.html: should be a file, such as compare.html, in a directory that is there",
+            ["a", "b", "--out", "b/events.jsonl"],
+            "--out b/events.jsonl: should be a file that ends in .html, in a directory that is there",
         ),
         (
-            ["a", "b", "--out", "a/config.yaml/d"],
-            "--out a/config.yaml/d: should be a file, such as compare.html, in a directory that is there",
+            ["a", "b", "--out", "c/d.html"],
+            "--out c/d.html: should be a file that ends in .html, in a directory that is there",
+        ),
+        (
+            ["a", "b", "--out", "a/config.yaml/d.html"],
+            "--out a/config.yaml/d.html: should be a file that ends in .html, in a directory that is there",
         ),
     ],
 )
@@ -173,3 +179,11 @@ def test_wrong_input_is_one_line(
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", f"plumbline: {said}\n")
     assert not (tmp_path / "compare.html").exists()
+
+
+def test_figures_that_are_none_are_left_out(tmp_path: Path) -> None:
+    odd = evaluation(["p", "q"], ple=[math.nan, 2.0])
+    odd["rows"][0]["reward"] = {"mean": None}
+    shown, page = compared(tmp_path, odd, evaluation(["p", "q"], ple=[1.0, 3.0]))
+    assert page.row("b: ple − a: ple") == ["1", "+1.000", "100.0 %"]
+    assert page.row("a: ple") == [""] and "| a: ple |       2 |                         |" in shown
