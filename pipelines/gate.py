@@ -9,14 +9,7 @@ import statistics
 from collections.abc import Mapping
 
 from pipelines.context import Context
-from pipelines.evaluate import (
-    Answers,
-    answers_of,
-    evaluation_principle,
-    finite,
-    finite_or_none,
-    heldout_prompts,
-)
+from pipelines.evaluate import Answers, answers_of, evaluation_principle, finite, finite_or_none, heldout_prompts
 from plumbline.config.serving import Gate
 from plumbline.errors import PlumblineError
 from plumbline.records import PolicyRef, Prompt

@@ -119,7 +119,9 @@ def render(run_dir: Path, watched: str = "") -> str:
         headline=headline(rows),
         table=comparison(rows),
         judged=comparison(rows, judge=True),
-        answers=side_by_side(kept, names, (evaluation or {}).get("prompts", []), shown),
+        answers=side_by_side(
+            kept, names, (evaluation or {}).get("prompts", []), shown if isinstance(shown, int) else SAMPLES
+        ),
         spreads=[*heldout_spreads(kept, names, colored), *training_spreads(run_dir, colored)],
         color_of=lambda policy: colored.get(policy.partition("@")[0], NEUTRAL),
         plots=plots(events, names),
