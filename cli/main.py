@@ -72,6 +72,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     one.set_defaults(command=report_command)
 
+    one = commands.add_parser("compare", help="runs beside each other on one page, rewards paired by prompt")
+    one.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="two or more; the first is the measure")
+    one.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="default: compare.html")
+    one.set_defaults(command=compare_command)
+
+    one = commands.add_parser("watch", help="the report in a browser while the run goes on")
+    one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    one.add_argument("--port", type=int, default=8080, help="on 127.0.0.1; 0 takes a free one (default: 8080)")
+    one.set_defaults(command=watch_command)
+
     one = commands.add_parser("export", help="write a version as a model that any tool loads, or a pipeline's pairs")
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     one.add_argument("name", metavar="NAME", help="ple, ple@12 or base; with --pairs a pipeline, such as dlma")
@@ -197,6 +207,31 @@ def report_command(options: argparse.Namespace) -> int:
     from plumbline.report.page import write_report
 
     print(write_report(options.run_dir))
+    return 0
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """`plumbline compare`."""
+    if len(options.run_dirs) < 2:
+        raise UserError(f"{options.run_dirs[0]}: is one run; name two or more")
+
+    from plumbline.report.compare import compare_runs
+
+    print(compare_runs(options.run_dirs, options.out))
+    print(f"\n{options.out.absolute()}")
+    return 0
+
+
+def watch_command(options: argparse.Namespace) -> int:
+    """`plumbline watch`: Ctrl-C is how it ends."""
+    try:
+        from plumbline.report.live import open_server
+
+        with open_server(options.run_dir, options.port) as server:
+            print(f"{options.run_dir} on {server.url} (Ctrl-C ends)", flush=True)
+            server.serve_forever()
+    except KeyboardInterrupt:
+        print()
     return 0
 
 

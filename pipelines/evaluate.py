@@ -22,6 +22,7 @@ from plumbline.errors import PlumblineError
 from plumbline.methods.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
 from plumbline.runs.disk import write_text
+from plumbline.runs.evaluated import keep_answers, prompt_key
 
 JUDGED_AT_ONCE = 64
 """Answers that a reward is asked about at a time: what it fails on is lost together."""
@@ -75,6 +76,8 @@ async def answers_by_name(
             if answers:  # what was measured stays
                 write_comparison(context, answers, prompts)
             raise
+        who = str(ref) if ref.version else "base" if name == "before" else name
+        keep_answers(context.run_dir, who, prompts, answers[name].plain, finite_or_none(answers[name].rewards))
     return answers
 
 
@@ -175,8 +178,9 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
     Means are over answers with a finite score; a blank one has none, and is counted.
 
     Returns:
-        ``{"rows": [...], "table": Markdown, "samples": [{"prompt", name: answer, ...}], "rewards": {name: [...]}}``,
-        a reward a prompt, None where it is not finite: other runs on these prompts are compared with it, pair by pair.
+        ``{"rows": [...], "table": Markdown, "samples": [{"prompt", name: answer, ...}], "prompts": [key, ...],
+        "rewards": {name: [...]}}``, a key and a reward a prompt, None where it is not finite: other runs are compared
+        by them on the prompts that both were asked, pair by pair.
     """
     first = next(iter(answers))
     rows, shown = [], []
@@ -197,8 +201,13 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
     for i, prompt in enumerate(prompts[:samples]):
         shown.append({"prompt": prompt.query, **{name: one.plain[i] for name, one in answers.items()}})
     plain_rows = [{k: asdict(v) if isinstance(v, Interval) else v for k, v in row.items()} for row in rows]
-    rewards = {name: [a if finite(a) else None for a in one.rewards] for name, one in answers.items()}
-    return {"rows": plain_rows, "table": markdown(rows), "samples": shown, "rewards": rewards}
+    return {
+        "rows": plain_rows,
+        "table": markdown(rows),
+        "samples": shown,
+        "prompts": [prompt_key(prompt) for prompt in prompts],
+        "rewards": {name: finite_or_none(one.rewards) for name, one in answers.items()},
+    }
 
 
 def reward_columns(prefix: str, rewards: Sequence[float], guided: Sequence[float]) -> dict[str, Interval]:
@@ -231,3 +240,8 @@ def write_comparison(context: Context, answers: Mapping[str, Answers], prompts: 
 def finite(*values: float) -> bool:
     """Whether all are numbers, and neither infinite."""
     return all(v - v == 0 for v in values)
+
+
+def finite_or_none(values: Sequence[float]) -> list[float | None]:
+    """As JSON and Parquet keep them."""
+    return [value if finite(value) else None for value in values]

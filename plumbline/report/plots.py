@@ -1,13 +1,13 @@
 """The curves of a run as inline SVG, drawn as `plumbline.report.kinds` says.
 
-Called by `plumbline.report.page` alone. No text of a user enters an SVG: names stand in the legends, which the page
-escapes.
+Called by `plumbline.report.page` and `plumbline.report.compare`. No text of a user enters an SVG: names stand in the
+legends, which the page escapes.
 """
 
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -134,6 +134,24 @@ def plots(events: Sequence[Event], pipelines: Sequence[str]) -> list[Plot]:
     return sorted(there, key=lambda plot: len(plot.charts) > 1)  # wide ones last: the others stand in pairs
 
 
+def overlaid(runs: Mapping[str, Sequence[Event]], pipelines: Sequence[str]) -> list[Plot]:
+    """Rewards by step, a plot for each pipeline, in which each run has its lines; its colour is that of its place.
+
+    Args:
+        runs: their events, by what they are called.
+        pipelines: the names of which there are plots.
+    """
+    drawn = []
+    with mpl.rc_context(STYLE):
+        for place, name in enumerate(pipelines):
+            own = [{**e, "pipeline": run} for run, events in runs.items() for e in events if e["pipeline"] == name]
+            for kind in KINDS:
+                if kind.figures[0].startswith("reward_"):
+                    plot = _plot(kind, own, colors(list(runs)), Clock(own), f"p{place}-")
+                    drawn += [replace(plot, title=f"{name}: {plot.title}")] if plot else []
+    return drawn
+
+
 class Clock:
     """Time since the first event, in a unit that fits how long the run took."""
 
@@ -148,8 +166,10 @@ class Clock:
         return (_numbers(events, "time") - self._start) / self._seconds
 
 
-def _plot(kind: Kind, events: Sequence[Event], colored: Mapping[str, str], clock: Clock) -> Plot | None:
-    """The plot of a kind, or None where no event has a figure of it."""
+def _plot(
+    kind: Kind, events: Sequence[Event], colored: Mapping[str, str], clock: Clock, prefix: str = ""
+) -> Plot | None:
+    """The plot of a kind, or None where no event has a figure of it; `prefix` tells its ids from another's."""
     by_name = {name: [e for e in events if e.get("pipeline") == name] for name in colored}
     groups = [_lines(kind, name, colored[name], rows, clock) for name, rows in by_name.items()]
     if not any(groups):
@@ -169,7 +189,7 @@ def _plot(kind: Kind, events: Sequence[Event], colored: Mapping[str, str], clock
         for line in group:
             _draw(axes, line)
         _dress(axes, kind.unit, clock.label if kind.over_time else "step", share=kind.share, steps=not kind.over_time)
-        svg = _svg(figure, f"{kind.figures[0]}{number}", kind.title)
+        svg = _svg(figure, f"{prefix}{kind.figures[0]}{number}", kind.title)
         charts.append(Chart(svg=svg, legend=[line.key for line in group]))
     return Plot(title=kind.title, caption=" ".join(dict.fromkeys(said)), charts=charts)
 

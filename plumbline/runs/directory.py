@@ -2,11 +2,14 @@
 
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+import psutil
 
 from plumbline.config.file import dump_config, load_config
 from plumbline.config.tree import Config
@@ -71,6 +74,20 @@ def _take(lock: TextIO, run_dir: Path) -> None:
     lock.flush()
 
 
+def is_running(run_dir: Path) -> bool:
+    """Whether the process that the lock names is there, on this machine. The lock itself is not tried: a run that
+    starts just then would find it taken."""
+    try:
+        told = re.fullmatch(r"process (\d+) on (.+)", (run_dir / RUN_LOCK).read_text("utf-8", errors="replace"))
+        locked = (run_dir / RUN_LOCK).stat().st_mtime
+        if told is None or told[2] != socket.gethostname():
+            return False
+        process = psutil.Process(int(told[1]))
+        return process.create_time() <= locked and process.status() != psutil.STATUS_ZOMBIE  # numbers are used again
+    except (OSError, OverflowError, psutil.Error):
+        return False
+
+
 def check_same(there: Config, here: Config, where: str, remedy: str) -> None:
     """Raises ConfigError: `where` holds another config, of which one difference is named."""
     if there != here:
@@ -79,17 +96,17 @@ def check_same(there: Config, here: Config, where: str, remedy: str) -> None:
 
 def _first_difference(there: Config, here: Config) -> str:
     """The first key whose values differ, with both."""
-    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (there, here))
+    before, after = (dict(leaves(config.model_dump(mode="json"))) for config in (there, here))
     for key in {**before, **after}:
         if before.get(key) != after.get(key):
             return f"`{key}` is {before.get(key)!r} there, {after.get(key)!r} here"
     raise AssertionError("equal configs")
 
 
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values."""
     if not isinstance(node, Mapping | list) or not node:
         yield key, node
         return
     for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
-        yield from _leaves(value, f"{key}.{name}" if key else str(name))
+        yield from leaves(value, f"{key}.{name}" if key else str(name))

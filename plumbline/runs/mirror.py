@@ -23,7 +23,7 @@ from plumbline.runs.promotions import LEDGER, spared
 from plumbline.runs.storage import Storage, below, complete_in, redacted
 
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
-_RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html|rows\.parquet")
+_RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html|rows\.parquet|evaluated/[^/]+\.parquet")
 _PART = re.compile(r"(?:rollouts|pairs)/[^/]+/step-\d+\.parquet")
 _REJECTED = re.compile(r"((?:rollouts|pairs)/[^/]+/)rejected\.parquet/(step-\d+\.parquet)")
 _BEFORE = "step-000000.parquet"  # what was rejected before the first step: there is no such part
@@ -106,7 +106,7 @@ def pushed_at_end(storage: Storage, run_dir: Path, say: Callable[[str], None]) -
 
 def push_logs(storage: Storage, run_dir: Path) -> None:
     """Push what has changed of the files that are no parts, checkpoints or versions."""
-    files = sorted([*run_dir.glob("*"), *run_dir.glob(f"policies/*/{LEDGER}")])
+    files = sorted([*run_dir.glob("*"), *run_dir.glob("evaluated/*"), *run_dir.glob(f"policies/*/{LEDGER}")])
     names = [file.relative_to(run_dir).as_posix() for file in files]
     storage.push_together(run_dir / name for name in names if _LOG.fullmatch(name) or _RESULT.fullmatch(name))
 
@@ -248,8 +248,9 @@ def _rejected(names: Collection[str]) -> dict[str, str]:
 
 def _exchange_logs(storage: Storage, run_dir: Path, there: Mapping[str, int]) -> None:
     """Of files that lines are added to, the longer one is the newer; results stay where there are any."""
-    kept = {run_dir / name: size for name, size in there.items() if _LOG.fullmatch(name) or _RESULT.fullmatch(name)}
-    missing = [file for file in kept if not file.exists()]
-    logs = (file for file in kept if file not in missing and not _RESULT.fullmatch(file.name))
-    storage.pull(*missing, *(file for file in logs if file.stat().st_size < kept[file]))
+    kept = {name: size for name, size in there.items() if _LOG.fullmatch(name) or _RESULT.fullmatch(name)}
+    missing = [name for name in kept if not (run_dir / name).exists()]
+    logs = (name for name in kept if name not in missing and _LOG.fullmatch(name))
+    shorter = (name for name in logs if (run_dir / name).stat().st_size < kept[name])
+    storage.pull(*(run_dir / name for name in (*missing, *shorter)))
     push_logs(storage, run_dir)

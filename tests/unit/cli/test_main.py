@@ -36,7 +36,9 @@ def test_help_answers_within_half_a_second() -> None:
     assert any(once() < 0.5 for _ in range(runs))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["doctor", "--help"], ["compare", "--help"], ["watch", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom cli.main import main\n"

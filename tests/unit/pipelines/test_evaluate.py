@@ -17,6 +17,7 @@ from pipelines.run import watched
 from plumbline.config.data import ProgramReward
 from plumbline.errors import LostError, RunError
 from plumbline.records import Message, PolicyRef, Prompt
+from plumbline.runs.evaluated import prompt_key, read_answers
 
 PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content=f"Why {i}?"),)) for i in range(2)]
 
@@ -53,6 +54,24 @@ def test_what_was_measured_of_other_versions_stays(tmp_path: Path, monkeypatch: 
         asyncio.run(answers_by_name(context(tmp_path, []), refs, PROMPTS))
     kept = json.loads((tmp_path / "evaluation.json").read_text())
     assert kept["rewards"] == {"before": [1.0, 2.0], "ple1": [2.0, 2.0]}
+    assert kept["prompts"] == [prompt_key(prompt) for prompt in PROMPTS]
+    by_version = read_answers(tmp_path)
+    assert {who: [row["reward"] for row in rows] for who, rows in by_version.items()} == {
+        "base": [1.0, 2.0],
+        "ple@1": [2.0, 2.0],
+    }
+    assert [(row["prompt"], row["answer"]) for row in by_version["ple@1"]] == [("Why 0?", "a"), ("Why 1?", "b")]
+
+
+def test_answers_of_a_models_directory_are_kept_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answers_of(*_: Any) -> Answers:
+        return answers([math.nan, 2.0])
+
+    monkeypatch.setattr(evaluate, "answers_of", answers_of)
+    asyncio.run(answers_by_name(context(tmp_path, []), {"./my model": PolicyRef(), 300 * "d": PolicyRef()}, PROMPTS))
+    kept = read_answers(tmp_path)
+    assert list(kept) == ["./my model", 200 * "d"]
+    assert [row["reward"] for row in kept["./my model"]] == [None, 2.0]
 
 
 def test_a_watcher_that_fails_is_told_and_the_run_goes_on_to_its_evaluation(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pipelines.evaluate import Answers
 from pipelines.gate import Gatekeeper, figures_of, refusal
 from plumbline.config.serving import Gate
 from plumbline.errors import RunError
-from plumbline.records import PolicyRef
+from plumbline.records import Message, PolicyRef, Prompt
+from plumbline.runs.evaluated import read_answers
 from plumbline.runs.promotions import Catalog, promoted
 
 BASE = {"reward": 0.0, "gap": 0.7, "ppl": 10.0, "length": 20.0}
@@ -62,6 +63,9 @@ def test_figures_are_means_over_answers_that_have_them() -> None:
     assert figures_of(answers) == {"length": 2.0, "ppl": 7.0, "reward": 2.0, "gap": 1.5}
 
 
+PROMPT = Prompt(id="0", messages=(Message(role="user", content="Why?"),))
+
+
 class Events:
     """What a run would log and show."""
 
@@ -106,7 +110,7 @@ def look(
         )
 
     monkeypatch.setattr("pipelines.gate.answers_of", answers_of)
-    monkeypatch.setattr("pipelines.gate.heldout_prompts", lambda context: ["a prompt"])
+    monkeypatch.setattr("pipelines.gate.heldout_prompts", lambda context: [PROMPT])
     monkeypatch.setattr("pipelines.gate.evaluation_principle", lambda config: None)
 
     async def main() -> None:
@@ -132,6 +136,11 @@ def test_of_the_versions_that_wait_the_newest_is_looked_at(monkeypatch: pytest.M
     events, asked = look(monkeypatch, run_dir, {0: 0.0, 1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}, [1, 2, 3, 4])
     assert promoted(run_dir, "ple") == [4] and set(asked) == {0, 4}
     assert events.said == ["promoted ple@4: length 4, reward 0.4"]
+    kept = {
+        who: [(row["prompt"], row["answer"], row["reward"]) for row in rows]
+        for who, rows in read_answers(run_dir).items()
+    }
+    assert kept == {"base": [("Why?", "a", 0.0)], "ple@4": [("Why?", "a", 0.4)]}
 
 
 def test_a_look_that_fails_promotes_nothing_and_harms_nobody(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from plumbline.config.file import parse_config
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
-from plumbline.runs.directory import check_run_dir, open_run_dir
+from plumbline.runs.directory import RUN_LOCK, check_run_dir, is_running, open_run_dir
 from tests.tiny import tiny_config
 
 
@@ -50,3 +50,21 @@ def test_a_directory_in_which_nothing_but_the_lock_was_made_is_new(config: Confi
     run_dir.mkdir()
     (run_dir / ".run.lock").touch()
     check_run_dir(config, run_dir)
+
+
+def test_whether_a_run_goes_on_is_told_without_its_lock(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert not is_running(run_dir)
+    with open_run_dir(config, run_dir):
+        assert is_running(run_dir)
+    lock, host = run_dir / RUN_LOCK, socket.gethostname()
+    os.utime(lock, (1, 1))  # this process is younger: the one that wrote it had its number
+    assert not is_running(run_dir)
+    for told in (
+        "",
+        f"process {os.getpid()} on another.{host}",
+        f"process {2**22 + 1} on {host}",
+        f"process {10**30} on {host}",
+    ):
+        lock.write_text(told)
+        assert not is_running(run_dir), told

@@ -472,6 +472,20 @@ def test_what_is_newer_here_is_not_replaced_and_goes_there(tmp_path: Path) -> No
     assert saved_step(storage, run_dir / "checkpoints/ple") == 2
 
 
+def test_answers_of_versions_come_along_and_the_newer_ones_stay(tmp_path: Path) -> None:
+    chosen, here, there = config(tmp_path), tmp_path / "here", tmp_path / "there"
+    storage = begin(chosen, here)
+    write(here / "evaluated/ple@1.parquet", "first")
+    write(here / "evaluated/.ple@2.parquet.tmp-0", "half")
+    push_logs(storage, here)
+    begin(chosen, there)
+    assert [path.name for path in (there / "evaluated").iterdir()] == ["ple@1.parquet"]
+    write(there / "evaluated/ple@1.parquet", "new")  # and shorter
+    begin(chosen, there)
+    assert (tmp_path / "store/tiny/evaluated/ple@1.parquet").read_text() == "new"
+    assert (there / "evaluated/ple@1.parquet").read_text() == "new"
+
+
 def test_an_older_checkpoint_here_is_not_what_counts(tmp_path: Path) -> None:
     chosen, here, there = config(tmp_path), tmp_path / "here", tmp_path / "there"
     for run_dir, steps in ((here, (1,)), (there, (2, 3, 4))):
