@@ -5,7 +5,6 @@ the output was closed.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -14,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cli.preparing import add_commands as add_preparing
+from cli.preparing import add_overrides, columns_of
 from cli.serving import add_commands as add_serving
-from plumbline.config.reading import Reading
 from plumbline.errors import PlumblineError, UserError
 from plumbline.importing import ours_first
 
@@ -91,20 +91,7 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--pairs", action="store_true", help="its preference pairs, as TRL reads them")
     one.set_defaults(command=export_command)
 
-    one = commands.add_parser("doctor", help="check everything that a run of CONFIG would need")
-    one.add_argument("config", metavar="CONFIG")
-    add_overrides(one)
-    one.add_argument("--run-dir", type=Path)
-    one.set_defaults(command=doctor_command)
-
-    one = commands.add_parser("validate", help="check a data file row by row")
-    one.add_argument("data", metavar="DATA", help=".jsonl, .jsonl.gz, .parquet, .csv, or a dataset's directory or name")
-    one.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
-    one.add_argument("--split", default="train")
-    one.add_argument("--kind", choices=("prompts", "targets", "labelled", "preferences"), default="prompts")
-    one.add_argument("--write", type=Path, metavar="OUT", help="the rows that can be used, as a .jsonl file")
-    one.set_defaults(command=validate_command)
-
+    add_preparing(commands)
     add_serving(commands)
 
     one = commands.add_parser("chat", help="talk to the models of any OpenAI-compatible server, also side by side")
@@ -130,13 +117,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(command=theory_command)
     return top
-
-
-def add_overrides(command: argparse.ArgumentParser) -> None:
-    """`--set KEY=VALUE`, any number of times."""
-    command.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="such as pipelines.0.steps=8"
-    )
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -248,59 +228,6 @@ def export_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def doctor_command(options: argparse.Namespace) -> int:
-    """`plumbline doctor`: everything is looked at; the exit code is 2 where a run would fail."""
-    from actors.engines.check import check_engine
-    from actors.machine import find_machine
-    from plumbline.config.file import load_config
-    from plumbline.doctor import examine
-
-    config = load_config(options.config, options.overrides)
-    errors = 0
-    run_dir = options.run_dir or Path("runs") / config.name
-    for finding in examine(config, run_dir, check_engine, partial(find_machine, run_dir)):
-        errors += finding.error is not None
-        stream = sys.stderr if finding.error else sys.stdout
-        print(f"{'FAIL' if finding.error else 'ok  '} {finding.what}: {finding.note}", file=stream)
-        if finding.table:
-            print(finding.table)
-    return 2 if errors else 0
-
-
-def validate_command(options: argparse.Namespace) -> int:
-    """`plumbline validate`."""
-    from plumbline.data.bad_rows import BadRows, by_reason
-    from plumbline.data.dataset import as_row, read_labelled, read_preferences, read_prompts, summarize
-    from plumbline.runs.disk import write_text
-
-    if options.write and (options.write.suffix != ".jsonl" or options.write.exists()):
-        raise UserError(f"--write {options.write}: it should be a .jsonl file that is not there yet")
-    bad = BadRows(options.data, allowed=1)
-    reading = Reading(columns=_columns(options.column), split=options.split, on_bad=bad)
-    if options.kind == "labelled":
-        rows = read_labelled(options.data, **reading)
-        told = [f"{options.data}: {len(rows)} labelled texts, {sum(r.label for r in rows):.0f} of them wanted ones"]
-    else:
-        target = "needed" if options.kind == "targets" else "unread"
-        if options.kind == "preferences":
-            rows = read_preferences(options.data, **reading)
-        else:
-            rows = read_prompts(options.data, target=target, **reading)
-        told = [
-            f"{key.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.2f')}"
-            for key, value in summarize(rows).items()
-        ]
-    if not bad.errors or options.write:
-        print("\n".join(told))
-    for line in by_reason(bad.errors):
-        print(f"plumbline: {line}", file=sys.stderr)
-    if options.write and rows:
-        write_text(options.write, "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
-        print(f"{options.write}: {len(rows)} rows that can be used, of {len(rows) + len(bad.errors)}")
-        return 0
-    return 2 if bad.errors else 0
-
-
 def chat_command(options: argparse.Namespace) -> int:
     """`plumbline chat`."""
     from cli.chat import chat
@@ -318,7 +245,7 @@ def theory_command(options: argparse.Namespace) -> int:
     theory = measure(
         options.model_dir,
         options.data,
-        columns=_columns(options.column),
+        columns=columns_of(options.column),
         prompts=options.prompts,
         beta=options.beta,
         max_len=options.max_len,
@@ -333,17 +260,6 @@ def _existing(run_dir: Path) -> Path:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: no run directory: there is no config.yaml in it; start one by `plumbline run`")
     return run_dir.absolute()
-
-
-def _columns(pairs: Sequence[str]) -> dict[str, str]:
-    """`--column OURS=THEIRS`, all of them."""
-    columns = {}
-    for pair in pairs:
-        ours, equals, theirs = pair.partition("=")
-        if not equals:
-            raise UserError(f"--column {pair}: write OURS=THEIRS, such as --column prompt=question")
-        columns[ours] = theirs
-    return columns
 
 
 def tell_resume(options: argparse.Namespace) -> None:

@@ -111,13 +111,13 @@ class Row:
         if name in self.values:
             self.fail(key, "is empty; write text, or remove the row")
         has = shown(self.values) or "nothing"
-        near = _nearest(key, self.values) if key == name else next(iter(close(name, self.values)), None)
+        near = nearest(key, self.values) if key == name else next(iter(close(name, self.values)), None)
         remedy = f"name the column that holds it, as in `columns: {{{key}: {shown([near or '...'])}}}`"
         what = wanted if key == name else repr(name)
         raise RowError(self.place.file, self.place.row, None, f"no {what}; it has {has}: {remedy}")
 
 
-def _nearest(key: str, names: Mapping[str, object] | Sequence[str]) -> str | None:
+def nearest(key: str, names: Mapping[str, object] | Sequence[str]) -> str | None:
     """The name most likely meant by our `key`: a close spelling, else what other datasets call it."""
     near = close(key, names)
     return near[0] if near else next((name for name in _SYNONYMS.get(key, ()) if name in names), None)

@@ -4,7 +4,8 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from plumbline.errors import DiskError
@@ -65,6 +66,19 @@ def write_text(path: Path, text: str) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def write_together(directory: Path, files: Mapping[str, str]) -> None:
+    """Make a directory with these files, all or none of them. Raises DiskError."""
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    with writing(directory):
+        try:
+            aside.mkdir(parents=True)
+            for name, text in files.items():
+                (aside / name).write_text(text, encoding="utf-8")
+            aside.replace(directory)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def append_line(path: Path, line: str, *, sync: bool = False) -> None:

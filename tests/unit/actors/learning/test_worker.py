@@ -268,7 +268,7 @@ def test_a_version_that_no_checkpoint_holds_means_the_same_weights_after_a_death
     if stored:  # on another machine
         run_dir = tmp_path / "other"
     again = MemoryFeed(parts_of(new_run(tmp_path / "parts")))
-    train(learner(run_dir, micro_tokens=40), again, rank=0, world=1)
+    train(learner(run_dir, lr=1.01e-2), again, rank=0, world=1)  # on some machines other batches alone change nothing
     assert again.attached == [2] and again.acked == [4]
     assert [p.ref.version for p in again.published] == [2, 3, 4]
     for one, two in zip(first.published[1:], again.published, strict=False):
