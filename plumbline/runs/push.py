@@ -25,7 +25,7 @@ def check_push(name: str) -> None:
 
 
 def push_model(out: Path, name: str, message: str) -> str:
-    """Push the directory `out` as one commit; a model that is not there yet is made, a private one. Returns its address.
+    """Push the directory `out` as one commit; one that is not there yet is made, private. Returns its address.
 
     Raises:
         UserError: the hub cannot be reached, or refuses it. `out` stays as it is.
@@ -38,10 +38,10 @@ def push_model(out: Path, name: str, message: str) -> str:
         private = HfApi().model_info(name).private
     except Exception as error:  # huggingface_hub raises a dozen kinds, its own, httpx's and OSError
         later = f"{out} is whole; push it again by: hf upload {name} {out}"
-        if not isinstance(error, errors.HfHubHTTPError):
-            raise UserError(f"--push {name}: {constants.ENDPOINT}: {in_one_line(error)}; {later}") from error
-        status, why = error.response.status_code, error.server_message or in_one_line(error)
-        token = f"; {_TOKEN} there" if status in (401, 403) else ""
-        said = f"{constants.ENDPOINT} refuses it ({status}: {' '.join(why.split())})"
-        raise UserError(f"--push {name}: {said}{token}; {later}") from error
+        said, token = f"{type(error).__name__}: {error}", ""
+        if isinstance(error, errors.HfHubHTTPError):
+            status = error.response.status_code
+            said = f"refuses it ({status}: {error.server_message or in_one_line(error)})"
+            token = f"; {_TOKEN} there" if status in (401, 403) else ""
+        raise UserError(f"--push {name}: {constants.ENDPOINT}: {' '.join(said.split())}{token}; {later}") from error
     return f"{address} ({'private' if private else 'public'})"
