@@ -94,7 +94,10 @@ def _commit(one: HubModel) -> str:
     except Exception as error:  # huggingface_hub raises a dozen kinds, its own, httpx's and OSError
         raise ModelError(_refusal(one, one.revision, error)) from error
     if one.kind != "tokenizer" and not any(Path(file).match(WEIGHTS) for file in listed):
-        raise ModelError(f"{_told(one)}: no {WEIGHTS} in it on the hub; {_CONVERT}")
+        raise ModelError(
+            f"{_told(one)}: no {WEIGHTS} in it on the hub; name a revision that has them, or load it with transformers and "
+            "save it, and give that directory"
+        )
     return commit
 
 
@@ -129,9 +132,6 @@ def _is_model(directory: Path, kind: Kind) -> bool:
     if kind == "tokenizer":
         return any((directory / name).exists() for name in TOKENIZER_FILES)
     return any(directory.rglob(WEIGHTS))
-
-
-_CONVERT = "name a revision that has them, or load it with transformers and save it, and give that directory"
 
 
 def _told(one: HubModel) -> str:
