@@ -60,10 +60,10 @@ METHODS = {"ple": PleMethod, "dlma": DlmaMethod, "self_contrast": SelfContrastMe
 def run(
     run_dir: Path, listen: Callable[[Event], None], checked: Checked, endpoint: RunEndpoint | None
 ) -> dict[str, Any]:
-    """Run all pipelines of a config; continues what `run_dir` holds of it. Returns the evaluation, or nothing.
+    """Run all pipelines of a checked config; continues what `run_dir` holds of it. Returns the evaluation, or nothing.
 
     Args:
-        checked: what `plumbline.doctor.check` returned for that config.
+        checked: what `plumbline.doctor.check` returned.
         endpoint: answers users meanwhile, where the config has `serve.enabled`.
 
     Raises:

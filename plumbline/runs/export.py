@@ -22,7 +22,7 @@ from plumbline.models.files import ADAPTER_CONFIG
 from plumbline.records import PolicyRef, TokenGroup
 from plumbline.runs.checkpoint import write_directory
 from plumbline.runs.disk import writing
-from plumbline.runs.hub import fetched
+from plumbline.runs.hub import fetched, pinned
 from plumbline.runs.parts import Parts
 from plumbline.runs.policies import (
     PROOF,
@@ -52,7 +52,7 @@ def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) 
         ModelError: there is no such version, its files are not whole, or what was merged does not answer as it did.
         DiskError: there is no room.
     """
-    kept = load_config(run_dir / "config.yaml")
+    kept = pinned(load_config(run_dir / "config.yaml"), run_dir)
     ref = parse_ref(run_dir, name)
     if out.exists():
         raise UserError(f"{out}: is there already; name a directory that is not")

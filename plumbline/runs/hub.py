@@ -80,14 +80,9 @@ def _kept(config: Config, run_dir: Path) -> dict[str, str]:
 def _commit(one: HubModel) -> str:
     """What a name means now. Raises ModelError."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        there = _snapshot(one, one.revision, here=True)
-        if _is_model(there, one.kind):
-            return there.name
-    except LocalEntryNotFoundError:
-        pass
+    if there := _here(one, one.revision):
+        return there.name
     try:
         commit = HfApi().resolve_revision(one.name, revision=one.revision).resolved
         listed = [file.rfilename for file in HfApi().model_info(one.name, revision=commit).siblings or []]
@@ -95,8 +90,8 @@ def _commit(one: HubModel) -> str:
         raise ModelError(_refusal(one, one.revision, error)) from error
     if one.kind != "tokenizer" and not any(Path(file).match(WEIGHTS) for file in listed):
         raise ModelError(
-            f"{_told(one)}: no {WEIGHTS} in it on the hub; name a revision that has them, or load it with transformers and "
-            "save it, and give that directory"
+            f"{_told(one)}: no {WEIGHTS} in it on the hub; name a revision that has them, or load it with transformers "
+            "and save it, and give that directory"
         )
     return commit
 
@@ -108,12 +103,25 @@ def _directory(one: HubModel, commit: str) -> str:
     try:
         found = _snapshot(one, commit)
     except Exception as error:  # as above
+        if there := _here(one, commit):  # which the hub may have no more
+            return str(there)
         raise ModelError(_refusal(one, commit, error)) from error
     if not _is_model(found, one.kind):  # another program had the hub send less, and nobody can be asked now
         what = "tokenizer" if one.kind == "tokenizer" else WEIGHTS
         reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} did not answer"
         raise ModelError(f"{_told(one)}: no {what} in {found}, and {reason}; fetch it by: {_command(one, commit)}")
     return str(found)
+
+
+def _here(one: HubModel, revision: str | None) -> Path | None:
+    """A revision's directory in the cache, if that has it whole, as far as can be told without the hub."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        there = _snapshot(one, revision, here=True)
+    except LocalEntryNotFoundError:
+        return None
+    return there if _is_model(there, one.kind) else None
 
 
 def _snapshot(one: HubModel, revision: str | None, *, here: bool = False) -> Path:
