@@ -17,16 +17,18 @@ class Model(Section):
     path: str | None = Field(
         default=None, description="directory or hub name of a transformers causal language model in safetensors"
     )
-    revision: Revision = Field(description="of a hub name: branch, tag or commit; default: its main branch")
+    revision: Revision = Field(
+        default=None, description="of a hub name: branch, tag or commit; default: its main branch"
+    )
     adapter: str | None = Field(
         default=None,
         min_length=1,
         description="directory or hub name of a PEFT LoRA adapter on `path`, merged into it when the run begins",
     )
-    adapter_revision: Revision = Field(description="as `revision`, of `adapter`")
+    adapter_revision: Revision = Field(default=None, description="as `revision`, of `adapter`")
     init: Json | None = Field(default=None, description="a transformers config (`model_type`, …), random weights")
     tokenizer: str | None = Field(default=None, description="directory or hub name of the tokenizer; default: `path`")
-    tokenizer_revision: Revision = Field(description="as `revision`, of `tokenizer`")
+    tokenizer_revision: Revision = Field(default=None, description="as `revision`, of `tokenizer`")
     chat_template: str | None = Field(
         default=None, description="`chatml`, `plain`, or a Jinja file; default: the tokenizer's"
     )
@@ -111,7 +113,9 @@ class ClassifierReward(RewardBase):
         description="its directory or hub name, or the directory of a `reward` pipeline's policy: the newest version "
         "is taken"
     )
-    revision: Revision = Field(description="of a hub name: branch, tag or commit; default: its main branch")
+    revision: Revision = Field(
+        default=None, description="of a hub name: branch, tag or commit; default: its main branch"
+    )
     reads: Literal["response", "pair", "conversation"] = Field(
         default="response",
         description="the answer alone, (query, answer) as a text pair, or the chat template's rendering",

@@ -73,7 +73,9 @@ class Embedder(Section):
     """A sentence-transformers model that compares answers with targets; pooling and maximum length are its own."""
 
     path: str = Field(description="its directory or hub name")
-    revision: Revision = Field(description="of a hub name: branch, tag or commit; default: its main branch")
+    revision: Revision = Field(
+        default=None, description="of a hub name: branch, tag or commit; default: its main branch"
+    )
     replicas: Count = Field(default=1, description="copies of the model")
     gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})

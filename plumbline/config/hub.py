@@ -13,7 +13,7 @@ Config = Any
 """`plumbline.config.tree`'s, which has sections of this file."""
 
 Kind = Literal["model", "adapter", "tokenizer", "embedder"]
-Revision = Annotated[str | None, Field(default=None, min_length=1)]
+Revision = Annotated[str | None, Field(min_length=1)]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 PLACES: Mapping[str, tuple[str, Kind]] = {

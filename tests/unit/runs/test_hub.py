@@ -178,7 +178,8 @@ def test_every_place_takes_a_name(hub: Hub, home: Path, call: Call, tiny_model: 
 
 
 def test_the_storage_knows_the_commits_too(hub: Hub, home: Path, call: Call, tiny_model: Path, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path) | {"storage_path": str(tmp_path / "storage")}
+    config = tiny_config(tmp_path)
+    config["storage_path"] = str(tmp_path / "storage")
     config["model"]["path"] = "org/model"
     commit = hub.add("org/model", tiny_model)
     hub.repos["org/model"].commit({"model.safetensors": b"new"})
