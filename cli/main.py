@@ -63,7 +63,10 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("evaluate", help="compare versions of a run, or models, on held-out prompts")
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     one.add_argument(
-        "--of", nargs="+", metavar="MODEL", help="base, ple, ple@12, or a model directory; default: base and the newest"
+        "--of",
+        nargs="+",
+        metavar="MODEL",
+        help="base, ple, ple@12, or a model: a directory or hub name; default: base and the newest",
     )
     one.add_argument("--prompts", type=int, help="held-out prompts; default: the config's")
     one.set_defaults(command=evaluate_command)
@@ -89,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     kind = one.add_mutually_exclusive_group()
     kind.add_argument("--adapter", action="store_true", help="the adapter alone, in place of base and adapter merged")
     kind.add_argument("--pairs", action="store_true", help="its preference pairs, as TRL reads them")
+    one.add_argument("--push", metavar="ORG/MODEL", help="push what was written to the Hugging Face hub, private there")
     one.set_defaults(command=export_command)
 
     add_preparing(commands)
@@ -107,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=chat_command)
 
     one = commands.add_parser("theory", help="estimate how many negatives on one positive match balanced pairs")
-    one.add_argument("model_dir", metavar="MODEL_DIR", help="policy and reference in one, as DPO starts")
+    one.add_argument("model", metavar="MODEL", help="directory or hub name: policy and reference in one, as DPO starts")
     one.add_argument("data", metavar="DATA", help="a preference file or dataset, or a run's directory of pairs")
     one.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
     one.add_argument("--prompts", type=int, default=64, help="drawn at random; at least 8 (default: 64)")
@@ -157,7 +161,7 @@ def _run(config: Any, run_dir: Path) -> int:
 
         endpoint = LiveEndpoint(checked.placed.plan.config)
     with run_guard(run_dir), Display() as display:
-        result = run(config, run_dir, display, checked, endpoint)
+        result = run(run_dir, display, checked, endpoint)
     print(result_text(result))
     if said := balance(read_events(run_dir / "events.jsonl")[0]):
         print(said)
@@ -220,11 +224,18 @@ def export_command(options: argparse.Namespace) -> int:
     run_dir = _existing(options.run_dir)
 
     from plumbline.runs.export import export_model, export_pairs
+    from plumbline.runs.push import check_push, push_model
 
     if options.pairs:
+        if options.push:
+            raise UserError("--push: pushes models, and --pairs writes rows; leave one of them out")
         print(f"{options.out}: {export_pairs(run_dir, options.name, options.out)} pairs")
-    else:
-        print(f"{options.out}: {export_model(run_dir, options.name, options.out, adapter=options.adapter)}")
+        return 0
+    if options.push:
+        check_push(options.push)
+    print(f"{options.out}: {export_model(run_dir, options.name, options.out, adapter=options.adapter)}")
+    if options.push:
+        print(f"pushed to {push_model(options.out, options.push, f'{options.name} of {run_dir.name}')}")
     return 0
 
 
@@ -241,9 +252,10 @@ def theory_command(options: argparse.Namespace) -> int:
         raise UserError(f"--pairs {wrong[0]:g}: it should be 1 or more, a number of balanced pairs")
 
     from cli.theory import measure, theory_text
+    from plumbline.runs.hub import named_model
 
     theory = measure(
-        options.model_dir,
+        named_model(options.model, "MODEL"),
         options.data,
         columns=columns_of(options.column),
         prompts=options.prompts,

@@ -21,7 +21,7 @@ LOG, PID = "serve.log", "serve.pid"
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Their options."""
     one = commands.add_parser("serve", help="answer OpenAI clients from a run's policies, or from a model")
-    one.add_argument("target", metavar="RUN_DIR", type=Path, help="or a model's directory")
+    one.add_argument("target", metavar="RUN_DIR", help="or a model's directory or hub name")
     one.add_argument("--host", help="default: the config's, 127.0.0.1")
     one.add_argument("--port", type=int, help="default: the config's, 8000")
     one.add_argument("--api-keys", metavar="FILE", help="a key a line; default: PLUMBLINE_API_KEYS")
@@ -43,7 +43,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def serve_command(options: argparse.Namespace) -> int:
     """`plumbline serve`."""
-    target = options.target.absolute()
+    from plumbline.runs.hub import named_model
+
+    target = Path(named_model(options.target, "MODEL")).absolute()
     if options.stop:
         return stop(target)
     if options.detach:

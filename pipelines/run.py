@@ -44,6 +44,7 @@ from plumbline.runs.digests import keep_digests
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.disk import writing
 from plumbline.runs.endpoint import RunEndpoint
+from plumbline.runs.hub import fetched, named_model
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.runs.models import check_causal
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
@@ -57,13 +58,9 @@ METHODS = {"ple": PleMethod, "dlma": DlmaMethod, "self_contrast": SelfContrastMe
 
 
 def run(
-    config: Config,
-    run_dir: Path,
-    listen: Callable[[Event], None],
-    checked: Checked,
-    endpoint: RunEndpoint | None,
+    run_dir: Path, listen: Callable[[Event], None], checked: Checked, endpoint: RunEndpoint | None
 ) -> dict[str, Any]:
-    """Run all pipelines of a config; continues what `run_dir` holds of it. Returns the evaluation, or nothing.
+    """Run all pipelines of a checked config; continues what `run_dir` holds of it. Returns the evaluation, or nothing.
 
     Args:
         checked: what `plumbline.doctor.check` returned.
@@ -73,6 +70,7 @@ def run(
         UserError: before anything is written, where the config cannot be run.
         RunError: the run ended early; what `run_dir` holds is whole, and the same call continues it.
     """
+    config = checked.config
     with ExitStack() as ending:
         ending.enter_context(open_run_dir(config, run_dir))
         storage = open_storage(config, run_dir)
@@ -80,7 +78,7 @@ def run(
         ending.enter_context(pushed_at_end(storage, run_dir, lambda message: listen({"message": message})))
         trackers = ending.enter_context(start_trackers(config, run_dir, listen))
         events = EventLog(run_dir / "events.jsonl", listen, trackers)
-        # The run directory keeps what the user gave: another machine places a resumed run anew.
+        # The run directory keeps what the user gave: another machine places a resumed run anew, and has another cache.
         placed = with_base(checked.placed.plan.config, run_dir, storage, events.say)
         checked = replace(checked, placed=replace(checked.placed, plan=replace(checked.placed.plan, config=placed)))
         with writing(run_dir):
@@ -94,7 +92,7 @@ def compare(
     listen: Callable[[Event], None],
     look: Callable[[], Machine] = this_machine,
 ) -> dict[str, Any]:
-    """Evaluate versions of a run (`base`, `ple`, `ple@12`) or model directories against each other.
+    """Evaluate versions of a run (`base`, `ple`, `ple@12`) or models, by directory or hub name, against each other.
 
     Args:
         look: says what there is to place processes on.
@@ -109,15 +107,16 @@ def compare(
         )
     if prompts is not None and prompts < 1:
         raise ConfigError(f"--prompts {prompts}: it should be 1 or more")
-    named = {name: None if Path(name).is_dir() else parse_ref(run_dir, name) for name in candidates}
-    for name, ref in named.items():
-        if ref is None:
-            check_causal(name, "--of")
+    named = {name: _candidate(run_dir, name) for name in candidates}
+    others = [one for one in named.values() if isinstance(one, str)]
+    for directory in others:
+        check_causal(directory, "--of")
     checked = check(config, run_dir, check_engine, look, "evaluation")
-    for name in (name for name, ref in named.items() if ref is None):
-        other = settle_lengths(of_directory(config, name))
-        heldout_fit(other, run_tokenizer(other), checked.rows.heldout)
     storage = run_storage(config, run_dir)
+    config = fetched(checked.config)
+    for directory in others:
+        other = settle_lengths(of_directory(config, directory))
+        heldout_fit(other, run_tokenizer(other), checked.rows.heldout)
     if prompts is not None:
         settings = settings.model_copy(update={"prompts": prompts})
     config = config.model_copy(update={"evaluation": settings})
@@ -127,6 +126,12 @@ def compare(
         result = asyncio.run(within_ray(checked.placed.plan.config, work))
     push_logs(storage, run_dir)
     return result
+
+
+def _candidate(run_dir: Path, name: str) -> PolicyRef | str:
+    """A version of the run, or a model's directory."""
+    directory = named_model(name, "--of")
+    return directory if Path(directory).is_dir() else parse_ref(run_dir, name)
 
 
 async def within_ray(config: Config, work: Callable[[], Any]) -> dict[str, Any]:
@@ -272,7 +277,7 @@ async def compare_policies(
     checked: Checked,
     storage: Storage,
     events: EventLog,
-    named: Mapping[str, PolicyRef | None],
+    named: Mapping[str, PolicyRef | str],
 ) -> dict[str, Any]:
     """See `compare`. Versions of the run share one pool; each model directory gets its own, one after another.
 
@@ -280,8 +285,11 @@ async def compare_policies(
     """
     base = base_directory(config, run_dir)
     pools: dict[str, dict[str, PolicyRef]] = {}
-    for name, ref in named.items():
-        pools.setdefault(base if ref else str(Path(name).resolve()), {})[name] = ref or PolicyRef()
+    for name, one in named.items():
+        if isinstance(one, str):
+            pools.setdefault(str(Path(one).resolve()), {})[name] = PolicyRef()
+        else:
+            pools.setdefault(base, {})[name] = one
     answers: dict[str, Answers] = {}
     heldout: list[Prompt] = []
     result: dict[str, Any] = {}

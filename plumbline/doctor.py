@@ -16,11 +16,12 @@ import pyarrow as pa
 
 from plumbline.config.data import ClassifierReward, Reward, ServiceReward
 from plumbline.config.demand import demand, named
+from plumbline.config.hub import hub_models
 from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
 from plumbline.data.tokenizer import run_tokenizer
 from plumbline.data.tokenizer_check import check_readings
-from plumbline.errors import ConfigError, DataError, ModelError, UserError
+from plumbline.errors import ConfigError, DataError, ModelError, PlumblineError, UserError
 from plumbline.importing import PACKAGES
 from plumbline.models.services import open_service
 from plumbline.placement.lengths import lengths_of, settle_lengths
@@ -33,6 +34,7 @@ from plumbline.placement.table import text
 from plumbline.records import Message, ScoreRequest
 from plumbline.runs.base import check_merged
 from plumbline.runs.digests import check_digests, digests_of
+from plumbline.runs.hub import fetched, pinned
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards
 from plumbline.runs.policies import model_path
@@ -66,11 +68,13 @@ class Checked:
     """What `check` found out about a run, for those who carry it out.
 
     Attributes:
+        config: as a run keeps it: with the commits of models that it has by name.
         rows: what the pipelines are given.
         digests: of all rows (`plumbline.runs.digests`), by which a later start knows them.
         placed: where each process goes; its plan has the config that they are started by.
     """
 
+    config: Config
     rows: Rows
     digests: pa.Table
     tokenizer: "PreTrainedTokenizerBase"
@@ -91,15 +95,18 @@ def check(
         look: says what there is to place processes on.
 
     Raises:
-        UserError: the first thing that does not hold. Nothing was loaded, started or written.
+        UserError: the first thing that does not hold. Nothing was loaded, started or written, but models of the hub
+            into its cache.
     """
     check_storage(config, run_dir)
     check_place(config, run_dir)
     check_tracking(config.tracking)
+    kept = pinned(config, run_dir)
     read = read_rows(config)
     digests = digests_of(config, read)
     if part == "run":
         check_digests(run_dir, digests)
+    config = fetched(kept)
     _, tokenizer = _model(config, run_dir if part == "run" else None)
     _rewards(config)
     machine = look()
@@ -112,7 +119,7 @@ def check(
     _check_parts(config, read)
     _engine(placed, engine)
     check_values(config)
-    return Checked(rows=rows, digests=digests, tokenizer=tokenizer, placed=placed)
+    return Checked(config=kept, rows=rows, digests=digests, tokenizer=tokenizer, placed=placed)
 
 
 def examine(
@@ -120,22 +127,32 @@ def examine(
 ) -> Iterator[Finding]:
     """Everything that a run would need, one finding at a time; an error does not end it. The plan comes last."""
     machine = look()
-    settled = placed = None
+    settled = placed = missing = None
+    kept = config
+    try:
+        kept = pinned(config, run_dir)
+        config = fetched(kept)
+    except PlumblineError as error:  # of the run's storage too
+        missing = UserError(str(error))
     with contextlib.suppress(UserError):  # another finding says so
         settled = settle_lengths(config)
         placed = place(config, machine)
-    looks: list[tuple[str, Callable[[], str]]] = [
-        ("versions", _versions),
+    models: list[tuple[str, Callable[[], str]]] = [
         ("model", lambda: _model(config, run_dir)[0]),
         ("reward", lambda: _rewards(config)),
         ("weights", lambda: check_values(config)),
         ("lengths", lambda: _lengths(config)),
+    ]
+    looks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", _versions),
+        *([("hub", lambda: _hub(kept, missing))] if hub_models(kept) else []),
+        *(models if missing is None else []),
         ("data", lambda: _data(config, run_dir, settled)),
         ("devices", lambda: _devices(config, machine, run_device(config, machine))),
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
-        ("storage", lambda: check_storage(config, run_dir)),
-        ("run directory", lambda: check_place(config, run_dir) + (check_seen(placed, run_dir) if placed else "")),
+        ("storage", lambda: check_storage(kept, run_dir)),
+        ("run directory", lambda: check_place(kept, run_dir) + (check_seen(placed, run_dir) if placed else "")),
         ("tracking", lambda: check_tracking(config.tracking)),
         ("ports", _ports),
         ("placement", lambda: check_fits(placed) if placed else "not made, for what is wrong above"),
@@ -146,6 +163,12 @@ def examine(
             yield Finding(what=what, note=look_at(), table=table)
         except UserError as error:
             yield Finding(what=what, note=str(error), error=error, table=table)
+
+
+def _hub(config: Config, missing: UserError | None) -> str:
+    if missing is not None:
+        raise missing
+    return ", ".join(dict.fromkeys(f"{one.label} at {config.commits[one.label]}" for one in hub_models(config)))
 
 
 def _model(config: Config, run_dir: Path | None) -> tuple[str, "PreTrainedTokenizerBase"]:
@@ -203,7 +226,7 @@ def _data(config: Config, run_dir: Path, settled: Config | None) -> str:
     check_digests(run_dir, digests_of(config, read))
     if settled:
         fit_rows(settled, run_tokenizer(config), read)
-    _check_parts(config, read)
+        _check_parts(config, read)
     return read.counts()
 
 

@@ -25,6 +25,7 @@ from plumbline.errors import ModelError, UserError
 from plumbline.models.positions import positions, read_config
 from plumbline.placement.machine import Machine
 from plumbline.records import Prompt
+from plumbline.runs.hub import named_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,11 +82,11 @@ def propose(asked: Asked, out: Path, machine: Machine) -> dict[str, str]:
     Raises:
         UserError: the model or the data cannot be read, or the method asked for needs what is not there.
     """
-    template = _template(asked.model)
-    tokenizer = load_tokenizer(asked.model, template)
-    seen = _look(asked.data, tokenizer)
+    directory = named_model(asked.model, "--model")
+    template = _template(directory)
+    seen = _look(asked.data, load_tokenizer(directory, template))
     method, why = _method(asked, seen)
-    sizes = _sizes(asked, method, seen, machine)
+    sizes = _sizes(directory, method, seen, machine)
     files = {"reward.py": _REWARD, "test_reward.py": _REWARD_TEST.format(module=_module(out))} if asked.reward else {}
     train, heldout, splits = asked.data, asked.heldout, False
     if heldout is None and method != "sft" and len(seen.rows) >= LEAST_TO_SPLIT:
@@ -191,9 +192,9 @@ def _method(asked: Asked, seen: _Seen) -> tuple[Method, str]:
     return asked.method, "as asked"
 
 
-def _sizes(asked: Asked, method: Method, seen: _Seen, machine: Machine) -> _Sizes:
+def _sizes(model: str, method: Method, seen: _Seen, machine: Machine) -> _Sizes:
     """Lengths that leave one prompt in a hundred out at most, within what the model reads."""
-    limit = positions(read_config(asked.model, "--model")) or 1 << 20
+    limit = positions(read_config(model, "--model")) or 1 << 20
     prompt = _up(_percentile(seen.prompt_tokens, 99), 32)
     own = _up(_percentile(seen.answer_tokens, 95), 32) if len(seen.answer_tokens) else 0
     answer = min(own or (256 if machine.gpus else 128), 1024)
@@ -202,7 +203,7 @@ def _sizes(asked: Asked, method: Method, seen: _Seen, machine: Machine) -> _Size
         prompt = min(prompt, max(32, limit // 2))
         answer = min(answer, limit - prompt - steering)
     if answer < 1:
-        raise ModelError(f"{asked.model}: it reads {limit} tokens at most, too few for a prompt and its answer")
+        raise ModelError(f"{model}: it reads {limit} tokens at most, too few for a prompt and its answer")
     batch = 64 if machine.gpus else 32
     whole_pass = -(-len(seen.rows) // batch)
     most = 256 if machine.gpus else 32

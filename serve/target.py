@@ -22,6 +22,7 @@ from plumbline.placement.lengths import settle_lengths
 from plumbline.placement.memory import adapter_slots
 from plumbline.placement.sizes import read_shape
 from plumbline.placement.start import place_engines, resolve_device, resolve_dtype, run_device
+from plumbline.runs.hub import fetched, pinned
 from plumbline.runs.models import check_causal
 from plumbline.runs.policies import base_directory, read_probe
 from plumbline.runs.promotions import Catalog
@@ -67,7 +68,7 @@ def read_target(path: Path, overrides: dict[str, object]) -> Target:
         ModelError: it is neither.
     """
     if (path / "config.yaml").is_file():
-        config = load_config(path / "config.yaml")
+        config = fetched(pinned(load_config(path / "config.yaml"), path))
         settings = _settings(config.serve, overrides)
         generator, replica = _run_replica(config, path, settings)
     elif (path / "config.json").is_file():

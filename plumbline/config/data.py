@@ -5,23 +5,30 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from plumbline.config.hub import Revision
 from plumbline.config.reading import OnBad, Reading
 from plumbline.config.section import Count, Json, MaxLen, Section, Tokens
 
 
 class Model(Section):
-    """The base model: a local directory (`path`) or a randomly initialised one (`init`, needs `tokenizer`)."""
+    """The base model: one that is there (`path`) or a randomly initialised one (`init`, needs `tokenizer`). A hub name,
+    `ORG/MODEL` of the Hugging Face hub, may stand wherever no directory is called so."""
 
     path: str | None = Field(
-        default=None, description="directory of a transformers causal language model in safetensors"
+        default=None, description="directory or hub name of a transformers causal language model in safetensors"
+    )
+    revision: Revision = Field(
+        default=None, description="of a hub name: branch, tag or commit; default: its main branch"
     )
     adapter: str | None = Field(
         default=None,
         min_length=1,
-        description="directory of a PEFT LoRA adapter on `path`, merged into it when the run begins",
+        description="directory or hub name of a PEFT LoRA adapter on `path`, merged into it when the run begins",
     )
+    adapter_revision: Revision = Field(default=None, description="as `revision`, of `adapter`")
     init: Json | None = Field(default=None, description="a transformers config (`model_type`, …), random weights")
-    tokenizer: str | None = Field(default=None, description="directory of the tokenizer; default: `path`")
+    tokenizer: str | None = Field(default=None, description="directory or hub name of the tokenizer; default: `path`")
+    tokenizer_revision: Revision = Field(default=None, description="as `revision`, of `tokenizer`")
     chat_template: str | None = Field(
         default=None, description="`chatml`, `plain`, or a Jinja file; default: the tokenizer's"
     )
@@ -121,7 +128,13 @@ class ClassifierReward(RewardBase):
     """A Hugging Face sequence classifier. Two labels: log-odds of the second; one label: its value."""
 
     type: Literal["classifier"]
-    path: str = Field(description="its directory, or that of a `reward` pipeline's policy: the newest version is taken")
+    path: str = Field(
+        description="its directory or hub name, or the directory of a `reward` pipeline's policy: the newest version "
+        "is taken"
+    )
+    revision: Revision = Field(
+        default=None, description="of a hub name: branch, tag or commit; default: its main branch"
+    )
     reads: Literal["response", "pair", "conversation"] = Field(
         default="response",
         description="the answer alone, (query, answer) as a text pair, or the chat template's rendering",

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from plumbline.config.data import Source
+from plumbline.config.hub import idle_keys
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Dlma, Frozen, MethodBase, Ple, Preference, RewardModel, SelfContrast, Sft
 
@@ -32,6 +33,7 @@ def _idle(config: Config) -> Idle:
     yield from _run(config)
     yield from _fleet(config)
     yield from _serve(config)
+    yield from idle_keys(config)
     sources = [("data.train", config.data.train), ("data.heldout", config.data.heldout)]
     for i, one in enumerate(config.pipelines):
         key = f"pipelines.{i}"

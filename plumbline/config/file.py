@@ -61,8 +61,13 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
         finite = isinstance(number, int) or math.isfinite(number)
         should = f"a number within ±{LARGEST}" if finite else "a finite number"
         raise ConfigError(f"{origin}: {_printable(key)}: should be {should}, got {number!s:.30}")
+    commits = tree.get("commits")
+    # Of a run that has begun: a directory that only looks like the name must not take the model's place.
+    names = {str(one).partition("@")[0] for one in commits} if isinstance(commits, Mapping) else ()
     try:
-        return Config.model_validate(_change_paths(tree, _absolute))
+        return Config.model_validate(
+            _change_paths(tree, lambda key, value: value if value in names else _absolute(key, value))
+        )
     except ValidationError as error:
         raise ConfigError(f"{origin}: {_printable(_explain(error))}") from None
 
@@ -108,7 +113,7 @@ def _index(items: list[Any], part: str, override: str) -> int:
 
 
 def _absolute(key: str, value: str) -> str:
-    """Local paths made absolute; names that are no local path (a dataset's, `chatml`, a URL) stay."""
+    """Local paths made absolute; names that are no local path (a dataset's, a model's, `chatml`, a URL) stay."""
     if key == "storage_path" and value and (value.startswith("file://") or "://" not in value):
         return str(Path(value.removeprefix("file://")).expanduser().resolve())
     if key in LOCAL_PATHS and (value.startswith((".", "~")) or os.path.exists(value)):

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from plumbline.config.hub import Revision
 from plumbline.config.section import AutoElastic, Count, Cpus, Gpus, MemoryShare, Resources, Section
 from plumbline.config.vllm_arguments import VllmArguments
 
@@ -71,7 +72,10 @@ class ReferenceFleet(Section):
 class Embedder(Section):
     """A sentence-transformers model that compares answers with targets; pooling and maximum length are its own."""
 
-    path: str = Field(description="its directory, or a name of the hub that is in the cache")
+    path: str = Field(description="its directory or hub name")
+    revision: Revision = Field(
+        default=None, description="of a hub name: branch, tag or commit; default: its main branch"
+    )
     replicas: Count = Field(default=1, description="copies of the model")
     gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
     resources: Resources = Field(default={})

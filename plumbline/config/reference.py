@@ -78,6 +78,11 @@ own defaults. `pipelines[]` is any item of the list `pipelines`. A section that 
 `plumbline run` and `plumbline doctor` refuse unknown keys and values out of bounds before anything starts. `--set`
 changes a key for one run, by its dotted name and a YAML value: `--set pipelines.0.learner.lr=1e-4`. Local paths are
 taken from the working directory.
+
+A model is a directory, or a name of the Hugging Face hub (`ORG/MODEL`, with `revision` beside it) where no directory
+is called so. What lies in the hub's cache (`HF_HOME`) is used from there; anything else is downloaded before the run
+starts: safetensors, tokenizer and configs alone. The commit is kept in the run's config.yaml (`commits`), and
+`resume`, `serve`, `evaluate` and `export` have that very one, wherever the branch has moved.
 """
 
 

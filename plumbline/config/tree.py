@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from plumbline.config.data import Data, Model, Reward
 from plumbline.config.effects import check_effects
 from plumbline.config.fleet import Embedder, Fleet
+from plumbline.config.hub import Commit
 from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.pipelines import Generation, MethodBase, MethodSection, Pipeline, Preference, Sft
 from plumbline.config.section import Count, Name, Section, bounds
@@ -43,6 +44,10 @@ class Config(Section):
     evaluation: Evaluation | None = None
     tracking: Tracking = Tracking()
     serve: Serve = Serve()
+    commits: dict[str, Commit] = Field(
+        default={},
+        description="which commit each hub name (`ORG/MODEL`, `ORG/MODEL@REVISION`) is; a run writes it when it begins",
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> "Config":

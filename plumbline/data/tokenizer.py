@@ -13,6 +13,7 @@ from plumbline.config.pipelines import RewardModel
 from plumbline.config.tree import Config
 from plumbline.errors import ModelError
 from plumbline.records import Message
+from plumbline.submitted import left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ TEMPLATES: Mapping[str, str] = {
     ),
 }
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _USER_MARK = "plumbuserline"  # no word of any template: found in a rendering, the template kept it
 
 
@@ -47,10 +48,10 @@ def run_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
 def load_tokenizer(
     path: str, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model directory (or of a model of the hub), ready to render conversations.
+    """The tokenizer of a model directory, ready to render conversations.
 
     Args:
-        path: a directory with a tokenizer in it, or a hub name like ``org/model``. No code from it is run.
+        path: a directory with a tokenizer in it. No code from it is run.
         chat_template: None for the tokenizer's own, a name of `TEMPLATES`, or the path of a Jinja file.
         template_args: values of variables that the template reads. They become part of its text, so that whoever
             renders with it, the reader of an exported model too, has them; what a call passes itself comes first.
@@ -77,7 +78,7 @@ def load_tokenizer(
 
 
 def read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model directory or hub name as its tokenizer.json says, with or without a chat template.
+    """The tokenizer of a model directory as its tokenizer.json says, with or without a chat template.
 
     The class that a directory declares is not asked where that file is there: transformers makes an architecture's
     class of the file's vocabulary and its own normaliser and pre-tokenizer, which give other ids over many a file.
@@ -87,23 +88,13 @@ def read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    directory = local_directory(path)
-    name = path if directory is None else str(directory)
+    if not Path(path).is_dir():
+        raise ModelError(f"model {path}: no such directory{left_out(path)}")
+    kind = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        if _has_file(name):
-            return PreTrainedTokenizerFast.from_pretrained(name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds here, from OSError to those of its Rust parts
-        raise ModelError(_not_loaded(path, directory, error)) from error
-
-
-def local_directory(path: str) -> Path | None:
-    """A model's directory; None where `path` is a name of the hub. Raises ModelError where there is none."""
-    directory = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or directory.exists()
-    if looks_local and not directory.is_dir():
-        raise ModelError(f"model {path}: no such directory; model.path is a directory or a hub name like org/model")
-    return directory if looks_local else None
+        raise ModelError(_not_loaded(path, error)) from error
 
 
 def render_text(
@@ -166,15 +157,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (f", did you mean {near[0]!r}?" if near else ":") + f" there are {', '.join(known) or 'none'}"
 
 
-def _has_file(name: str) -> bool:
-    from transformers.utils.hub import cached_file
-
-    quietly: dict[str, Any] = {
-        f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors", "gated_repo")
-    }
-    return cached_file(name, "tokenizer.json", **quietly) is not None
-
-
 def _with_args(template: str, args: Mapping[str, Any]) -> str:
     known = template_variables(template)
     for name in args:
@@ -211,13 +193,8 @@ def _check_template(tokenizer: "PreTrainedTokenizerBase", path: str, chat_templa
         raise ModelError(f"{name} drops the user's turn: it has to write message['content'] of every message")
 
 
-def _not_loaded(path: str, directory: Path | None, error: Exception) -> str:
-    if directory is None:
-        return (
-            f"model {path}: neither a directory here nor a model that the hub or its cache gives; model.path is a "
-            f"directory, or a hub name where the hub can be reached ({first_line(error)})"
-        )
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
-        names = ", ".join(_TOKENIZER_FILES)
+def _not_loaded(path: str, error: Exception) -> str:
+    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        names = ", ".join(TOKENIZER_FILES)
         return f"model {path} has no tokenizer: none of {names} is in it; copy the base model's there"
     return f"model {path}: its tokenizer cannot be loaded: {first_line(error)}"

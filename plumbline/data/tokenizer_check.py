@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plumbline.data.tokenizer import local_directory, read_tokenizer, render_text, template_variables
+from plumbline.data.tokenizer import read_tokenizer, render_text, template_variables
 from plumbline.errors import DataError, ModelError
 from plumbline.records import Message, Prompt
 
@@ -42,9 +42,9 @@ def check_readings(path: str) -> str:
     """
     from transformers import AutoTokenizer
 
-    ours, directory = read_tokenizer(path), local_directory(path)
+    ours, directory = read_tokenizer(path), Path(path)
     texts = [*_texts(), *_renderings(ours)]
-    if directory is None or not (directory / "tokenizer.json").is_file():
+    if not (directory / "tokenizer.json").is_file():
         return f"{len(texts)} texts"
     try:
         theirs = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)

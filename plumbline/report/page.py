@@ -176,6 +176,8 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     path = str(model.get("path") or "")
     kind = _at(model, "init").get("model_type", "unknown")
     yield "Model", Path(path).name if path else f"{kind}, random weights", path
+    if commits := _at(config, "commits"):
+        yield "From the hub", ", ".join(map(str, commits)), ", ".join(f"commit {one}" for one in commits.values())
     yield "Seed", str(config.get("seed", 0)), ""
     gpus = f", {pool['gpus']} GPU each" if pool.get("gpus", "auto") not in (0, "auto") else ""
     yield "Engine", str(_at(config, "fleet").get("engine", "auto")), f"generators: {pool.get('replicas', 1)}{gpus}"

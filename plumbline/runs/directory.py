@@ -89,7 +89,9 @@ def is_running(run_dir: Path) -> bool:
 
 
 def check_same(there: Config, here: Config, where: str, remedy: str) -> None:
-    """Raises ConfigError: `where` holds another config, of which one difference is named."""
+    """Raises ConfigError: `where` holds another config, of which one difference is named. Commits that `here` does not
+    give yet are those of `there`."""
+    here = here.model_copy(update={"commits": there.commits | here.commits})
     if there != here:
         raise ConfigError(f"{where}: holds another config ({_first_difference(there, here)}); {remedy}")
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from plumbline.config.file import load_config
+from plumbline.config.hub import HubModel, hub_models
 from plumbline.config.tree import Config
 from plumbline.data.tokenizer import run_tokenizer
 from plumbline.errors import DataError, ModelError, UserError
@@ -21,6 +22,7 @@ from plumbline.models.files import ADAPTER_CONFIG
 from plumbline.records import PolicyRef, TokenGroup
 from plumbline.runs.checkpoint import write_directory
 from plumbline.runs.disk import writing
+from plumbline.runs.hub import fetched, pinned
 from plumbline.runs.parts import Parts
 from plumbline.runs.policies import (
     PROOF,
@@ -50,10 +52,11 @@ def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) 
         ModelError: there is no such version, its files are not whole, or what was merged does not answer as it did.
         DiskError: there is no room.
     """
-    config = load_config(run_dir / "config.yaml")
+    kept = pinned(load_config(run_dir / "config.yaml"), run_dir)
     ref = parse_ref(run_dir, name)
     if out.exists():
         raise UserError(f"{out}: is there already; name a directory that is not")
+    config = fetched(kept)
     base, source = Path(base_directory(config, run_dir)), version_directory(run_dir, ref)
     if ref.version:
         check_files(run_dir, ref)
@@ -61,13 +64,16 @@ def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) 
     if adapter and not is_adapter:
         raise UserError(f"{ref.public}: is a whole model, no adapter; leave --adapter out")
 
+    origin, commit = str(base), None  # of a run with `sft` or `model.adapter`, what that made
+    if (named := _named_base(kept)) and origin == config.model.path:
+        origin, commit = named.name, kept.commits[named.label]
     seen = ""
 
     def write(aside: Path) -> None:
         nonlocal seen
         if adapter:
             _copy(source, aside)
-            _name_base(aside, str(base))  # of a run with `sft` or `model.adapter`, what that made
+            _name_base(aside, origin, commit)
         elif is_adapter:
             from plumbline.models.merging import merge_adapter
 
@@ -75,7 +81,7 @@ def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) 
         else:
             _copy(source if ref.version else base, aside)
         run_tokenizer(config).save_pretrained(aside)
-        (aside / "README.md").write_text(_card(config, run_dir, ref, str(base), adapter), encoding="utf-8")
+        (aside / "README.md").write_text(_card(kept, run_dir, ref, origin, adapter), encoding="utf-8")
         seen = "as it was published" if adapter or not is_adapter else _check(run_dir, ref, base, aside)
 
     write_directory(out.absolute(), write)
@@ -135,10 +141,15 @@ def _copy(source: Path, aside: Path) -> None:
             shutil.copyfile(file, aside / file.name)
 
 
-def _name_base(aside: Path, base: str) -> None:
+def _named_base(config: Config) -> HubModel | None:
+    """The run's base, where it has that by name."""
+    return next((one for one in hub_models(config) if one.key == "model.path"), None)
+
+
+def _name_base(aside: Path, base: str, commit: str | None) -> None:
     """An adapter says what it is for, and by that PEFT finds it."""
     path = aside / ADAPTER_CONFIG
-    settings = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": base}
+    settings = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": base, "revision": commit}
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
@@ -184,7 +195,9 @@ def _means(model_path: Path, groups: Sequence[TokenGroup]) -> list[float]:
 
 def _card(config: Config, run_dir: Path, ref: PolicyRef, base: str, adapter: bool) -> str:
     """A model card: what it was made of, by which settings, and the run's figures of its policy."""
-    head = {"base_model": base, "library_name": "peft" if adapter else "transformers", "tags": ["plumbline"]}
+    head = {"library_name": "peft" if adapter else "transformers", "tags": ["plumbline"]}
+    if named := _named_base(config):  # the hub refuses a card that names any other
+        head = {"base_model": named.name, **head}
     sections = [*config.pipelines, *([config.sft] if config.sft else [])]
     settings = [one.model_dump(mode="json", exclude_defaults=True) for one in sections if one.name == ref.policy]
     text = [
@@ -192,6 +205,9 @@ def _card(config: Config, run_dir: Path, ref: PolicyRef, base: str, adapter: boo
         f"# {ref.public} of {config.name}\n",
         f"Made of `{base}` with Plumbline {importlib.metadata.version('plumbline')}, without preference labels.\n",
     ]
+    if models := hub_models(config):
+        text += [f"- `{one.key}`: `{one.label}` at commit `{config.commits[one.label]}`" for one in models]
+        text.append("")
     if settings:
         text.append(f"```yaml\n{yaml.safe_dump(settings[0], sort_keys=False, allow_unicode=True)}```\n")
     text.append(_figures(run_dir, ref))

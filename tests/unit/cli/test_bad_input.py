@@ -102,7 +102,7 @@ def test_the_world_as_it_is_would_run(world: World, monkeypatch: pytest.MonkeyPa
     """Or every test below could pass for a reason of its own making. What would start Ray is replaced."""
     started: list[Path] = []
 
-    def run_it(config: Any, run_dir: Path, listen: Any, checked: doctor.Checked, endpoint: None) -> dict[str, Any]:
+    def run_it(run_dir: Path, listen: Any, checked: doctor.Checked, endpoint: None) -> dict[str, Any]:
         started.append(run_dir)
         assert [prompt.id for prompt in checked.rows.prompts] == [f"p{i}" for i in range(8)]
         return {}

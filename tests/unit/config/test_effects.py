@@ -44,6 +44,10 @@ IDLE: list[tuple[str, Tree]] = [
     ("data.heldout", tree(PLE, **heldout())),
     ("data.train.split", tree(PLE, data={"train": {"path": "a.jsonl", "split": "test"}})),
     ("embedder", tree(PLE, embedder={"path": "e"})),
+    ("model.revision", tree(PLE, model={"path": "/m", "revision": "v1"})),
+    ("model.adapter_revision", tree(PLE, model={"path": "org/m", "adapter_revision": "v1"})),
+    ("reward.revision", tree(PLE, reward={"type": "classifier", "path": "/r", "revision": "v1"})),
+    ("commits.org/m", tree(PLE, model={"path": "org/m", "revision": "v1"}, commits={"org/m": "0" * 40})),
     ("embedder", tree(SC, embedder={"path": "e"})),
     ("reward", tree({"type": "sft"}, reward={"type": "program", "function": "a:b"})),
     ("sft", tree({"type": "reward"}, sft={})),
@@ -108,6 +112,7 @@ def test_a_key_without_effect_is_refused(key: str, given: Tree) -> None:
         tree({**PLE, "share": 2}, **heldout(evaluation={}), serve={"enabled": True, "gate": {}}),
         tree({**GIVEN, "negatives": 1, "generation": {"max_tokens": 8}}, **heldout(evaluation={})),
         tree({**DLMA, "train": False, "ahead": 2}),
+        tree(PLE, model={"path": "org/m", "revision": "v1"}, commits={"org/m@v1": "0" * 40}),
         tree(PLE, fleet={"generator": {"replicas": [1, 2], "scale_up_after": 1}}),
         tree(PLE, serve={"replicas": 2, "resources": {"big": 1}, "pinned": 2}),  # `plumbline serve` reads them
     ],

@@ -68,3 +68,16 @@ def test_whether_a_run_goes_on_is_told_without_its_lock(config: Config, tmp_path
     ):
         lock.write_text(told)
         assert not is_running(run_dir), told
+
+
+def test_a_commit_that_is_not_given_is_the_runs_and_another_one_is_refused(config: Config, tmp_path: Path) -> None:
+    model = config.model.model_copy(update={"path": "org/model"})
+    given, begun, other = (
+        config.model_copy(update={"model": model, "commits": commits})
+        for commits in ({}, {"org/model": "a" * 40}, {"org/model": "b" * 40})
+    )
+    with open_run_dir(begun, tmp_path / "run"):
+        pass
+    check_run_dir(given, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"`commits\.org/model` is 'a{40}' there, 'b{40}' here"):
+        check_run_dir(other, tmp_path / "run")
