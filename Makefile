@@ -33,8 +33,10 @@ quickstart: setup
 		--model self-contrast --ask "$(QUESTION)"
 	@echo "try next: $(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1"
 
+# Unit tests on all processors; the others one after another, each with a Ray of its own.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/unit -n auto --maxprocesses 8 --dist worksteal
+	@$(BIN)/python -m pytest tests/e2e tests/ray tests/gpu
 
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster
