@@ -10,6 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow as pa
 from actors.scorer import Query
 from actors.spawn import ask
 from pipelines.context import Context
-from pipelines.rewarding import RewardWatch
+from pipelines.rewarding import Rewarding
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Frozen, MethodSection
 from plumbline.data.ending import encode_responses
@@ -27,7 +28,7 @@ from plumbline.errors import RunError
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
 from plumbline.runs.pairs import Answer
 from plumbline.runs.parts import Parts, Rejected
-from plumbline.runs.rollouts import prompt_text
+from plumbline.runs.rollouts import prompt_text, with_parts
 
 Row = Mapping[str, Any]
 
@@ -62,8 +63,8 @@ class Method(ABC):
         directory = self.directory = context.run_dir / room / section.name
         self.name = section.name
         self.keep_versions = section.keep_versions
-        self.watch = RewardWatch(context, section.name, context.config.reward)
-        self.parts = Parts(str(directory), schema)
+        self.reward = Rewarding(context, section.name, context.config.reward)
+        self.parts = Parts(str(directory), with_parts(schema, self.reward.names))
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self.commits: set[asyncio.Task[None]] = set()  # that are being written
         self._prompts = fit.prompts
@@ -163,6 +164,10 @@ class Method(ABC):
         generations, made = await self._context.pool.ask(self.name, answers, tokens, question, self._section.share)
         self._context.pool.count(self.name, sum(one.tokens for one in generations))
         return [generations, *[await ask(one) for one in made]]
+
+    def _score_calls(self, queries: Sequence[Query]) -> list[Callable[[Any], Any]]:
+        """Calls of all that gives scores, for `_generated`; `queries` stand as its requests do."""
+        return [partial(one.score_generations.remote, queries) for one in self.reward.scorers()]
 
     def _queries(self, prompts: Sequence[Prompt]) -> list[Query]:
         return [Query(messages=p.messages, extra=dict(p.extra)) for p in prompts]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from plumbline.config.data import ClassifierReward, Reward, ServiceReward
+from plumbline.config.data import ClassifierReward, ServiceReward, SingleReward
 from plumbline.config.demand import demand, named
 from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
@@ -34,7 +34,7 @@ from plumbline.records import Message, ScoreRequest
 from plumbline.runs.base import check_merged
 from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.mirror import check_storage
-from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards
+from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values
 from plumbline.runs.policies import model_path
 from plumbline.runs.rows import Read, Rows, fit_rows, read_rows
 from plumbline.submitted import left_out_module
@@ -157,13 +157,13 @@ def _model(config: Config, run_dir: Path | None) -> tuple[str, "PreTrainedTokeni
 
 
 def _rewards(config: Config) -> str:
-    notes = [_reward(key, reward) for key, reward in rewards(config).items()]
+    notes = [_reward(key, reward) for key, reward in config.rewards.items()]
     if config.embedder is not None and any(p.embeds for p in config.methods):
         notes.append(check_embedder(config.embedder.path))
     return "; ".join(notes) or "none"
 
 
-def _reward(key: str, reward: Reward) -> str:
+def _reward(key: str, reward: SingleReward) -> str:
     if isinstance(reward, ClassifierReward):
         return check_classifier(model_path(reward.path), f"{key}.path")
     if isinstance(reward, ServiceReward):

@@ -100,8 +100,7 @@ def _fleet(config: Config) -> Idle:
         yield from _given(generator, "fleet.generator", ["kv_cache_gib"], "counts on CPUs; give `memory_share`")
     if fleet.device == "cpu":
         yield from _given(generator, "fleet.generator", ["memory_share"], "counts on GPUs; give `kv_cache_gib`")
-    judge = config.evaluation and config.evaluation.judge
-    scores = config.reward or judge or any(isinstance(p, RewardModel) for p in config.pipelines)
+    scores = config.rewards or any(isinstance(p, RewardModel) for p in config.pipelines)
     yield from _given(fleet.scorer, "fleet.scorer", None, "is of rewards, and there is none", acts=bool(scores))
     asked = any(isinstance(one, Preference) for one in methods)
     why = "is of the reference, which only `dlma` and `self_contrast` ask; leave it out"

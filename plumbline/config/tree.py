@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from plumbline.config.data import Data, Model, Reward
+from plumbline.config.data import Data, Model, Reward, SingleReward, reward_parts
 from plumbline.config.effects import check_effects
 from plumbline.config.fleet import Embedder, Fleet
 from plumbline.config.learner import FullPolicy, LoraPolicy
@@ -95,6 +95,13 @@ class Config(Section):
                 )
         check_effects(self)
         return self
+
+    @property
+    def rewards(self) -> dict[str, SingleReward]:
+        """All that gives scores, by its key: rewards and judges, of a sum its parts."""
+        judge = self.evaluation.judge if self.evaluation else None
+        parts = reward_parts(self.reward, "reward") | reward_parts(judge, "evaluation.judge")
+        return {key: part.reward for key, part in parts.items()}
 
     @property
     def methods(self) -> list["MethodSection"]:

@@ -189,7 +189,7 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     gpus = f", {pool['gpus']} GPU each" if pool.get("gpus", "auto") not in (0, "auto") else ""
     yield "Engine", str(_at(config, "fleet").get("engine", "auto")), f"generators: {pool.get('replicas', 1)}{gpus}"
     if reward:
-        yield "Reward", str(reward.get("type")), str(reward.get("function") or reward.get("path"))
+        yield "Reward", str(reward.get("type")), _reward(reward)
     train, heldout = (Path(str(_at(config, "data", part).get("path", ""))).name for part in ("train", "heldout"))
     yield "Data", train, f"held out: {heldout}" if heldout else ""
     stamps = [event["time"] for event in events if event.get("time")]
@@ -204,6 +204,13 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     here = {name: found for name in SOFTWARE if (found := _installed(name))}
     software = ", ".join(f"{name} {version}" for name, version in here.items())
     yield "Software", software, "as installed where this report was made"
+
+
+def _reward(reward: Mapping[str, Any]) -> str:
+    """Where scores come from: the parts of a sum with their weights, or a function, a directory or an address."""
+    if isinstance(parts := reward.get("of"), list):
+        return " + ".join(f"{one.get('weight')} · {one.get('name')}" for one in parts if isinstance(one, Mapping))
+    return str(reward.get("function") or reward.get("path") or reward.get("url"))
 
 
 def _at(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

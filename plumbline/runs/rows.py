@@ -188,9 +188,8 @@ def _some(fit: Fit, lengths: Lengths, name: str) -> Fit:
 
 def _check_conversations(config: Config, tokenizer: "PreTrainedTokenizerBase", read: Read) -> None:
     """Every conversation must be one for the rewards that read conversations, those that are trained here too."""
-    judge = config.evaluation.judge if config.evaluation else None
     sources = [(config.data.train, read.prompts), *([(config.data.heldout, read.heldout)] if read.heldout else [])]
-    for reward in (config.reward, judge):
+    for reward in config.rewards.values():
         if isinstance(reward, ClassifierReward) and reward.reads == "conversation":
             own = read_tokenizer(model_path(reward.path))
             for source, prompts in sources:

@@ -608,7 +608,10 @@ def test_more_tokens_than_a_reward_reads(world: World, refused: Refused, key: st
 def test_a_reward_function_that_is_none(world: World, refused: Refused, function: str, parts: list[str]) -> None:
     (world.directory / "reward_that_is_broken.py").write_text("def score(:\n")
     (world.directory / "reward_that_fails.py").write_text("raise RuntimeError('no\\nlicence')\n")
-    world.tree["reward"]["function"] = function
+    alone = world.tree["reward"] | {"function": function}
+    world.tree["reward"] = {"type": "sum", "of": [{"reward": world.tree["reward"]}, {"reward": alone, "name": "two"}]}
+    holds(run(world, refused), f"reward.of.1.reward.function: {function}: ", *parts)
+    world.tree["reward"] = alone
     holds(run(world, refused), f"reward.function: {function}: ", *parts)
 
 

@@ -529,3 +529,15 @@ def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert shown.err.startswith(f"plumbline: {tmp_path / 'nowhere'}: no such directory")
+
+
+def test_each_part_of_a_reward_has_a_plot_of_its_own() -> None:
+    given = [
+        event("ple", step, step, **{"reward_plain": 0.1, "reward_plain.polite": 0.3, "reward_guided.polite": 0.5})
+        for step in (1, 2)
+    ]
+    [part] = [plot for plot in plots(given, ["ple"]) if plot.title.startswith("Part of")]
+    assert part.title == "Part of the reward: polite"
+    assert [key.label for key in part.charts[0].legend] == ["ple plain", "ple guided"]
+    hostile = [event("ple", step, step, **{f"reward_plain.{BREAKOUT}": 0.3}) for step in (1, 2)]
+    assert not plots(hostile, ["ple"])
