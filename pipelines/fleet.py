@@ -69,7 +69,8 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
         context.frozen = await frozen_base(context)
         context.fingerprint = context.frozen.fingerprint
     spec = generator_spec(context, context.model_path, train=train)
-    context.pool = Pool(fleet.generators, capacity=spec.in_flight, batch=spec.batch)
+    capacity = 1 if config.deterministic else spec.in_flight  # then a batch is admitted alone
+    context.pool = Pool(fleet.generators, capacity=capacity, batch=spec.batch)
     context.beside.append(asyncio.create_task(autoscale(context)))
 
 
@@ -162,7 +163,10 @@ async def frozen_base(context: Context) -> FrozenSpec:
 
 
 def value_cache(context: Context) -> str:
-    """The directory of the caches of π0's log-probs and of services' scores."""
+    """The directory of the caches of π0's log-probs and of services' scores. What other runs computed of the same texts
+    in other batches differs in the last digit: a deterministic run reads its own alone."""
+    if context.config.deterministic:
+        return str(context.run_dir / "cache")
     return str(context.config.fleet.reference.cache or user_cache())
 
 

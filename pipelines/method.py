@@ -75,7 +75,9 @@ class Method(ABC):
         self.part_count = section.steps or per_pass
         self.total = self.part_count * (section.epochs if isinstance(section, Frozen) else 1)
         self.displaces_base = isinstance(section, Frozen) and isinstance(section.policy, FullPolicy)
-        self.slots = section.ahead if isinstance(section, Frozen) else 1  # steps that may be between draw and proof
+        ahead = section.ahead if isinstance(section, Frozen) else getattr(section, "max_staleness", 0) + 1
+        self._in_turn = context.config.deterministic
+        self.slots = 1 if self._in_turn else ahead  # steps that may be between draw and proof
         settings = section.generation
         self._sampling = Sampling(
             max_tokens=settings.max_tokens,
@@ -93,13 +95,17 @@ class Method(ABC):
         return (step - 1) % self.part_count + 1
 
     async def roll_out(self, step: int, ref: PolicyRef) -> Rollout:
-        """Draw the step's prompts and answers, a chunk at a time, all chunks at once."""
+        """Draw the step's prompts and answers, a chunk at a time, all chunks at once. Of a deterministic run one after
+        another: an engine's sums depend on what it decodes together."""
         prompts, size = self._draw(step), max(1, self._context.pool.batch // self._section.answers)
+        turns = asyncio.Semaphore(1 if self._in_turn else len(prompts))
+
+        async def one(chunk: Sequence[Prompt]) -> Rollout:
+            async with turns:
+                return await self._roll_chunk(step, ref, chunk)
+
         async with asyncio.TaskGroup() as chunks:
-            tasks = [
-                chunks.create_task(self._roll_chunk(step, ref, prompts[i : i + size]))
-                for i in range(0, len(prompts), size)
-            ]
+            tasks = [chunks.create_task(one(prompts[i : i + size])) for i in range(0, len(prompts), size)]
         done = [task.result() for task in tasks]
         return Rollout(
             rows=[row for one in done for row in one.rows],

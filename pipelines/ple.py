@@ -22,7 +22,6 @@ class PleMethod(Method):
         super().__init__(context, section, "rollouts", PLE_SCHEMA, context.rows.fits[section.name])
         self._ple = section
         self._principle = principle_text(section.principle)
-        self.slots = section.max_staleness + 1
 
     def ref(self, proved: int) -> PolicyRef:
         """The newest version that all generators serve."""

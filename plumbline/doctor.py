@@ -228,6 +228,11 @@ def _devices(config: Config, machine: Machine, device: Device) -> str:
     """Raises ConfigError where the engine is not installed, or given `gpus` are more than there are."""
     if config.fleet.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("fleet.engine: vllm, but vLLM is not installed here; write auto or transformers")
+    if config.deterministic and device == "cuda":
+        raise ConfigError(
+            "deterministic: kernels of GPUs and vLLM's graphs add in orders that nothing here fixes; write "
+            "fleet.device: cpu, or leave it out"
+        )
     gpus, asked = machine.gpus if device == "cuda" else 0, demand(without_gpus(config))
     if asked["GPU"] > gpus and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(

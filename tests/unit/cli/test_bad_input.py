@@ -664,6 +664,12 @@ def test_a_device_that_is_not_there(world: World, refused: Refused, gpus: Callab
     assert line == "fleet.device: cuda, but no CUDA device is visible here; write cpu or auto"
 
 
+def test_a_deterministic_run_on_gpus(world: World, refused: Refused, gpus: Callable[[int], None]) -> None:
+    gpus(1)
+    line = run(world, refused, "--deterministic")
+    holds(line, "deterministic: kernels of GPUs", "write fleet.device: cpu, or leave it out")
+
+
 @pytest.mark.parametrize(
     ("there", "override", "part"),
     [

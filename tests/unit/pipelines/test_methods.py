@@ -62,6 +62,7 @@ def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: in
     """A run of `count` prompts whose actors are functions."""
     rewards = fleet.pop("rewards", {})
     tree = tiny_config(tmp_path) | {"pipelines": [section]} | embedder_of(section)
+    tree["deterministic"] = fleet.pop("deterministic", False)
     if section["type"] in ("dlma", "self_contrast") and not rewards:
         del tree["reward"]
     if len(rewards) > 1:
@@ -490,3 +491,48 @@ def test_replicas_of_all_parts_take_turns(tmp_path: Path) -> None:
     method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, rewards=parts()), section_of(section))
     method._context.fleet.rewards.update({"reward.of.0.reward": ["a0", "a1"], "reward.of.1.reward": ["b0", "b1"]})
     assert [method.reward.scorers() for _ in range(3)] == [["a0", "b0"], ["a1", "b1"], ["a0", "b0"]]
+
+
+# Deterministic runs
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_chunks_of_a_deterministic_step_take_turns(tmp_path: Path, deterministic: bool) -> None:
+    """What an engine decodes together, and what a scorer is asked after what, must not depend on who is quicker."""
+    section = {"type": "raft", "batch_size": 6, "generation": {"max_tokens": 16}}
+    scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[[1.0] * 4 for _ in drawn]))}
+    run = context(
+        tmp_path,
+        section,
+        lambda r: ["a"] * r.n,
+        count=6,
+        rewards={"reward": scorer},
+        deterministic=deterministic,
+    )
+    run.pool.batch = 8  # two prompts a chunk
+    method = RaftMethod(run, section_of(section))
+    under_way = most = 0
+    chunk = method._roll_chunk
+
+    async def watched(*args: Any) -> Rollout:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await chunk(*args)
+        finally:
+            under_way -= 1
+
+    method._roll_chunk = watched  # type: ignore[method-assign]
+    drawn = [row["prompt_id"] for row in roll(method).rows]
+    assert sorted(map(str, drawn)) == [f"p{i}" for i in range(6)]
+    assert (most, method.slots) == ((1, 1) if deterministic else (3, 4))
+
+
+@pytest.mark.parametrize(("staleness", "deterministic", "slots"), [(3, False, 4), (0, False, 1), (1, True, 1)])
+def test_a_step_of_ple_waits_for_as_many_versions_as_it_may_be_behind(
+    tmp_path: Path, staleness: int, deterministic: bool, slots: int
+) -> None:
+    section = {"type": "ple", "max_staleness": staleness}
+    run = context(tmp_path, section, lambda r: ["a"], deterministic=deterministic)
+    assert PleMethod(run, section_of(section)).slots == slots

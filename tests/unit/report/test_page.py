@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -18,6 +20,7 @@ from plumbline.report.kinds import KINDS
 from plumbline.report.page import write_report
 from plumbline.report.plots import MOST_POINTS, averaged, plots, running_mean
 from plumbline.report.tables import comparison, headline, number
+from plumbline.runs.digests import SCHEMA, digests_by_source
 from plumbline.runs.parts import Rejected
 
 HOSTILE = "<script>alert(1)</script>"
@@ -541,3 +544,15 @@ def test_each_part_of_a_reward_has_a_plot_of_its_own() -> None:
     assert [key.label for key in part.charts[0].legend] == ["ple plain", "ple guided"]
     hostile = [event("ple", step, step, **{f"reward_plain.{BREAKOUT}": 0.3}) for step in (1, 2)]
     assert not plots(hostile, ["ple"])
+
+
+def test_what_it_takes_to_make_a_run_again_is_told(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    told = [{"code": f"commit {name}", "lock": "cpu.txt 12ab", "packages": "34cd"} for name in ("first", "second")]
+    (run_dir / "origin.json").write_text(json.dumps(told))
+    rows = [{"source": "data.train", "path": "p", "row": i, "digest": b"12345678"} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), run_dir / "rows.parquet")
+    text = report(run_dir).source
+    for part in ("commit second", "begun with commit first", "cpu.txt 12ab", "34cd", "Rows of data.train"):
+        assert part in text, part
+    assert digests_by_source(run_dir)["data.train"][1] in text
