@@ -76,12 +76,13 @@ class Rewarding:
         if not found:
             return None
         parts = list(self._parts.values())
-        weighed = list(zip(parts, (w.look(one) for w, one in zip(self._watches, found, strict=True)), strict=True))
+        given = [watch.look(one) for watch, one in zip(self._watches, found, strict=True)]
+
+        def weighed(scores: Sequence[float]) -> float:
+            return sum(part.weight * score for part, score in zip(parts, scores, strict=True))
+
         return Scored(
-            values=[
-                [sum(part.weight * values[i][k] for part, values in weighed) for k in range(len(row))]
-                for i, row in enumerate(found[0].values)
-            ],
+            values=[list(map(weighed, zip(*query, strict=True))) for query in zip(*given, strict=True)],
             given={part.name: one for part, one in zip(parts, found, strict=True)},
             summed=self._summed,
         )

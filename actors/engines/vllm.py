@@ -85,11 +85,12 @@ class VllmEngine:
             "lora_request": self._lora(adapter),
             "priority": priority,
         }
-        if self._batches:
-            return await self._batches.final(params=params, **request)
         last = None
-        async for output in self._llm.generate(sampling_params=params, **request):
-            last = output
+        if self._batches:
+            last = await self._batches.final(params=params, **request)
+        else:
+            async for output in self._llm.generate(sampling_params=params, **request):
+                last = output
         assert last is not None and last.finished
         return last
 

@@ -12,5 +12,6 @@ def set_up_torch(threads: int, *, deterministic: bool = False) -> None:
         deterministic: refuse what sums in no fixed order, where there is no form of it that does not.
     """
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
     torch.backends.cuda.enable_cudnn_sdp(False)
