@@ -6,6 +6,7 @@
 import json
 import re
 import subprocess
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -33,7 +34,8 @@ class Origin:
 
 def origin(home: Path = HOME) -> Origin:
     """Of this process. To be called before Ray starts, under which a driver does not hear how its children end."""
-    installed = {_name(one.metadata["Name"]): one.version for one in metadata.distributions()}
+    places = sorted({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})  # Ray adds others as it is imported
+    installed = {_name(one.metadata["Name"]): one.version for one in metadata.distributions(path=places)}
     lines = "".join(f"{name}=={version}\n" for name, version in sorted(installed.items()))
     return Origin(code=_code(home), lock=_lock(home, installed), packages=sha256(lines.encode()).hexdigest())
 

@@ -69,3 +69,13 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(DataError, match=r"origin\.json: no list of origins; remove it"):
         read_origins(tmp_path)
+
+
+def test_what_is_installed_does_not_depend_on_what_was_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = origin(tmp_path)
+    (tmp_path / "vendored-9.9.dist-info").mkdir()
+    (tmp_path / "vendored-9.9.dist-info/METADATA").write_text("Name: vendored\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert metadata.version("vendored") == "9.9" and origin(tmp_path) == before
