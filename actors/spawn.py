@@ -106,8 +106,7 @@ class Fleet:
     store_name: str
     generators: list[Any] = field(default_factory=list)
     generator_names: dict[Any, str] = field(default_factory=dict)
-    scorer: list[Any] = field(default_factory=list)
-    judge: list[Any] = field(default_factory=list)
+    rewards: dict[str, list[Any]] = field(default_factory=dict)  # replicas by the reward's key in the config
     reference: list[Any] = field(default_factory=list)
     embedder: list[Any] = field(default_factory=list)
     desks: dict[str, Any] = field(default_factory=dict)
@@ -222,6 +221,10 @@ class Fleet:
         return self._trainer
 
     @property
+    def _scorers(self) -> list[Any]:
+        return [one for replicas in self.rewards.values() for one in replicas]
+
+    @property
     def placed(self) -> bool:
         """Whether its actors have been started."""
         return self._make_generator is not None
@@ -234,7 +237,7 @@ class Fleet:
     async def ready(self) -> None:
         """Wait until every engine, reward, reference and embedder is loaded. Raises what kept one from loading."""
         waits = [started(g) for g in self.generators]
-        waits += [one.ready.remote() for one in [*self.scorer, *self.judge, *self.reference, *self.embedder]]
+        waits += [one.ready.remote() for one in [*self._scorers, *self.reference, *self.embedder]]
         await gather(*waits)
 
     async def restored(self) -> None:
@@ -251,7 +254,7 @@ class Fleet:
         with contextlib.suppress(RayError):
             closing = [g.close.options(max_task_retries=0).remote() for g in self.generators]
             ray.wait(closing, num_returns=len(closing), timeout=5)
-        beside = [*self.scorer, *self.judge, *self.reference, *self.embedder, *self.others]
+        beside = [*self._scorers, *self.reference, *self.embedder, *self.others]
         for handle in [*self.generators, *beside, self.store]:
             with contextlib.suppress(RayError):
                 ray.kill(handle)

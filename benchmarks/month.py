@@ -229,7 +229,7 @@ def make_context(config: Config, run_dir: Path, listen: Any) -> Context:
         tokenizer=tokenizer,
         rows=Rows(prompts=prompts, fits={"ple": Fit(prompts=prompts, unfit=[])}),
         events=EventLog(run_dir / "events.jsonl", listen),
-        fleet=SimpleNamespace(store=store, desks={}, scorer=[Local(InstantReward())]),  # type: ignore[arg-type]
+        fleet=SimpleNamespace(store=store, desks={}, rewards={"reward": [Local(InstantReward())]}),  # type: ignore[arg-type]
         storage=open_storage(config, run_dir),
         pool=Pool([Local(InstantEngine())], capacity=512, batch=64),
     )

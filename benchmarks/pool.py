@@ -324,9 +324,11 @@ async def records_per_s(setup: Setup, model: Path, engines: int) -> float:
         events=EventLog(directory / "events.jsonl", lambda event: None),
         fleet=fleet,
     )
-    fleet.scorer = fleet.add_scorers(ScorerFleet(gpus=0), ScorerSpec(function=REWARD))
+    fleet.rewards["reward"] = fleet.add_scorers(ScorerFleet(gpus=0), ScorerSpec(function=REWARD))
     instant = [actor(Instant) for _ in range(engines)]
-    await gather(*(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.scorer))
+    await gather(
+        *(one.generate.remote([]) for one in instant), *(one.ready.remote() for one in fleet.rewards["reward"])
+    )
     spec = replace(engine_spec(setup, model), max_num_seqs=GeneratorFleet().max_num_seqs)
     context.pool = Pool(instant, capacity=spec.in_flight, batch=spec.batch)
     method = PleMethod(context, section)

@@ -53,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("run", help="run a config, or continue the run directory that holds it")
     one.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
     add_overrides(one)
+    one.add_argument(
+        "--deterministic",
+        dest="overrides",
+        action="append_const",
+        const="deterministic=true",
+        help="as --set deterministic=true: the same rollouts and weights each time, byte by byte",
+    )
     one.add_argument("--run-dir", type=Path, help="default: runs/NAME, with the config's name")
     one.set_defaults(command=run_command)
 

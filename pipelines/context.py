@@ -157,6 +157,7 @@ class Context:
             probe=self.probe if serves else (),
             total=total,
             seed=self.config.seed,
+            deterministic=self.config.deterministic,
             run_dir=self.run_dir,
             publishes=("full" if whole else "adapter") if serves else "final",
             storage=self.storage.url,

@@ -17,6 +17,7 @@ from plumbline.data.prompting import dlma_contrast
 from plumbline.methods.selection import self_reward_margin
 from plumbline.records import Completion, PolicyRef, Prompt, Sample
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, values
+from plumbline.runs.rollouts import part_means
 
 
 class DlmaMethod(Method):
@@ -40,12 +41,12 @@ class DlmaMethod(Method):
         queries = [query for query in self._queries(prompts) for _ in range(2)]
         context = self._context
         reference = context.reference(self.name)
-        then = [lambda drawn: reference.contrast_logps.remote(judged, drawn, eos=self._dlma.eos_in_margin)]
-        if context.fleet.scorer:
-            scorer = context.pick(context.fleet.scorer)
-            then.append(lambda drawn: scorer.score_generations.remote(queries, drawn))
-        answers, logps, *found = await self._generated(asked, *then)
-        scored = [self.watch.look(one) for one in found]
+        answers, logps, *found = await self._generated(
+            asked,
+            lambda drawn: reference.contrast_logps.remote(judged, drawn, eos=self._dlma.eos_in_margin),
+            *self._score_calls(queries),
+        )
+        scored = self.reward.look(found)
         rows, rejected = [], []
         for i, prompt in enumerate(prompts):
             chosen, other = answers[2 * i].completions[0], answers[2 * i + 1].completions[0]
@@ -61,7 +62,8 @@ class DlmaMethod(Method):
                     Answer(text=one.text, ids=one.ids, finish_reason=one.finish_reason) for one in (chosen, other)
                 ],
                 ref_logps=logps[i].reference,
-                rewards=[scored[0][2 * i + side][0] for side in (0, 1)] if scored else None,
+                rewards=[scored.values[2 * i + side][0] for side in (0, 1)] if scored else None,
+                parts=[scored.parts(2 * i + side, 0) for side in (0, 1)] if scored else (),
                 engine=answers[2 * i].engine,
                 model=context.fingerprint,
                 judged=judgement,
@@ -91,6 +93,7 @@ class DlmaMethod(Method):
                 (margin > 0) == (a > b) for margin, a, b in zip(margins.tolist(), chosen, other, strict=True) if a != b
             ]
             figures |= {"reward_chosen": sum(chosen) / len(rows), "reward_rejected": sum(other) / len(rows)}
+            figures |= part_means(rows, reward_chosen="chosen_reward", reward_rejected="rejected_reward")
             if agrees:
                 figures["agreement"] = sum(agrees) / len(agrees)
         return figures

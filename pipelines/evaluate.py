@@ -7,13 +7,13 @@ import json
 import random
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from actors.scorer import Query
 from actors.spawn import ask, gather
 from pipelines.context import Context
-from pipelines.rewarding import RewardWatch
+from pipelines.rewarding import Rewarding
 from plumbline.config.pipelines import Generation as Settings
 from plumbline.config.tree import Config
 from plumbline.data.ending import encode_response
@@ -32,7 +32,10 @@ TURN = "evaluation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """One policy's answers to the plain and the guided prompts, in the order of the prompts, with both rewards."""
+    """One policy's answers to the plain and the guided prompts, in the order of the prompts, with both rewards.
+
+    `parts` are what each part of a reward that is a sum gave to the plain ones, by their columns: ``reward NAME``.
+    """
 
     plain: list[str]
     guided: list[str]
@@ -43,6 +46,7 @@ class Answers:
     lengths: list[int]
     finished: float
     ppl: float | None
+    parts: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 def evaluation_principle(config: Config) -> str | None:
@@ -106,10 +110,10 @@ async def answers_of(
     generations = await generated(context, requests)
     queries = [Query(messages=p.messages, extra=dict(p.extra)) for _ in kinds for p in prompts]
     judge = context.config.evaluation.judge if context.config.evaluation else None
-    watch = RewardWatch(context, TURN, context.config.reward)
-    judging = RewardWatch(context, TURN, judge, "evaluation.judge")
-    rewards = await scores_of(context.fleet.scorer, queries, generations, watch)
-    judged = await scores_of(context.fleet.judge, queries, generations, judging)
+    rewarding = Rewarding(context, TURN, context.config.reward)
+    judging = Rewarding(context, TURN, judge, "evaluation.judge")
+    rewards, parts = await scores_of(rewarding, queries, generations)
+    judged, judged_parts = await scores_of(judging, queries, generations)
     n = len(prompts)
     texts = [g.completions[0].text for g in generations]
     plain = [g.completions[0] for g in generations[:n]]
@@ -123,6 +127,10 @@ async def answers_of(
         lengths=[len(c.ids) for c in plain],
         finished=sum(c.finish_reason == "stop" for c in plain) / n,
         ppl=await target_ppl(context, ref, prompts),
+        parts={
+            **{f"reward {name}": scores[:n] for name, scores in parts.items()},
+            **{f"judge reward {name}": scores[:n] for name, scores in judged_parts.items()},
+        },
     )
 
 
@@ -142,14 +150,27 @@ async def generated(context: Context, requests: Sequence[GenerateRequest]) -> li
 
 
 async def scores_of(
-    scorers: Sequence[Any], queries: Sequence[Query], generations: Sequence[Any], watch: RewardWatch
-) -> list[float]:
-    """The first replica's score of each answer; nothing where there is no such reward. Raises RunError: see `watch`."""
-    if not scorers:
-        return []
-    pieces = [slice(i, i + JUDGED_AT_ONCE) for i in range(0, len(queries), JUDGED_AT_ONCE)]
-    asked = [scorers[0].score_generations.remote(list(queries[i]), list(generations[i])) for i in pieces]
-    return [one[0] for scored in await gather(*asked) for one in watch.look(scored)]
+    reward: Rewarding, queries: Sequence[Query], generations: Sequence[Any]
+) -> tuple[list[float], dict[str, list[float]]]:
+    """One replica's score of each answer, and what each part gave where the reward is a sum; nothing where there is no
+    such reward.
+
+    Raises:
+        RunError: see `Rewarding.look`.
+    """
+    scorers = reward.scorers()
+    pieces = [slice(i, i + JUDGED_AT_ONCE) for i in range(0, len(queries), JUDGED_AT_ONCE)] if scorers else []
+    asked = [one.score_generations.remote(list(queries[i]), list(generations[i])) for i in pieces for one in scorers]
+    found = await gather(*asked)
+    scores: list[float] = []
+    parts: dict[str, list[float]] = {name: [] for name in reward.names}
+    for i in range(0, len(found), max(1, len(scorers))):
+        scored = reward.look(found[i : i + len(scorers)])
+        assert scored is not None
+        scores += [one[0] for one in scored.values]
+        for name in parts:
+            parts[name] += [one[0] for one in scored.given[name].values]
+    return scores, parts
 
 
 async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]) -> float | None:
@@ -188,6 +209,8 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
         row: dict[str, Any] = {"policy": name, "prompts": len(prompts)}
         row |= reward_columns("", one.rewards, one.guided_rewards)
         row |= reward_columns("judge ", one.judged, one.judged_guided)
+        scored = {column: [a for a in scores if finite(a)] for column, scores in one.parts.items()}
+        row |= {column: mean_interval(scores) for column, scores in scored.items() if scores}
         row["PPL"] = one.ppl
         if all(p.target is not None for p in prompts):
             row["BLEU"] = bleu(one.plain, [p.target or "" for p in prompts])

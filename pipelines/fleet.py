@@ -20,7 +20,7 @@ from actors.spawn import Fleet, ask, start_fleet
 from pipelines.autoscaler import autoscale
 from pipelines.context import Context, EventLog
 from pipelines.pool import Pool
-from plumbline.config.data import ClassifierReward, Reward, ServiceReward
+from plumbline.config.data import ClassifierReward, ServiceReward, SingleReward
 from plumbline.config.demand import beside_sft, reference_replicas
 from plumbline.config.pipelines import Preference
 from plumbline.config.section import planned
@@ -69,7 +69,8 @@ async def fill_fleet(context: Context, *, train: bool, beside: Callable[[], None
         context.frozen = await frozen_base(context)
         context.fingerprint = context.frozen.fingerprint
     spec = generator_spec(context, context.model_path, train=train)
-    context.pool = Pool(fleet.generators, capacity=spec.in_flight, batch=spec.batch)
+    capacity = 1 if config.deterministic else spec.in_flight  # then a batch is admitted alone
+    context.pool = Pool(fleet.generators, capacity=capacity, batch=spec.batch)
     context.beside.append(asyncio.create_task(autoscale(context)))
 
 
@@ -109,10 +110,9 @@ def place_fleet(context: Context, model_path: str, *, train: bool) -> None:
         pinned=config.serve.pinned if spec.seats else 0,
         run_dir=context.run_dir,
     )
-    if config.reward:
-        fleet.scorer = add_reward(fleet, context, config.reward)
-    if config.evaluation and config.evaluation.judge:
-        fleet.judge = add_reward(fleet, context, config.evaluation.judge, role="judge")
+    for key, reward in config.rewards.items():
+        role = "scorer" if key.startswith("reward") else "judge"
+        fleet.rewards[key] = add_reward(fleet, context, reward, role)
     if train and any(isinstance(p, Preference) for p in config.pipelines):
         add_reference(context, model_path)
     if train and config.embedder and any(p.embeds for p in config.methods):
@@ -163,7 +163,10 @@ async def frozen_base(context: Context) -> FrozenSpec:
 
 
 def value_cache(context: Context) -> str:
-    """The directory of the caches of π0's log-probs and of services' scores."""
+    """The directory of the caches of π0's log-probs and of services' scores. What other runs computed of the same texts
+    in other batches differs in the last digit: a deterministic run reads its own alone."""
+    if context.config.deterministic:
+        return str(context.run_dir / "cache")
     return str(context.config.fleet.reference.cache or user_cache())
 
 
@@ -172,7 +175,7 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline"
 
 
-def add_reward(fleet: Fleet, context: Context, reward: Reward, role: str = "scorer") -> list[Any]:
+def add_reward(fleet: Fleet, context: Context, reward: SingleReward, role: str) -> list[Any]:
     """The scorers of one reward."""
     if isinstance(reward, ClassifierReward):
         spec = ScorerSpec(

@@ -10,6 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow as pa
 from actors.scorer import Query
 from actors.spawn import ask
 from pipelines.context import Context
-from pipelines.rewarding import RewardWatch
+from pipelines.rewarding import Rewarding
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Frozen, MethodSection
 from plumbline.data.ending import encode_responses
@@ -27,7 +28,7 @@ from plumbline.errors import RunError
 from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sample, Sampling
 from plumbline.runs.pairs import Answer
 from plumbline.runs.parts import Parts, Rejected
-from plumbline.runs.rollouts import prompt_text
+from plumbline.runs.rollouts import prompt_text, with_parts
 
 Row = Mapping[str, Any]
 
@@ -62,8 +63,8 @@ class Method(ABC):
         directory = self.directory = context.run_dir / room / section.name
         self.name = section.name
         self.keep_versions = section.keep_versions
-        self.watch = RewardWatch(context, section.name, context.config.reward)
-        self.parts = Parts(str(directory), schema)
+        self.reward = Rewarding(context, section.name, context.config.reward)
+        self.parts = Parts(str(directory), with_parts(schema, self.reward.names))
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self.commits: set[asyncio.Task[None]] = set()  # that are being written
         self._prompts = fit.prompts
@@ -74,7 +75,9 @@ class Method(ABC):
         self.part_count = section.steps or per_pass
         self.total = self.part_count * (section.epochs if isinstance(section, Frozen) else 1)
         self.displaces_base = isinstance(section, Frozen) and isinstance(section.policy, FullPolicy)
-        self.slots = section.ahead if isinstance(section, Frozen) else 1  # steps that may be between draw and proof
+        ahead = section.ahead if isinstance(section, Frozen) else getattr(section, "max_staleness", 0) + 1
+        self._in_turn = context.config.deterministic
+        self.slots = 1 if self._in_turn else ahead  # steps that may be between draw and proof
         settings = section.generation
         self._sampling = Sampling(
             max_tokens=settings.max_tokens,
@@ -92,13 +95,17 @@ class Method(ABC):
         return (step - 1) % self.part_count + 1
 
     async def roll_out(self, step: int, ref: PolicyRef) -> Rollout:
-        """Draw the step's prompts and answers, a chunk at a time, all chunks at once."""
+        """Draw the step's prompts and answers, a chunk at a time, all chunks at once. Of a deterministic run one after
+        another: an engine's sums depend on what it decodes together."""
         prompts, size = self._draw(step), max(1, self._context.pool.batch // self._section.answers)
+        turns = asyncio.Semaphore(1 if self._in_turn else len(prompts))
+
+        async def one(chunk: Sequence[Prompt]) -> Rollout:
+            async with turns:
+                return await self._roll_chunk(step, ref, chunk)
+
         async with asyncio.TaskGroup() as chunks:
-            tasks = [
-                chunks.create_task(self._roll_chunk(step, ref, prompts[i : i + size]))
-                for i in range(0, len(prompts), size)
-            ]
+            tasks = [chunks.create_task(one(prompts[i : i + size])) for i in range(0, len(prompts), size)]
         done = [task.result() for task in tasks]
         return Rollout(
             rows=[row for one in done for row in one.rows],
@@ -163,6 +170,10 @@ class Method(ABC):
         generations, made = await self._context.pool.ask(self.name, answers, tokens, question, self._section.share)
         self._context.pool.count(self.name, sum(one.tokens for one in generations))
         return [generations, *[await ask(one) for one in made]]
+
+    def _score_calls(self, queries: Sequence[Query]) -> list[Callable[[Any], Any]]:
+        """Calls of all that gives scores, for `_generated`; `queries` stand as its requests do."""
+        return [partial(one.score_generations.remote, queries) for one in self.reward.scorers()]
 
     def _queries(self, prompts: Sequence[Prompt]) -> list[Query]:
         return [Query(messages=p.messages, extra=dict(p.extra)) for p in prompts]

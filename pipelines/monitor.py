@@ -80,9 +80,11 @@ async def counts(context: Context) -> dict[str, int]:
     fleet = context.fleet
     reference = await gather(*(one.counts.remote() for one in [*fleet.reference, *fleet.desks.values()]))
     embedder = await gather(*(one.counts.remote() for one in fleet.embedder))
-    service = await gather(*(one.cost.remote() for one in fleet.scorer))
+    scorers = [one for key, replicas in fleet.rewards.items() if key.startswith("reward") for one in replicas]
+    service = await gather(*(one.cost.remote() for one in scorers))
+    costs = dict.fromkeys(key for one in service for key in one)  # a part of a sum may cost nothing
     return {
-        **{f"reward_{key}": sum(one[key] for one in service) for key in (service or [{}])[0]},
+        **{f"reward_{key}": sum(one.get(key, 0) for one in service) for key in costs},
         **{f"reference_{key}": sum(one[key] for one in reference) for key in (reference or [{}])[0]},
         **{key: sum(one[key] for one in embedder) for key in (embedder or [{}])[0]},
     }

@@ -12,7 +12,7 @@ from pipelines.method import Method, Rollout, Row, rejected_row
 from plumbline.config.pipelines import Ple
 from plumbline.data.prompting import principle_text
 from plumbline.records import Completion, PolicyRef, Prompt, Sample
-from plumbline.runs.rollouts import PLE_SCHEMA, ple_row, ple_sample
+from plumbline.runs.rollouts import PLE_SCHEMA, part_means, ple_row, ple_sample
 
 
 class PleMethod(Method):
@@ -22,7 +22,6 @@ class PleMethod(Method):
         super().__init__(context, section, "rollouts", PLE_SCHEMA, context.rows.fits[section.name])
         self._ple = section
         self._principle = principle_text(section.principle)
-        self.slots = section.max_staleness + 1
 
     def ref(self, proved: int) -> PolicyRef:
         """The newest version that all generators serve."""
@@ -32,15 +31,17 @@ class PleMethod(Method):
         """Two answers a prompt; both scored against the plain query."""
         asked = await self._requests(step, prompts, ref, {"plain": None, "guided": self._principle})
         queries = [query for query in self._queries(prompts) for _ in range(2)]
-        scorer = self._context.pick(self._context.fleet.scorer)
-        answers, scored = await self._generated(asked, lambda drawn: scorer.score_generations.remote(queries, drawn))
-        scores = self.watch.look(scored)
+        answers, *found = await self._generated(asked, *self._score_calls(queries))
+        scored = self.reward.look(found)
+        assert scored is not None
+        scores = scored.values
         rows, rejected = [], []
         for i, prompt in enumerate(prompts):
             plain, guided = answers[2 * i], answers[2 * i + 1]
             rewards = (scores[2 * i][0], scores[2 * i + 1][0])
             # A pair goes into the part, or into the rejected with a reason (METHODS.md §4).
-            if reason := unusable((plain.completions[0], guided.completions[0]), rewards, scored.failure):
+            failure = scored.failure(2 * i) or scored.failure(2 * i + 1)
+            if reason := unusable((plain.completions[0], guided.completions[0]), rewards, failure):
                 rejected.append(rejected_row(step, prompt, *reason))
                 continue
             rows.append(
@@ -51,6 +52,7 @@ class PleMethod(Method):
                     plain=plain.completions[0],
                     guided=guided.completions[0],
                     rewards=rewards,
+                    parts=(scored.parts(2 * i, 0), scored.parts(2 * i + 1, 0)),
                     version=plain.ref.version,
                     staleness=step - 1 - plain.ref.version,
                     engine=plain.engine,
@@ -74,6 +76,7 @@ class PleMethod(Method):
             "gap": sum(gaps) / len(gaps),
             "rank_share_new": sum(gap > tau for gap in gaps) / len(gaps),
             "staleness": float(max(row["staleness"] for row in rows)),
+            **part_means(rows, reward_plain="plain_reward", reward_guided="guided_reward"),
         }
 
 

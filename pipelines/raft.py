@@ -8,7 +8,7 @@ from pipelines.context import Context
 from pipelines.method import Method, Rollout, Row, rejected_row
 from plumbline.config.pipelines import Raft
 from plumbline.records import PolicyRef, Prompt, Sample
-from plumbline.runs.rollouts import BEST_SCHEMA, best_row, best_sample
+from plumbline.runs.rollouts import BEST_SCHEMA, best_row, best_sample, part_means
 
 
 class RaftMethod(Method):
@@ -20,14 +20,16 @@ class RaftMethod(Method):
 
     async def _roll_chunk(self, step: int, ref: PolicyRef, prompts: Sequence[Prompt]) -> Rollout:
         asked = await self._requests(step, prompts, ref, {"sample": None}, n=self._samples)
-        scorer, queries = self._context.pick(self._context.fleet.scorer), self._queries(prompts)
-        drawn, scored = await self._generated(asked, lambda answers: scorer.score_generations.remote(queries, answers))
-        scores = self.watch.look(scored)
+        drawn, *found = await self._generated(asked, *self._score_calls(self._queries(prompts)))
+        scored = self.reward.look(found)
+        assert scored is not None
         rows, rejected = [], []
-        for request, prompt, generation, own in zip(asked, prompts, drawn, scores, strict=True):
+        for number, (request, prompt, generation) in enumerate(zip(asked, prompts, drawn, strict=True)):
+            own = scored.values[number]
             usable = [i for i, score in enumerate(own) if math.isfinite(score)]  # a blank answer's is not
             if not usable:
-                reason = ("reward failed", scored.failure) if scored.failure else ("no answer with a finite reward",)
+                failure = scored.failure(number)
+                reason = ("reward failed", failure) if failure else ("no answer with a finite reward",)
                 rejected.append(rejected_row(step, prompt, *reason))
                 continue
             best = max(usable, key=lambda i: own[i])
@@ -38,6 +40,7 @@ class RaftMethod(Method):
                     prompt_ids=request.prompt_ids,
                     best=generation.completions[best],
                     rewards=[own[i] for i in usable],
+                    parts=[scored.parts(number, i) for i in usable],
                     engine=generation.engine,
                 )
             )
@@ -54,4 +57,5 @@ class RaftMethod(Method):
         return {
             "reward_best": statistics.fmean(row["reward"] for row in rows),
             "reward_mean": statistics.fmean(reward for row in rows for reward in row["rewards"]),
+            **part_means(rows, reward_best="reward", reward_mean="rewards"),
         }

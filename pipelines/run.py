@@ -47,6 +47,7 @@ from plumbline.runs.endpoint import RunEndpoint
 from plumbline.runs.hub import fetched, named_model
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.runs.models import check_causal
+from plumbline.runs.origin import keep_origin
 from plumbline.runs.policies import base_directory, parse_ref, read_publication, versions, write_probe
 from plumbline.runs.rows import heldout_fit, left_out
 from plumbline.runs.storage import Storage
@@ -74,7 +75,7 @@ def run(
     with ExitStack() as ending:
         ending.enter_context(open_run_dir(config, run_dir))
         storage = open_storage(config, run_dir)
-        storage.push(keep_digests(run_dir, checked.digests))
+        storage.push(keep_digests(run_dir, checked.digests), keep_origin(run_dir))
         ending.enter_context(pushed_at_end(storage, run_dir, lambda message: listen({"message": message})))
         trackers = ending.enter_context(start_trackers(config, run_dir, listen))
         events = EventLog(run_dir / "events.jsonl", listen, trackers)

@@ -22,6 +22,7 @@ from plumbline.methods.selection import select_negatives
 from plumbline.records import Generation, PolicyRef, Prompt, Sample, TokenGroup
 from plumbline.runs.pairs import PAIR_SCHEMA, Answer, pair_rows, pair_samples, prompts_of, values
 from plumbline.runs.preferences import is_parts, usable_rejected
+from plumbline.runs.rollouts import part_means
 
 
 class SelfContrastMethod(Method):
@@ -119,12 +120,11 @@ class SelfContrastMethod(Method):
         groups = [TokenGroup(ids, [one.ids for one in answers]) for _, ids, answers in asked]
         context = self._context
         wanted = [context.reference(self.name).logps.remote(groups)]
-        if context.fleet.scorer:
-            queries = self._queries([prompt for prompt, _, _ in asked])
-            texts = [[one.text for one in answers] for _, _, answers in asked]
-            wanted.append(context.pick(context.fleet.scorer).score_answers.remote(queries, texts))
+        queries = self._queries([prompt for prompt, _, _ in asked])
+        texts = [[one.text for one in answers] for _, _, answers in asked]
+        wanted += [one.score_answers.remote(queries, texts) for one in self.reward.scorers()]
         logps, *found = await gather(*wanted)
-        scored = [self.watch.look(one) for one in found]
+        scored = self.reward.look(found)
         return [
             row
             for i, ((prompt, _, answers), group, ref_logps) in enumerate(zip(asked, groups, logps, strict=True))
@@ -134,7 +134,8 @@ class SelfContrastMethod(Method):
                 prompt_ids=group.prompt_ids,
                 answers=answers,
                 ref_logps=ref_logps,
-                rewards=scored[0][i] if scored else None,
+                rewards=scored.values[i] if scored else None,
+                parts=[scored.parts(i, k) for k in range(len(answers))] if scored else (),
                 engine=engine,
                 model=self._context.fingerprint,
             )
@@ -160,5 +161,7 @@ class SelfContrastMethod(Method):
                 "data_accuracy": data_accuracy(negatives, [row["chosen_reward"] for row in scored]),
                 "reward_chosen": statistics.fmean(row["chosen_reward"] for row in prompts_of(scored)),
                 "reward_rejected": statistics.fmean(negatives),
+                **part_means(prompts_of(scored), reward_chosen="chosen_reward"),
+                **part_means(scored, reward_rejected="rejected_reward"),
             }
         return figures

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from plumbline.config.data import ClassifierReward, Reward, ServiceReward
+from plumbline.config.data import ClassifierReward, ServiceReward, SingleReward
 from plumbline.config.demand import demand, named
 from plumbline.config.hub import hub_models
 from plumbline.config.pipelines import Dlma, Preference
@@ -36,7 +36,7 @@ from plumbline.runs.base import check_merged
 from plumbline.runs.digests import check_digests, digests_of
 from plumbline.runs.hub import fetched, pinned
 from plumbline.runs.mirror import check_storage
-from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values, rewards
+from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values
 from plumbline.runs.policies import model_path
 from plumbline.runs.rows import Read, Rows, fit_rows, read_rows
 from plumbline.submitted import left_out_module
@@ -180,13 +180,13 @@ def _model(config: Config, run_dir: Path | None) -> tuple[str, "PreTrainedTokeni
 
 
 def _rewards(config: Config) -> str:
-    notes = [_reward(key, reward) for key, reward in rewards(config).items()]
+    notes = [_reward(key, reward) for key, reward in config.rewards.items()]
     if config.embedder is not None and any(p.embeds for p in config.methods):
         notes.append(check_embedder(config.embedder.path))
     return "; ".join(notes) or "none"
 
 
-def _reward(key: str, reward: Reward) -> str:
+def _reward(key: str, reward: SingleReward) -> str:
     if isinstance(reward, ClassifierReward):
         return check_classifier(model_path(reward.path), f"{key}.path")
     if isinstance(reward, ServiceReward):
@@ -251,6 +251,11 @@ def _devices(config: Config, machine: Machine, device: Device) -> str:
     """Raises ConfigError where the engine is not installed, or given `gpus` are more than there are."""
     if config.fleet.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("fleet.engine: vllm, but vLLM is not installed here; write auto or transformers")
+    if config.deterministic and device == "cuda":
+        raise ConfigError(
+            "deterministic: kernels of GPUs and vLLM's graphs add in orders that nothing here fixes; write "
+            "fleet.device: cpu, or leave it out"
+        )
     gpus, asked = machine.gpus if device == "cuda" else 0, demand(without_gpus(config))
     if asked["GPU"] > gpus and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(

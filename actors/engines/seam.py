@@ -33,7 +33,7 @@ class EngineSpec:
     answers users too, up to so many beside the `max_num_seqs` of rollouts and before them. The model is cut over
     `tensor_parallel` workers, a GPU each. `vllm` are arguments of vLLM's that a config adds. `lora_targets`: last names
     of the layers that adapters touch; none are named where it is all linear ones. `tokenizer_path` and `chat_template`
-    (its text) replace the model's own.
+    (its text) replace the model's own. `deterministic`: the same requests, asked together, get the same answers.
     """
 
     model_path: str
@@ -53,6 +53,7 @@ class EngineSpec:
     lora_targets: tuple[str, ...] = ()
     tensor_parallel: int = 1
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    deterministic: bool = False
 
     @property
     def batch(self) -> int:
@@ -113,6 +114,7 @@ def engine_spec(
         lora_targets=tuple(targets),
         tensor_parallel=max(1, int(settings.gpus)) if device == "cuda" else 1,
         vllm=settings.vllm,
+        deterministic=config.deterministic,
     )
 
 

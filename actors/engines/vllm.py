@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.engines.seam import Adapter, EngineKind, EngineSpec
 from actors.engines.tokens import EngineTokens
+from actors.engines.vllm_batches import Batches
 from actors.engines.vllm_openai import OpenAIAnswers
 from plumbline.errors import ConfigError, RunError
 from plumbline.records import Completion, Head, Sampling, SharedWeights, UserRequest
@@ -65,6 +66,7 @@ class VllmEngine:
         self._tokens.write(Path(self._tokenizer_home.name))
         ours: dict[str, Any] = {"tokenizer": self._tokenizer_home.name, "generation_config": self._tokenizer_home.name}
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec), **ours))
+        self._batches = Batches(self._llm) if spec.deterministic else None
         self._ids = itertools.count()
         self._rollouts_priority = 1 if spec.seats else 0  # users, and proofs, go first with 0
         self._users = OpenAIAnswers(self._llm, spec.model_path, self._tokens, spec.seats) if spec.seats else None
@@ -77,15 +79,18 @@ class VllmEngine:
     async def _final(self, prompt_ids: Sequence[int], params, adapter: Adapter | None, priority: int = 0):
         from vllm import TokensPrompt
 
+        request: dict[str, Any] = {
+            "prompt": TokensPrompt(prompt_token_ids=list(prompt_ids)),
+            "request_id": str(next(self._ids)),
+            "lora_request": self._lora(adapter),
+            "priority": priority,
+        }
         last = None
-        async for output in self._llm.generate(
-            TokensPrompt(prompt_token_ids=list(prompt_ids)),
-            params,
-            request_id=str(next(self._ids)),
-            lora_request=self._lora(adapter),
-            priority=priority,
-        ):
-            last = output
+        if self._batches:
+            last = await self._batches.final(params=params, **request)
+        else:
+            async for output in self._llm.generate(sampling_params=params, **request):
+                last = output
         assert last is not None and last.finished
         return last
 
@@ -198,6 +203,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         fixed |= {"tensor_parallel_size": spec.tensor_parallel, "distributed_executor_backend": "mp"}
     if spec.seats:
         fixed["scheduling_policy"] = "priority"
+    if spec.deterministic:
+        # What is in the cache, and what was scheduled before an answer was known to have ended, depends on timing.
+        fixed |= {"enable_prefix_caching": False, "async_scheduling": False}
     on_cpu = LEAVES_BASE if spec.max_adapters else READS_BACK
     fixed["worker_extension_cls"] = on_cpu if spec.device == "cpu" else ON_GPU
     if spec.max_adapters:

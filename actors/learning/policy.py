@@ -60,6 +60,9 @@ class LearnedPolicy:
             # In the model's own dtype: PEFT would cast every input of every layer to the adapter's float32. What the
             # optimiser changes is in float32 all the same (`actors.learning.strategy.Masters`).
             model = get_peft_model(model, lora_config(policy), autocast_adapter_dtype=False)
+            adapter: Any = model.peft_config["default"]
+            if not isinstance(adapter.target_modules, str):
+                adapter.target_modules = sorted(adapter.target_modules)  # a set is written in another order each time
         self.model: Any = model.to(device)
         self.model.train()
         self.trainable = [p for _, p in self.named_trainable()]

@@ -75,6 +75,7 @@ class LearnerSpec:
     seed: int
     run_dir: Path
     publishes: Literal["adapter", "full", "final"]
+    deterministic: bool = False
     storage: str | None = None
     frozen: FrozenSpec | None = None
 
@@ -112,7 +113,7 @@ class Worker:
     """The state of one worker: strategy, counters, what the last part gave."""
 
     def __init__(self, spec: LearnerSpec, feed: Feed, rank: int, world: int) -> None:
-        set_up_torch(planned(spec.section.learner.cpus))
+        set_up_torch(planned(spec.section.learner.cpus), deterministic=spec.deterministic)
         torch.manual_seed(spec.seed)
         random.seed(spec.seed)
         self._spec, self._feed, self._rank, self._world = spec, feed, rank, world

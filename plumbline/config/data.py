@@ -3,11 +3,11 @@
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from plumbline.config.hub import Revision
 from plumbline.config.reading import OnBad, Reading
-from plumbline.config.section import Count, Json, MaxLen, Section, Tokens
+from plumbline.config.section import Count, Json, MaxLen, Name, Section, Tokens
 
 
 class Model(Section):
@@ -113,7 +113,7 @@ class Data(Section):
 
 
 class RewardBase(Section):
-    """What every reward has."""
+    """What every reward has that gives scores itself."""
 
     max_failed: float = Field(
         default=0.1,
@@ -199,4 +199,47 @@ class JudgeReward(ServiceReward):
     logprobs: bool = Field(default=True, description="false: the number that it writes, where it gives no log-probs")
 
 
-Reward = Annotated[ClassifierReward | ProgramReward | HttpReward | JudgeReward, Field(discriminator="type")]
+SingleReward = Annotated[ClassifierReward | ProgramReward | HttpReward | JudgeReward, Field(discriminator="type")]
+
+
+def _counts(weight: float) -> float:
+    if weight == 0:
+        raise ValueError("a part of weight 0 is asked for nothing; give another number, or leave the part out")
+    return weight
+
+
+class RewardPart(Section):
+    """One of the rewards that a sum is made of."""
+
+    reward: SingleReward
+    weight: Annotated[float, AfterValidator(_counts)] = Field(
+        default=1.0, description="what its scores count times, any number but 0; below 0 they are a penalty"
+    )
+    name: Name = Field(
+        default_factory=lambda read: read["reward"].type,
+        description="what its figures are called; default: its reward's `type`",
+    )
+
+
+class SumReward(Section):
+    """Several rewards, each asked about every answer: the score is the sum of theirs, each times its weight."""
+
+    type: Literal["sum"]
+    of: list[RewardPart] = Field(min_length=1, description="the rewards; none of them is a sum again")
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> "SumReward":
+        names = [one.name for one in self.of]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two parts are named {min(repeated)!r}; give each a `name` of its own")
+        return self
+
+
+Reward = Annotated[ClassifierReward | ProgramReward | HttpReward | JudgeReward | SumReward, Field(discriminator="type")]
+
+
+def reward_parts(reward: Reward | None, key: str) -> dict[str, RewardPart]:
+    """The rewards that give the scores, by their keys in a config: the parts of a sum, or the reward of `key` alone."""
+    if isinstance(reward, SumReward):
+        return {f"{key}.of.{i}.reward": part for i, part in enumerate(reward.of)}
+    return {key: RewardPart(reward=reward)} if reward else {}

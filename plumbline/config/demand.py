@@ -46,8 +46,9 @@ def _fleet(config: Config, at: int) -> Counter[str]:
     if config.methods:
         engines = max(1, bounds(planned(generator.replicas))[at])
         total += _held(engines, generator.cpus, generator.gpus, generator.resources)
-    rewards = bool(config.reward) + bool(config.evaluation and config.evaluation.judge)
-    total += _held(rewards * fleet.scorer.replicas, fleet.scorer.cpus, fleet.scorer.gpus, fleet.scorer.resources)
+    total += _held(
+        len(config.rewards) * fleet.scorer.replicas, fleet.scorer.cpus, fleet.scorer.gpus, fleet.scorer.resources
+    )
     total += _held(reference_replicas(config), 0, fleet.reference.gpus, fleet.reference.resources)
     if config.embedder and any(p.embeds for p in config.methods):
         total += _held(config.embedder.replicas, 0, config.embedder.gpus, config.embedder.resources)

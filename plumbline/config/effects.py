@@ -1,4 +1,5 @@
-"""Settings that would do nothing where they stand: each is refused by its key, with what would make it act.
+"""Settings that would do nothing where they stand, and those that `deterministic` cannot have: each is refused by its
+key, with what would be right.
 
 A key counts as given where its value is not the default: a run keeps its config with all defaults written out.
 `plumbline.config.tree` calls it, once every value is known to be in its bounds.
@@ -10,10 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from plumbline.config.data import Source
+from plumbline.config.data import ServiceReward, Source
 from plumbline.config.hub import idle_keys
 from plumbline.config.learner import FullPolicy
 from plumbline.config.pipelines import Dlma, Frozen, MethodBase, Ple, Preference, RewardModel, SelfContrast, Sft
+from plumbline.config.section import bounds
 
 Config = Any
 """`plumbline.config.tree`'s, which calls this file."""
@@ -24,8 +26,8 @@ Idle = Iterator[tuple[str, str]]
 
 
 def check_effects(config: Config) -> None:
-    """Raises ValueError for the first key that is given and does nothing."""
-    for key, why in _idle(config):
+    """Raises ValueError for the first key that is given and does nothing, or leaves to chance what may not be."""
+    for key, why in (*_idle(config), *(_chance(config) if config.deterministic else ())):
         raise ValueError(f"`{key}` {why}")
 
 
@@ -104,8 +106,7 @@ def _fleet(config: Config) -> Idle:
         yield from _given(generator, "fleet.generator", ["kv_cache_gib"], "counts on CPUs; give `memory_share`")
     if fleet.device == "cpu":
         yield from _given(generator, "fleet.generator", ["memory_share"], "counts on GPUs; give `kv_cache_gib`")
-    judge = config.evaluation and config.evaluation.judge
-    scores = config.reward or judge or any(isinstance(p, RewardModel) for p in config.pipelines)
+    scores = config.rewards or any(isinstance(p, RewardModel) for p in config.pipelines)
     yield from _given(fleet.scorer, "fleet.scorer", None, "is of rewards, and there is none", acts=bool(scores))
     asked = any(isinstance(one, Preference) for one in methods)
     why = "is of the reference, which only `dlma` and `self_contrast` ask; leave it out"
@@ -177,3 +178,33 @@ def _dlma(one: Dlma, key: str) -> Idle:
 def _source(source: Source, key: str) -> Idle:
     if str(source.path).lower().endswith(FILES) and not Path(source.path).is_dir():
         yield from _given(source, key, ["split"], "is of a dataset, and this is a file; leave it out")
+
+
+def _chance(config: Config) -> Idle:
+    """What would make two runs of one config differ, by when something happened to arrive."""
+    fleet, replicas = config.fleet, config.fleet.generator.replicas
+    if replicas != "auto" and bounds(replicas)[1] > 1:
+        yield "fleet.generator.replicas", "shares answers out as generators happen to be free; `deterministic` has 1"
+    if fleet.reference.cache is not None:
+        why = "is what other runs computed, and theirs may differ in the last digit; `deterministic` keeps its own"
+        yield "fleet.reference.cache", why
+    if config.serve.enabled:
+        yield "serve.enabled", "has users' requests among the rollouts'; leave it or `deterministic` out"
+    for key, reward in config.rewards.items():
+        if isinstance(reward, ServiceReward):
+            yield f"{key}.url", "may answer otherwise the next time it is asked; leave `deterministic` out"
+    if len(config.methods) > 1:
+        i = config.pipelines.index(config.methods[1])
+        yield f"pipelines.{i}", "asks the generator beside another, in no fixed order; `deterministic` has one of them"
+    sections = [(f"pipelines.{i}", one) for i, one in enumerate(config.pipelines)]
+    for key, one in [*sections, *([("sft", config.sft)] if config.sft else [])]:
+        if bounds(one.learner.workers) != (1, 1):
+            yield f"{key}.learner.workers", "sums gradients in an order of its own; `deterministic` has 1"
+        if one.learner.strategy != "torch":
+            yield f"{key}.learner.strategy", "sums gradients in an order of its own; `deterministic` has torch"
+        if isinstance(one, MethodBase) and one.generation.stop and fleet.engine != "transformers":
+            why = "is found once more was decoded, by chance how much; leave it out, or take `engine: transformers`"
+            yield f"{key}.generation.stop", why
+        why = "draws while the learner trains, and `deterministic` has them take turns; leave it out"
+        yield from _given(one, key, ["ahead"], why, acts=not isinstance(one, Frozen) or one.ahead == 1)
+        yield from _given(one, key, ["max_staleness"], why, acts=not isinstance(one, Ple) or one.max_staleness == 0)

@@ -16,15 +16,12 @@ Kind = Literal["model", "adapter", "tokenizer", "embedder"]
 Revision = Annotated[str | None, Field(min_length=1)]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
-PLACES: Mapping[str, tuple[str, Kind]] = {
+_FIXED: Mapping[str, tuple[str, Kind]] = {
     "model.path": ("revision", "model"),
     "model.adapter": ("adapter_revision", "adapter"),
     "model.tokenizer": ("tokenizer_revision", "tokenizer"),
-    "reward.path": ("revision", "model"),
-    "evaluation.judge.path": ("revision", "model"),
     "embedder.path": ("revision", "embedder"),
 }
-"""Keys that take a name, with the key beside each that says which revision, and what it names."""
 
 _NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?", re.ASCII)
 
@@ -49,10 +46,15 @@ def is_hub_name(path: str | None) -> bool:
     return path is not None and _NAME.fullmatch(path) is not None
 
 
+def places(config: Config) -> Mapping[str, tuple[str, Kind]]:
+    """Keys that take a name, with the key beside each that says which revision, and what it names."""
+    return {**_FIXED, **{f"{key}.path": ("revision", "model") for key in config.rewards}}
+
+
 def hub_models(config: Config) -> list[HubModel]:
     """Every model that a config has by name."""
     found = []
-    for key, (revision, kind) in PLACES.items():
+    for key, (revision, kind) in places(config).items():
         section, path = _at(config, key)
         if is_hub_name(path):
             found.append(HubModel(key, kind, path, getattr(section, revision)))
@@ -63,13 +65,13 @@ def at_directories(config: Config, directories: Mapping[str, str]) -> Config:
     """The config with directories in place of names, by their keys."""
     for key, directory in directories.items():
         *sections, last = key.split(".")
-        config = _changed(config, sections, {last: directory, PLACES[key][0]: None})
+        config = _changed(config, sections, {last: directory, places(config)[key][0]: None})
     return config
 
 
 def idle_keys(config: Config) -> Iterator[tuple[str, str]]:
     """Revisions of what is no name, and commits of models that the config does not have; with why."""
-    for key, (revision, _) in PLACES.items():
+    for key, (revision, _) in places(config).items():
         section, path = _at(config, key)
         if getattr(section, revision, None) is not None and not is_hub_name(path):
             *sections, last = key.split(".")
@@ -80,16 +82,23 @@ def idle_keys(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _at(config: Config, key: str) -> tuple[Any, Any]:
-    """The section that a key of `PLACES` is in, and what it holds; None where there is none."""
+    """The section that a key of `places` is in, and what it holds; None where there is none."""
     *sections, last = key.split(".")
     node = config
     for name in sections:
-        node = getattr(node, name, None)
+        node = _within(node, name)
     return node, getattr(node, last, None)
 
 
-def _changed(section: Any, sections: Sequence[str], changes: Mapping[str, Any]) -> Any:
+def _within(node: Any, name: str) -> Any:
+    return node[int(name)] if isinstance(node, list) else getattr(node, name, None)
+
+
+def _changed(node: Any, sections: Sequence[str], changes: Mapping[str, Any]) -> Any:
     if sections:
         first, *rest = sections
-        changes = {first: _changed(getattr(section, first), rest, changes)}
-    return section.model_copy(update=changes)
+        changed = _changed(_within(node, first), rest, changes)
+        if isinstance(node, list):
+            return [changed if i == int(first) else one for i, one in enumerate(node)]
+        changes = {first: changed}
+    return node.model_copy(update=changes)

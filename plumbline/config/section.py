@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -115,6 +115,16 @@ def out_of_reach(node: Any, largest: float = LARGEST, key: str = "") -> Iterator
     elif isinstance(node, Mapping | list):
         for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
             yield from out_of_reach(value, largest, f"{key}.{name}" if key else str(name))
+
+
+def replaced(node: Any, key: Sequence[str | int], values: Mapping[str, Any]) -> Any:
+    """A copy of a tree of sections with some values of the section at `key` replaced."""
+    if not key:
+        return node.model_copy(update=dict(values))
+    first, *rest = key
+    if isinstance(first, int):
+        return [replaced(one, rest, values) if i == first else one for i, one in enumerate(node)]
+    return node.model_copy(update={first: replaced(getattr(node, first), rest, values)})
 
 
 def bounds(count: int | tuple[int, int]) -> tuple[int, int]:

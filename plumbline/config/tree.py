@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from plumbline.config.data import Data, Model, Reward
+from plumbline.config.data import Data, Model, Reward, SingleReward, reward_parts
 from plumbline.config.effects import check_effects
 from plumbline.config.fleet import Embedder, Fleet
 from plumbline.config.hub import Commit
@@ -29,6 +29,11 @@ class Config(Section):
 
     name: Name
     seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw, sample and initial weight")
+    deterministic: bool = Field(
+        default=False,
+        description="the same rollouts and weights, byte by byte, from the same seed, machine and versions; slower, "
+        "on CPUs, with one generator",
+    )
     storage_path: str | None = Field(
         default=None,
         min_length=1,
@@ -100,6 +105,13 @@ class Config(Section):
                 )
         check_effects(self)
         return self
+
+    @property
+    def rewards(self) -> dict[str, SingleReward]:
+        """All that gives scores, by its key: rewards and judges, of a sum its parts."""
+        judge = self.evaluation.judge if self.evaluation else None
+        parts = reward_parts(self.reward, "reward") | reward_parts(judge, "evaluation.judge")
+        return {key: part.reward for key, part in parts.items()}
 
     @property
     def methods(self) -> list["MethodSection"]:

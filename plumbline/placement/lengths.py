@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from plumbline.config.data import ClassifierReward
 from plumbline.config.pipelines import RewardModel
-from plumbline.config.section import Auto
+from plumbline.config.section import Auto, replaced
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 from plumbline.models.positions import positions, read_config
-from plumbline.runs.models import rewards
 from plumbline.runs.policies import model_path
 
 MAX_LEN, REWARD_MAX_LEN, TRAINED_MAX_LEN = 1024, 512, 256
@@ -50,21 +48,10 @@ def settle_lengths(config: Config, base: str | None = None) -> Config:
         ConfigError: a length is above what its model can read.
         ModelError: a model's config.json cannot be read.
     """
-    found = {one.key: one.tokens for one in lengths_of(config, base)}
-
-    def settled(section: Any, key: str) -> Any:
-        return section.model_copy(update={"max_len": found[key]}) if key in found else section
-
-    judge = config.evaluation and config.evaluation.judge
-    return config.model_copy(
-        update={
-            "model": settled(config.model, "model.max_len"),
-            "reward": settled(config.reward, "reward.max_len"),
-            "pipelines": [settled(one, f"pipelines.{i}.max_len") for i, one in enumerate(config.pipelines)],
-            "evaluation": config.evaluation
-            and config.evaluation.model_copy(update={"judge": settled(judge, "evaluation.judge.max_len")}),
-        }
-    )
+    for one in lengths_of(config, base):
+        *section, name = [int(part) if part.isdigit() else part for part in one.key.split(".")]
+        config = replaced(config, section, {str(name): one.tokens})
+    return config
 
 
 def lengths_of(config: Config, base: str | None = None) -> Iterator[Length]:
@@ -74,7 +61,7 @@ def lengths_of(config: Config, base: str | None = None) -> Iterator[Length]:
     for i, one in enumerate(config.pipelines):
         if isinstance(one, RewardModel):
             yield Length(key=f"pipelines.{i}.max_len", asked=one.max_len, usual=TRAINED_MAX_LEN, most=most)
-    for key, reward in rewards(config).items():
+    for key, reward in config.rewards.items():
         if isinstance(reward, ClassifierReward):
             read = positions(read_config(model_path(reward.path), f"{key}.path"))
             yield Length(key=f"{key}.max_len", asked=reward.max_len, usual=REWARD_MAX_LEN, most=read)

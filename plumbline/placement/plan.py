@@ -3,12 +3,12 @@
 `plumbline.doctor` calls it for every start of a run, an evaluation or a resume; `docs/placement.md` has the rules.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from plumbline.config.pipelines import Preference
-from plumbline.config.section import bounds
+from plumbline.config.section import bounds, replaced
 from plumbline.config.tree import Config
 from plumbline.placement.machine import Machine
 from plumbline.placement.memory import bytes_of
@@ -70,7 +70,7 @@ def make_plan(
         table.append(rows(engine, others, seats, machine, cuda=cuda))
         if seats is not None:
             for key, values in _changes(engine, others, seats).items():
-                settled = _put(settled, key, values)
+                settled = replaced(settled, key, values)
             overfull += over(engine, others, seats, machine)
         elif cuda:
             failures += problems(engine, others, machine)
@@ -136,18 +136,8 @@ def without_gpus(config: Config, threads: int = 1) -> Config:
     ]
     for key, section in sections:
         values = {name: number for name, number in own.items() if getattr(section, name, None) == "auto"}
-        config = _put(config, key, values) if values else config
+        config = replaced(config, key, values) if values else config
     return config
-
-
-def _put(node: Any, key: Key, values: Mapping[str, Any]) -> Any:
-    """A copy of a tree of sections with some values of one section replaced."""
-    if not key:
-        return node.model_copy(update=dict(values))
-    first, *rest = key
-    if isinstance(first, int):
-        return [_put(one, tuple(rest), values) if i == first else one for i, one in enumerate(node)]
-    return node.model_copy(update={first: _put(getattr(node, first), tuple(rest), values)})
 
 
 def _threads(config: Config, machine: Machine, device: Literal["cpu", "cuda"]) -> int:

@@ -123,18 +123,17 @@ def roles_of(config: Config, sizes: Sizes, width: int, part: Part, *, cuda: bool
 
 def _small(config: Config, sizes: Sizes, width: int, part: Part, *, cuda: bool) -> Iterator[Role]:
     fleet = config.fleet
-    judge = config.evaluation.judge if config.evaluation else None
-    kinds = {name: one for name, one in (("scorer", config.reward), ("judge", judge)) if one}
-    if kinds:
+    if config.rewards:
+        judge = config.evaluation and config.evaluation.judge
         shapes = [
-            (shape, one.batch_tokens)
-            for shape, one in ((sizes.reward, config.reward), (sizes.judge, judge))
-            if shape and isinstance(one, ClassifierReward)
+            (sizes.rewards[key], one.batch_tokens)
+            for key, one in config.rewards.items()
+            if key in sizes.rewards and isinstance(one, ClassifierReward)
         ]
         yield Role(
-            name=", ".join(kinds),
+            name=", ".join(name for name, one in (("scorer", config.reward), ("judge", judge)) if one),
             key=("fleet", "scorer"),
-            count=len(kinds) * fleet.scorer.replicas,
+            count=len(config.rewards) * fleet.scorer.replicas,
             gpus=given(fleet.scorer.gpus),
             need=scorer_need(shapes, cuda=cuda) if shapes else None,
             ram=scorer_need(shapes, cuda=False),

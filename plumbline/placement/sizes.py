@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plumbline.config.data import ClassifierReward, Model, Reward
+from plumbline.config.data import ClassifierReward, Model
 from plumbline.config.tree import Config
 from plumbline.errors import ModelError, in_one_line
 from plumbline.runs.policies import model_path
@@ -38,21 +38,19 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """The models of a run. A programmatic reward has no size."""
+    """The models of a run. `rewards` are its classifiers, by their keys in the config."""
 
     model: Shape
-    reward: Shape | None = None
-    judge: Shape | None = None
+    rewards: Mapping[str, Shape] = field(default_factory=dict)
     embedder: Shape | None = None
 
 
 def read_sizes(config: Config) -> Sizes:
     """Sizes of all models that a config names. Raises ModelError where a file cannot be read."""
-    judge = config.evaluation.judge if config.evaluation else None
+    classifiers = {key: one for key, one in config.rewards.items() if isinstance(one, ClassifierReward)}
     return Sizes(
         model=read_model(config.model),
-        reward=_reward(config.reward),
-        judge=_reward(judge),
+        rewards={key: read_shape(Path(model_path(one.path))) for key, one in classifiers.items()},
         embedder=_embedder(Path(config.embedder.path)) if config.embedder else None,
     )
 
@@ -78,10 +76,6 @@ def _embedder(directory: Path) -> Shape:
     """Sentence-transformers keeps each of its modules in a folder."""
     parameters, stored = _stored(directory.rglob("*.safetensors"))
     return Shape(parameters=parameters, stored=stored)
-
-
-def _reward(reward: Reward | None) -> Shape | None:
-    return read_shape(Path(model_path(reward.path))) if isinstance(reward, ClassifierReward) else None
 
 
 def _of_init(model: Model) -> Shape:

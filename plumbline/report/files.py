@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from plumbline.errors import ConfigError, DataError, UserError
-from plumbline.report.kinds import FIGURES
+from plumbline.report.kinds import FIGURES, is_part
 
 Event = dict[str, Any]
 
@@ -73,7 +73,7 @@ def read_events(path: Path) -> tuple[list[Event], bool]:
         shares = event.get("shares") or {}
         if not isinstance(shares, dict):
             raise DataError(f"{path}, row {row}: `shares` is {shares!r}; it should map pipelines to numbers")
-        figures = {key: event.get(key) for key in (*OTHERS, *sorted(FIGURES))}
+        figures = {key: event.get(key) for key in (*OTHERS, *sorted(FIGURES), *filter(is_part, event))}
         for key, value in {**figures, **{f"shares.{name}": share for name, share in shares.items()}}.items():
             if value is not None and not isinstance(value, int | float):
                 raise DataError(f"{path}, row {row}: `{key}` is {value!r}; it should be a number or null")

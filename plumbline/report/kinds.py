@@ -3,7 +3,9 @@
 Read by `plumbline.report.plots`, which draws them, and `plumbline.report.files`, which checks that they are numbers.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,5 +192,31 @@ KINDS = (
         captions=(("loss", "Steady or falling, without jumps; each pipeline has a scale of its own."),),
     ),
 )
+_WHOLE = {"Rewards of sampled answers", "Rewards of training pairs"}
 FIGURES = frozenset(figure for kind in KINDS for figure in kind.figures)
 """The figures of an event that are drawn: each is a number or null."""
+
+_PART = re.compile(r"(reward_[a-z]+)\.([A-Za-z0-9][\w.-]*)", re.ASCII)
+
+
+def is_part(figure: str) -> bool:
+    """Whether a figure of an event is what one part of a reward gave, such as ``reward_plain.polite``."""
+    return _PART.fullmatch(figure) is not None
+
+
+def kinds_of_parts(figures: Iterable[str]) -> list[Kind]:
+    """A plot for each part of a reward that is a sum, by the figures that events have of it."""
+    curves = {curve.figure: curve for kind in KINDS if kind.title in _WHOLE for curve in kind.curves}
+    found: dict[str, list[Curve]] = {}
+    for match in filter(None, map(_PART.fullmatch, figures)):
+        if match[1] in curves:
+            found.setdefault(match[2], []).append(replace(curves[match[1]], figure=match[0]))
+    return [
+        Kind(
+            title=f"Part of the reward: {name}",
+            unit="reward, before its weight",
+            curves=tuple(own),
+            captions=(("", "What moves while the sum stands still is paid for by the other parts."),),
+        )
+        for name, own in found.items()
+    ]

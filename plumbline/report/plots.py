@@ -18,7 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from plumbline.report.kinds import KINDS, Kind
+from plumbline.report.kinds import KINDS, Kind, kinds_of_parts
 
 Event = Mapping[str, Any]
 POOL = "pool"
@@ -127,8 +127,9 @@ def plots(events: Sequence[Event], pipelines: Sequence[str]) -> list[Plot]:
         pipelines: the names, in the order of their colours.
     """
     clock = Clock(events)
+    kinds = [*KINDS, *kinds_of_parts(dict.fromkeys(figure for event in events for figure in event))]
     with mpl.rc_context(STYLE):
-        drawn = [_plot(kind, events, {**colors(pipelines), POOL: NEUTRAL}, clock) for kind in KINDS]
+        drawn = [_plot(kind, events, {**colors(pipelines), POOL: NEUTRAL}, clock) for kind in kinds]
         drawn.append(_pool_shares(events, pipelines, clock))
     there = [plot for plot in drawn if plot is not None]
     return sorted(there, key=lambda plot: len(plot.charts) > 1)  # wide ones last: the others stand in pairs

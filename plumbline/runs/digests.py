@@ -66,6 +66,17 @@ def keep_digests(run_dir: Path, now: pa.Table) -> Path:
     return run_dir / FILE
 
 
+def digests_by_source(run_dir: Path) -> dict[str, tuple[int, str]]:
+    """How many rows a run reads of each source, and a digest over all of them; empty where none were kept."""
+    if not (run_dir / FILE).exists():
+        return {}
+    table = read_file(fs.LocalFileSystem(), str(run_dir / FILE), "remove it, and rows are not compared")
+    rows: dict[str, list[bytes]] = {}
+    for source, digest in zip(table.column("source").to_pylist(), table.column("digest").to_pylist(), strict=True):
+        rows.setdefault(source, []).append(digest)
+    return {source: (len(own), blake2b(b"".join(own), digest_size=16).hexdigest()) for source, own in rows.items()}
+
+
 def _pairs(config: Config, name: str) -> str:
     return next(p.pairs.path for p in config.pipelines if p.name == name and getattr(p, "pairs", None))  # type: ignore[union-attr]
 

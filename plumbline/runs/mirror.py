@@ -23,7 +23,7 @@ from plumbline.runs.promotions import LEDGER, spared
 from plumbline.runs.storage import Storage, below, complete_in, redacted
 
 _LOG = re.compile(r"events\.jsonl|policies/[^/]+/promotions\.jsonl")  # lines are added to these
-_RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html|rows\.parquet|evaluated/[^/]+\.parquet")
+_RESULT = re.compile(r"probe\.json|evaluation\.json|report\.html|rows\.parquet|origin\.json|evaluated/[^/]+\.parquet")
 _PART = re.compile(r"(?:rollouts|pairs)/[^/]+/step-\d+\.parquet")
 _REJECTED = re.compile(r"((?:rollouts|pairs)/[^/]+/)rejected\.parquet/(step-\d+\.parquet)")
 _BEFORE = "step-000000.parquet"  # what was rejected before the first step: there is no such part

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plumbline.config.data import ClassifierReward, Reward
+from plumbline.config.data import ClassifierReward
 from plumbline.config.pipelines import RewardModel
 from plumbline.config.tree import Config
 from plumbline.data.tokenizer import read_tokenizer, run_tokenizer
@@ -174,7 +174,7 @@ def _all_files(config: Config) -> Iterator[tuple[str, str, Callable[[], Files]]]
         yield "model.path", config.model.path, partial(model_files, config.model.path, "model.path")
     if config.model.adapter is not None:
         yield "model.adapter", config.model.adapter, partial(adapter_files, config.model.adapter, "model.adapter")
-    for key, reward in rewards(config).items():
+    for key, reward in config.rewards.items():
         if isinstance(reward, ClassifierReward):
             path = model_path(reward.path)
             yield f"{key}.path", path, partial(model_files, path, f"{key}.path")
@@ -182,12 +182,6 @@ def _all_files(config: Config) -> Iterator[tuple[str, str, Callable[[], Files]]]
         with contextlib.suppress(ModelError):
             for folder, _, part in embedder_parts(config.embedder.path):
                 yield EMBEDDER, str(folder), partial(dict, part)
-
-
-def rewards(config: Config) -> dict[str, Reward]:
-    """The rewards of a run, by their keys."""
-    judge = config.evaluation.judge if config.evaluation else None
-    return {key: one for key, one in (("reward", config.reward), ("evaluation.judge", judge)) if one is not None}
 
 
 def _check_names(

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from plumbline.records import FinishReason, Prompt, Sample, TokenGroup
-from plumbline.runs.rollouts import prompt_text
+from plumbline.runs.rollouts import part_columns, prompt_text
 
 _IDS = pa.list_(pa.int32())
 _JUDGED = ("margin", "chosen_pos", "chosen_neg", "rejected_pos", "rejected_neg")
@@ -67,6 +67,7 @@ def pair_rows(
     engine: str | None,
     model: str,
     judged: Mapping[str, float] | None = None,
+    parts: Sequence[Mapping[str, float]] = (),
 ) -> list[dict[str, object]]:
     """Rows of `PAIR_SCHEMA`, one a rejected answer.
 
@@ -74,6 +75,7 @@ def pair_rows(
         answers: [K], the chosen one first.
         ref_logps, rewards: [K], of the answers; a reward that is not finite becomes null.
         judged: DLMA's margin and its four log-probs.
+        parts: [K], what each part of a reward gave, where it is a sum.
     """
     scores = [r if math.isfinite(r) else None for r in rewards] if rewards else [None] * len(answers)
     chosen = answers[0]
@@ -98,6 +100,7 @@ def pair_rows(
             "rejected_ids": one.ids,
             **dict.fromkeys(_JUDGED),
             **(judged or {}),
+            **(part_columns(chosen_reward=parts[0], rejected_reward=parts[i]) if parts else {}),
         }
         for i, one in enumerate(answers[1:], start=1)
     ]

@@ -232,8 +232,7 @@ def _check_conversations(
 
     Returns the rows of the latter, without those that are none.
     """
-    judge = config.evaluation.judge if config.evaluation else None
-    for reward in (config.reward, judge):
+    for reward in config.rewards.values():
         if isinstance(reward, ClassifierReward) and reward.reads == "conversation":
             own = read_tokenizer(model_path(reward.path))
             for lengths in every:

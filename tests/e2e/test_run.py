@@ -17,7 +17,7 @@ from tests.runs import (
     start,
     wait_for,
 )
-from tests.tiny import make_tiny_adapter, tiny_config
+from tests.tiny import make_tiny_adapter, tiny_config, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,23 @@ def test_no_rollout_is_staler_than_the_bound(tmp_path: Path) -> None:
         assert f"{name} 8/8" in out
     assert "engine: transformers" in out
     assert leftovers(tmp_path) == []
+
+
+def test_a_deterministic_run_gives_the_same_bytes_again(tmp_path: Path) -> None:
+    """On vLLM, from a config that says nothing of staleness; answers that were drawn, and weights."""
+    path = write_config(tmp_path, tiny_config(tmp_path, batch_size=32, steps=3))
+    made = []
+    for name in ("one", "two"):
+        run_dir = tmp_path / name
+        code, out, err = finish(plumbline(tmp_path, "run", str(path), "--run-dir", str(run_dir), "--deterministic"))
+        assert code == 0, err
+        assert "engine: vllm" in out and "stale 0" in out
+        files = [p for room in ("rollouts", "policies") for p in (run_dir / room).rglob("*") if p.is_file()]
+        made.append({p.relative_to(run_dir).as_posix(): p.read_bytes() for p in files})
+    one, two = made
+    assert {"rollouts/ple/step-000003.parquet", "policies/ple/v000003/adapter_model.safetensors"} <= one.keys()
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
 
 
 def test_ctrl_c_saves_and_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -608,7 +608,10 @@ def test_more_tokens_than_a_reward_reads(world: World, refused: Refused, key: st
 def test_a_reward_function_that_is_none(world: World, refused: Refused, function: str, parts: list[str]) -> None:
     (world.directory / "reward_that_is_broken.py").write_text("def score(:\n")
     (world.directory / "reward_that_fails.py").write_text("raise RuntimeError('no\\nlicence')\n")
-    world.tree["reward"]["function"] = function
+    alone = world.tree["reward"] | {"function": function}
+    world.tree["reward"] = {"type": "sum", "of": [{"reward": world.tree["reward"]}, {"reward": alone, "name": "two"}]}
+    holds(run(world, refused), f"reward.of.1.reward.function: {function}: ", *parts)
+    world.tree["reward"] = alone
     holds(run(world, refused), f"reward.function: {function}: ", *parts)
 
 
@@ -659,6 +662,12 @@ def test_a_device_that_is_not_there(world: World, refused: Refused, gpus: Callab
     gpus(0)
     line = run(world, refused, "--set", "fleet.device=cuda")
     assert line == "fleet.device: cuda, but no CUDA device is visible here; write cpu or auto"
+
+
+def test_a_deterministic_run_on_gpus(world: World, refused: Refused, gpus: Callable[[int], None]) -> None:
+    gpus(1)
+    line = run(world, refused, "--deterministic")
+    holds(line, "deterministic: kernels of GPUs", "write fleet.device: cpu, or leave it out")
 
 
 @pytest.mark.parametrize(

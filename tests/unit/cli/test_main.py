@@ -315,3 +315,9 @@ def test_what_nobody_serves_is_not_stopped(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["serve", str(run_dir), "--stop"]) == 2
     assert "is not served by a detached process; for one on a cluster, set RAY_ADDRESS" in capsys.readouterr().err
+
+
+def test_deterministic_is_a_key_of_the_config() -> None:
+    given = ["run", "a.yaml", "--set", "seed=1", "--deterministic"]
+    assert command_line.parser().parse_args(given).overrides == ["seed=1", "deterministic=true"]
+    assert command_line.parser().parse_args(given[:2]).overrides == []

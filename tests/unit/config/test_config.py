@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from plumbline.config.data import ClassifierReward, reward_parts
 from plumbline.config.file import dump_config, load_config, parse_config
+from plumbline.config.hub import at_directories, hub_models
 from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.pipelines import Ple, RewardModel, Sft
 from plumbline.config.section import bounds, planned
@@ -266,7 +268,7 @@ def test_a_misspelling_is_named_before_what_it_leaves_missing() -> None:
         ),
         (
             {"reward": {"type": "human"}},
-            "reward.type: 'human' is unknown; known are 'classifier', 'program', 'http', 'judge'",
+            "reward.type: 'human' is unknown; known are 'classifier', 'program', 'http', 'judge', 'sum'",
         ),
         (
             {"evaluation": {"judge": {"path": "a"}}},
@@ -448,3 +450,61 @@ def test_a_runs_own_model_keeps_its_tokenizer_and_what_was_made_of_it_has_one(tm
     own, made = config.model.at("/base"), config.model.at("/merged")
     assert (own.path, own.tokenizer, own.adapter) == ("/base", "/words", None)
     assert (made.path, made.tokenizer, made.adapter) == ("/merged", None, None)
+
+
+# Several rewards as a sum
+
+POLITE = {"reward": {"type": "classifier", "path": "polite"}}
+SHORT = {"reward": {"type": "program", "function": "rewards:short"}, "weight": -0.25, "name": "short"}
+
+
+def summed(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "sum", "of": list(parts)}
+
+
+def test_parts_of_a_sum_are_named_by_their_type_and_each_has_its_key(tmp_path: Path) -> None:
+    config = parse(reward=summed(POLITE, SHORT))
+    parts = reward_parts(config.reward, "reward")
+    assert [(key, part.name, part.weight) for key, part in parts.items()] == [
+        ("reward.of.0.reward", "classifier", 1.0),
+        ("reward.of.1.reward", "short", -0.25),
+    ]
+    assert list(config.rewards) == [*parts, "evaluation.judge"]
+    kept = tmp_path / "config.yaml"
+    kept.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(kept) == config
+    assert list(parse(evaluation={"judge": summed(SHORT)}).rewards) == ["reward", "evaluation.judge.of.0.reward"]
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (SHORT | {"weight": 0}, "reward.of.1.weight: a part of weight 0 is asked for nothing; give another number, or"),
+        (SHORT | {"weight": float("nan")}, "reward.of.1.weight: should be a finite number, got nan"),
+        (SHORT | {"weight": float("inf")}, "reward.of.1.weight: should be a finite number, got inf"),
+        (SHORT | {"weight": "much"}, "reward.of.1.weight: input should be a valid number"),
+        (SHORT | {"wieght": 1}, "reward.of.1.wieght: unknown key; did you mean weight?"),
+        (SHORT | {"name": "a/b"}, "reward.of.1.name: string should match pattern"),
+        (POLITE, "reward: two parts are named 'classifier'; give each a `name` of its own"),
+        ({"reward": summed(SHORT)}, "reward.of.1.reward.type: 'sum' is unknown; known are 'classifier', 'program',"),
+        ({"reward": {"type": "classifier"}}, "reward.of.1.reward.path: missing; this key is required"),
+        ({"weight": 1}, "reward.of.1.reward: missing; this key is required"),
+    ],
+)
+def test_a_bad_part_of_a_sum_is_named_by_its_key(part: Mapping[str, Any], expected: str) -> None:
+    assert refusal({**TREE, "reward": summed(POLITE, part)}).startswith(expected)
+
+
+def test_a_sum_of_nothing_is_none() -> None:
+    assert refusal({**TREE, "reward": summed()}).startswith("reward.of: list should have at least 1 item")
+
+
+def test_models_of_a_sum_may_be_named_by_the_hub() -> None:
+    named = {"type": "classifier", "path": "org/reward", "revision": "v2"}
+    config = parse(reward=summed(SHORT, {"reward": named}))
+    assert [(one.key, one.label) for one in hub_models(config)] == [("reward.of.1.reward.path", "org/reward@v2")]
+    there = at_directories(config, {"reward.of.1.reward.path": "/cache/reward"})
+    assert hub_models(there) == []
+    reward = there.rewards["reward.of.1.reward"]
+    assert isinstance(reward, ClassifierReward) and (reward.path, reward.revision) == ("/cache/reward", None)
+    assert there.rewards["reward.of.0.reward"] == config.rewards["reward.of.0.reward"]

@@ -61,6 +61,13 @@ def test_names_of_all_roles_are_asked_for(path: Path) -> None:
     assert named(without_gpus(load_config(path))) == []
 
 
+def test_each_part_of_a_sum_has_scorers_of_its_own(path: Path) -> None:
+    part = "{reward: {type: program, function: a:b}, name: "
+    several = f"reward={{type: sum, of: [{part}a}}, {part}b}}, {part}c}}]}}"
+    asked = load_config(path, [several, "fleet.scorer={replicas: 2, resources: {scorer: 0.5}}"])
+    assert demand(without_gpus(asked))["scorer"] == 3 * 2 * 0.5
+
+
 def test_demand_is_of_all_that_runs_at_once() -> None:
     asked = load_config(
         ROOT / "configs/comments.yaml",

@@ -120,3 +120,51 @@ def test_a_key_without_effect_is_refused(key: str, given: Tree) -> None:
 def test_a_key_that_acts_passes_and_so_does_the_config_that_a_run_keeps(given: Tree, tmp_path: Path) -> None:
     config = parse_config(given, "x.yaml")
     assert parse_config(yaml.safe_load(dump_config(config)), "kept") == config
+
+
+def chance(*pipelines: Mapping[str, Any], **rest: Any) -> Tree:
+    return tree(*pipelines, deterministic=True, **rest)
+
+
+JUDGE = {"type": "judge", "url": "http://127.0.0.1:1/v1", "model": "m", "rubric": "Be kind."}
+FUNCTION = {"type": "program", "function": "a:b"}
+LEFT_TO_CHANCE: list[tuple[str, Tree]] = [
+    ("fleet.generator.replicas", chance(PLE, fleet={"generator": {"replicas": 2}})),
+    ("fleet.generator.replicas", chance(PLE, fleet={"generator": {"replicas": [1, 2]}})),
+    ("fleet.reference.cache", chance(DLMA, fleet={"reference": {"cache": "c"}})),
+    ("serve.enabled", chance(PLE, serve={"enabled": True})),
+    ("reward.url", chance(PLE, reward=JUDGE)),
+    ("reward.of.1.reward.url", chance(PLE, reward={"type": "sum", "of": [{"reward": FUNCTION}, {"reward": JUDGE}]})),
+    ("evaluation.judge.url", chance(PLE, **heldout(evaluation={"judge": JUDGE}))),
+    ("pipelines.2", chance(PLE, {"type": "sft"}, DLMA)),
+    ("pipelines.0.learner.workers", chance({**PLE, "learner": {"workers": 2}})),
+    ("pipelines.0.learner.workers", chance({**PLE, "learner": {"workers": [1, 2]}})),
+    ("sft.learner.strategy", chance(PLE, sft={"learner": {"strategy": "deepspeed"}})),
+    ("pipelines.0.generation.stop", chance({**PLE, "generation": {"stop": ["."]}})),
+    ("pipelines.0.max_staleness", chance({**PLE, "max_staleness": 2})),
+    ("pipelines.0.ahead", chance({**DLMA, "ahead": 2})),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "given"), LEFT_TO_CHANCE, ids=[f"{key}-{i}" for i, (key, _) in enumerate(LEFT_TO_CHANCE)]
+)
+def test_a_deterministic_run_refuses_what_leaves_something_to_chance(key: str, given: Tree) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(given, "x.yaml")
+    message = str(caught.value)
+    assert message.startswith(f"x.yaml: config: `{key}` ") and "\n" not in message
+    parse_config(given | {"deterministic": False}, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        chance(PLE, {"type": "sft"}, fleet={"generator": {"replicas": 1}}),
+        chance({**PLE, "max_staleness": 0}, sft={}),
+        chance({**DLMA, "ahead": 1}),
+        chance({**PLE, "generation": {"stop": ["."]}}, fleet={"engine": "transformers"}),
+    ],
+)
+def test_what_can_be_deterministic_passes(given: Tree) -> None:
+    parse_config(given, "x.yaml")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 from actors.scorer import Scores
 from pipelines import evaluate
 from pipelines.evaluate import JUDGED_AT_ONCE, Answers, answers_by_name, reward_columns, scores_of, summarize
-from pipelines.rewarding import RewardWatch
+from pipelines.rewarding import Rewarding
 from pipelines.run import watched
-from plumbline.config.data import ProgramReward
+from plumbline.config.data import ProgramReward, SumReward
 from plumbline.errors import LostError, RunError
 from plumbline.records import Message, PolicyRef, Prompt
 from plumbline.runs.evaluated import prompt_key, read_answers
@@ -36,10 +37,11 @@ def answers(rewards: list[float]) -> Answers:
     )
 
 
-def context(run_dir: Path, said: list[str]) -> Any:
+def context(run_dir: Path, said: list[str], rewards: dict[str, Any] | None = None) -> Any:
     settings = SimpleNamespace(generation=object(), samples=2)
     config = SimpleNamespace(evaluation=settings, methods=[])
-    return SimpleNamespace(config=config, run_dir=run_dir, events=SimpleNamespace(say=said.append))
+    events, fleet = SimpleNamespace(say=said.append), SimpleNamespace(rewards=rewards)
+    return SimpleNamespace(config=config, run_dir=run_dir, events=events, fleet=fleet, pick=lambda each: each[0])
 
 
 def test_what_was_measured_of_other_versions_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +94,10 @@ def test_a_reward_that_fails_on_a_batch_leaves_the_others_scores(tmp_path: Path)
     said: list[str] = []
     scorer = SimpleNamespace(score_generations=SimpleNamespace(remote=score))
     count = 2 * JUDGED_AT_ONCE + 3
-    watch = RewardWatch(context(tmp_path, said), "evaluation", ProgramReward(type="program", function="a:b"))
-    scores = asyncio.run(scores_of([scorer], list(range(count)), list(range(count)), watch))  # type: ignore[arg-type]
+    run = context(tmp_path, said, {"reward": [scorer]})
+    reward = Rewarding(run, "evaluation", ProgramReward(type="program", function="a:b"))
+    scores, parts = asyncio.run(scores_of(reward, list(range(count)), list(range(count))))  # type: ignore[arg-type]
+    assert parts == {}
     assert len(scores) == count and scores[JUDGED_AT_ONCE:] == list(map(float, range(JUDGED_AT_ONCE, count)))
     assert all(map(math.isnan, scores[:JUDGED_AT_ONCE])) and len(said) == 1
 
@@ -102,3 +106,25 @@ def test_an_evaluation_without_any_finite_reward_has_its_other_figures() -> None
     assert reward_columns("", [math.nan, math.nan], []) == {}
     rows = summarize({"before": answers([1.0, 2.0]), "ple": answers([math.nan, math.nan])}, PROMPTS, 1)["rows"]
     assert rows[1]["tokens"] == 1.5 and "win rate" not in rows[1] and "reward" not in rows[1]
+
+
+def test_an_evaluation_tells_the_mean_of_each_part_of_a_sum(tmp_path: Path) -> None:
+    def scorer(times: float) -> Any:
+        async def score(queries: list[Any], drawn: list[Any]) -> Scores:
+            return Scores(values=[[times * one] for one in drawn])
+
+        return SimpleNamespace(score_generations=SimpleNamespace(remote=score))
+
+    of = [
+        {"reward": {"type": "program", "function": "a:b"}, "name": "one", "weight": 2.0},
+        {"reward": {"type": "program", "function": "a:c"}, "name": "ten", "weight": -1.0},
+    ]
+    run = context(tmp_path, [], {"reward.of.0.reward": [scorer(1.0)], "reward.of.1.reward": [scorer(10.0)]})
+    reward = Rewarding(run, "evaluation", SumReward.model_validate({"type": "sum", "of": of}))
+    count = JUDGED_AT_ONCE + 3
+    scores, parts = asyncio.run(scores_of(reward, list(range(count)), list(range(count))))  # type: ignore[arg-type]
+    assert scores == [2.0 * i - 10.0 * i for i in range(count)]
+    assert parts == {"one": list(map(float, range(count))), "ten": [10.0 * i for i in range(count)]}
+    told = replace(answers([1.0, 2.0]), parts={"reward one": [1.0, 3.0], "reward ten": [math.nan, 7.0]})
+    [row] = summarize({"before": told}, PROMPTS, 1)["rows"]
+    assert (row["reward one"]["mean"], row["reward ten"]["mean"], row["reward ten"]["n"]) == (2.0, 7.0, 1)

@@ -60,14 +60,21 @@ def generations(answers: Answers, requests: Sequence[GenerateRequest]) -> list[G
 
 def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: int = 4, **fleet: Any) -> Context:
     """A run of `count` prompts whose actors are functions."""
+    rewards = fleet.pop("rewards", {})
     tree = tiny_config(tmp_path) | {"pipelines": [section]} | embedder_of(section)
+    tree["deterministic"] = fleet.pop("deterministic", False)
+    if section["type"] in ("dlma", "self_contrast") and not rewards:
+        del tree["reward"]
+    if len(rewards) > 1:
+        tree["reward"] = {"type": "sum", "of": PARTS}
     config = parse_config(tree, origin="test")
     prompts = [
         Prompt(id=f"p{i}", messages=(Message(role="user", content=f"Tell me about the goat {i}."),), target=TARGET)
         for i in range(count)
     ]
     generator = SimpleNamespace(generate=call(lambda requests: generations(answers, requests)))
-    actors = {"scorer": [], "reference": [], "embedder": []} | {k: [SimpleNamespace(**v)] for k, v in fleet.items()}
+    actors = {"reference": [], "embedder": []} | {k: [SimpleNamespace(**v)] for k, v in fleet.items()}
+    scorers = {key: [SimpleNamespace(**one)] for key, one in rewards.items()}
     return Context(
         config=config,
         run_dir=tmp_path / "run",
@@ -76,7 +83,7 @@ def context(tmp_path: Path, section: dict[str, Any], answers: Answers, count: in
         tokenizer=TOKENIZER,
         rows=Rows(prompts=prompts, fits={config.pipelines[0].name: Fit(prompts=prompts, unfit=[])}),
         events=EventLog(tmp_path / "events.jsonl", lambda event: None),
-        fleet=SimpleNamespace(**actors, desks={}),  # type: ignore[arg-type]
+        fleet=SimpleNamespace(**actors, rewards=scorers, desks={}),  # type: ignore[arg-type]
         fingerprint="f" * 64,
         pool=Pool([generator], capacity=10_000, batch=64),
     )
@@ -96,7 +103,9 @@ def reasons(rollout: Rollout) -> dict[str, str]:
 def test_later_epochs_read_the_parts_again_and_each_prompt_is_drawn_once(tmp_path: Path) -> None:
     section = {"type": "raft", "batch_size": 3, "epochs": 2, "ahead": 5, "generation": {"max_tokens": 16}}
     scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[[1.0] * 4 for _ in drawn]))}
-    method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, count=7, scorer=scorer), section_of(section))
+    method = RaftMethod(
+        context(tmp_path, section, lambda r: ["a"] * r.n, count=7, rewards={"reward": scorer}), section_of(section)
+    )
     assert (method.part_count, method.total, method.slots) == (3, 6, 5)
     assert [method.part(step) for step in range(1, 7)] == [1, 2, 3, 1, 2, 3]
     drawn = [row["prompt_id"] for step in (1, 2, 3) for row in roll(method, step).rows]
@@ -256,7 +265,12 @@ def test_data_accuracy_is_of_the_negatives_below_their_target(tmp_path: Path) ->
     scorer = {"score_answers": lengths}
     texts = ["The goat eats a lot of grass.", "No.", "The goat lives in muddy ponds.", "Go."]
     run = context(
-        tmp_path, SC, lambda r: texts, reference=REFERENCE, embedder=embedder([0.1, 0.2, 0.9, 0.8]), scorer=scorer
+        tmp_path,
+        SC,
+        lambda r: texts,
+        reference=REFERENCE,
+        embedder=embedder([0.1, 0.2, 0.9, 0.8]),
+        rewards={"reward": scorer},
     )
     method = SelfContrastMethod(run, section_of(SC))
     figures = method.describe(roll(method).rows)
@@ -271,7 +285,7 @@ def test_raft_keeps_the_best_answer_that_has_a_finite_reward(tmp_path: Path) -> 
     section = {"type": "raft", "samples": 3, "generation": {"max_tokens": 16}}
     rewards = [0.5, math.nan, 0.75]
     scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[rewards for _ in drawn]))}
-    run = context(tmp_path, section, lambda r: ["one", "", "two"], scorer=scorer)
+    run = context(tmp_path, section, lambda r: ["one", "", "two"], rewards={"reward": scorer})
     rollout = roll(RaftMethod(run, section_of(section)))
     assert {(row["answer"], row["reward"]) for row in rollout.rows} == {("two", 0.75)}
     assert all(row["rewards"] == [0.5, 0.75] for row in rollout.rows)
@@ -280,7 +294,7 @@ def test_raft_keeps_the_best_answer_that_has_a_finite_reward(tmp_path: Path) -> 
 def test_raft_rejects_a_prompt_without_any(tmp_path: Path) -> None:
     section = {"type": "raft", "generation": {"max_tokens": 16}}
     scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[[math.nan] * 4 for _ in drawn]))}
-    method = RaftMethod(context(tmp_path, section, lambda r: [""] * 4, scorer=scorer), section_of(section))
+    method = RaftMethod(context(tmp_path, section, lambda r: [""] * 4, rewards={"reward": scorer}), section_of(section))
     assert set(reasons(roll(method)).values()) == {"no answer with a finite reward"}
 
 
@@ -304,7 +318,7 @@ def test_the_batch_that_a_reward_failed_on_is_rejected_with_the_reason(tmp_path:
         tmp_path,
         section,
         lambda r: [answers.get(r.key.split("/")[-1], TARGET)] * r.n,
-        scorer=failing(lambda n: n == 1),
+        rewards={"reward": failing(lambda n: n == 1)},
     )
     said: list[Any] = []
     run.events.say = said.append  # type: ignore[method-assign]
@@ -322,7 +336,9 @@ def test_a_reward_that_fails_on_too_large_a_share_ends_the_pipeline(
 ) -> None:
     section = {"type": "raft", "batch_size": 1, "generation": {"max_tokens": 16}}
     scorer = failing(lambda n: n % every == 0)
-    method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, scorer=scorer), section_of(section))
+    method = RaftMethod(
+        context(tmp_path, section, lambda r: ["a"] * r.n, rewards={"reward": scorer}), section_of(section)
+    )
 
     def rolled() -> int | None:
         for step in range(1, 250):
@@ -347,7 +363,7 @@ def test_a_reward_that_only_looks_on_costs_no_pair(tmp_path: Path) -> None:
         lambda r: [f"{i}" for i in range(r.n)],
         reference=REFERENCE,
         embedder=embedder([0.1, 0.2, 0.9, 0.8]),
-        scorer=scorer,
+        rewards={"reward": scorer},
     )
     rollout = roll(SelfContrastMethod(run, section_of(SC)))
     assert rollout.rows and not rollout.rejected and {row["chosen_reward"] for row in rollout.rows} == {None}
@@ -357,3 +373,166 @@ def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
     section = {"type": "raft", "generation": {"max_tokens": 16}}
     with pytest.raises(RunError, match="no prompt is left"):
         RaftMethod(context(tmp_path, section, lambda r: [], count=0), section_of(section))
+
+
+# A reward that is a sum
+
+
+def scoring(score: Callable[[str], float], fails_on: str = "") -> dict[str, Any]:
+    """A part's scorer: a number by the answer's text, and a failure on one text."""
+
+    def found(texts: Sequence[Sequence[str]]) -> Scores:
+        values = [[math.nan if one == fails_on else score(one) for one in own] for own in texts]
+        return Scores(values=values, failure="KeyError: 'weight'" if any(fails_on in own for own in texts) else "")
+
+    return {
+        "score_generations": call(lambda _, drawn: found([[one.text for one in g.completions] for g in drawn])),
+        "score_answers": call(lambda _, texts: found(texts)),
+    }
+
+
+PARTS = [
+    {"reward": {"type": "program", "function": "a:b"}, "name": "long", "weight": 2.0},
+    {"reward": {"type": "program", "function": "a:c", "max_failed": 1}, "name": "flat", "weight": -0.5},
+]
+
+
+def parts(fails_on: str = "") -> dict[str, Any]:
+    return {
+        "reward.of.0.reward": scoring(len),
+        "reward.of.1.reward": scoring(lambda text: 4.0, fails_on),
+    }
+
+
+def kept(method: Method, rollout: Rollout) -> list[dict[str, Any]]:
+    """Rows as a part keeps them."""
+    method.parts.write(1, rollout.rows)
+    return method.parts.read(1)
+
+
+def test_a_pairs_score_is_the_weighted_sum_of_its_parts_and_each_parts_mean_is_told(tmp_path: Path) -> None:
+    section = {"type": "ple", "batch_size": 4, "generation": {"max_tokens": 16}}
+    run = context(tmp_path, section, lambda r: ["No." if r.key.endswith("plain") else TARGET], rewards=parts())
+    method = PleMethod(run, section_of(section))
+    rows = kept(method, roll(method))
+    assert {(row["plain_reward"], row["guided_reward"]) for row in rows} == {(2 * 3 - 2, 2 * 20 - 2)}
+    assert rows[0]["plain_reward_parts"] == {"long": 3.0, "flat": 4.0}
+    told = {name: value for name, value in method.describe(rows).items() if "." in name}
+    assert told == {
+        "reward_plain.long": 3.0,
+        "reward_plain.flat": 4.0,
+        "reward_guided.long": 20.0,
+        "reward_guided.flat": 4.0,
+    }
+
+
+def test_raft_takes_the_best_by_the_sum(tmp_path: Path) -> None:
+    section = {"type": "raft", "samples": 3, "generation": {"max_tokens": 16}}
+    run = context(tmp_path, section, lambda r: ["a", "abc", "ab"], rewards=parts())
+    method = RaftMethod(run, section_of(section))
+    rows = kept(method, roll(method))
+    assert {(row["answer"], row["reward"], row["reward_parts"]["long"]) for row in rows} == {("abc", 4.0, 3.0)}
+    told = method.describe(rows)
+    assert (told["reward_best.long"], told["reward_mean.long"], told["reward_mean.flat"]) == (3.0, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("section", [{"type": "dlma"}, {"type": "self_contrast", "samples": 4, "negatives": 1}])
+def test_pairs_keep_what_each_part_gave(tmp_path: Path, section: dict[str, Any]) -> None:
+    section |= {"batch_size": 4, "generation": {"max_tokens": 16}}
+    actors: dict[str, Any] = (
+        {"reference": contrast([1.0] * 4)}
+        if section["type"] == "dlma"
+        else {"reference": REFERENCE, "embedder": embedder([0.1, 0.2, 0.9, 0.8])}
+    )
+    texts = {"positive": [TARGET], "negative": ["No."]}
+    answers = lambda r: texts.get(r.key.split("/")[-1], ["a", "b", "c", "d"])  # noqa: E731
+    run = context(tmp_path, section, answers, rewards=parts(), **actors)
+    method = {"dlma": DlmaMethod, "self_contrast": SelfContrastMethod}[section["type"]](run, section_of(section))
+    rows = kept(method, roll(method))
+    assert rows and all(
+        row[f"{side}_reward_parts"] == {"long": float(len(row[side])), "flat": 4.0}
+        for row in rows
+        for side in ("chosen", "rejected")
+    )
+    told = method.describe(rows)
+    assert told["reward_chosen.long"] == len(rows[0]["chosen"]) and told["reward_rejected.flat"] == 4.0
+
+
+@pytest.mark.parametrize("kind", ["raft", "ple"])
+def test_an_answer_that_one_part_failed_on_is_rejected_with_that_parts_reason(tmp_path: Path, kind: str) -> None:
+    section = {"type": kind, "batch_size": 4, "generation": {"max_tokens": 16}}
+    plain = ["You waste my time." if i == 2 else "No." for i in range(4)]
+    answers = lambda r: [plain[int(r.key.split("/")[1][1:])] if r.key[-1] != "d" else TARGET] * r.n  # noqa: E731
+    run = context(tmp_path, section, answers, rewards=parts(fails_on="You waste my time."))
+    said: list[Any] = []
+    run.events.say = said.append  # type: ignore[method-assign]
+    method = {"raft": RaftMethod, "ple": PleMethod}[kind](run, section_of(section))
+    rollout = roll(method)
+    assert len(rollout.rows) == 3
+    [lost] = rollout.rejected
+    assert (lost["prompt_id"], lost["reason"], lost["detail"]) == ("p2", "reward failed", "flat: KeyError: 'weight'")
+    assert len(said) == 1 and f"{kind}: reward.of.1.reward failed on" in said[0]
+
+
+def test_a_part_that_fails_too_often_ends_the_pipeline_by_its_own_key(tmp_path: Path) -> None:
+    section = {"type": "raft", "batch_size": 1, "generation": {"max_tokens": 16}}
+    broken = {"reward.of.0.reward": scoring(len, "a"), "reward.of.1.reward": scoring(len)}
+    method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, rewards=broken), section_of(section))
+    with pytest.raises(ExceptionGroup) as caught:
+        for step in range(1, 10):
+            roll(method, step)
+    assert "more than reward.of.0.reward.max_failed (0.1) lets pass: KeyError: 'weight'" in str(
+        caught.value.exceptions[0]
+    )
+
+
+def test_replicas_of_all_parts_take_turns(tmp_path: Path) -> None:
+    section = {"type": "raft", "generation": {"max_tokens": 16}}
+    method = RaftMethod(context(tmp_path, section, lambda r: ["a"] * r.n, rewards=parts()), section_of(section))
+    method._context.fleet.rewards.update({"reward.of.0.reward": ["a0", "a1"], "reward.of.1.reward": ["b0", "b1"]})
+    assert [method.reward.scorers() for _ in range(3)] == [["a0", "b0"], ["a1", "b1"], ["a0", "b0"]]
+
+
+# Deterministic runs
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_chunks_of_a_deterministic_step_take_turns(tmp_path: Path, deterministic: bool) -> None:
+    """What an engine decodes together, and what a scorer is asked after what, must not depend on who is quicker."""
+    section = {"type": "raft", "batch_size": 6, "generation": {"max_tokens": 16}}
+    scorer = {"score_generations": call(lambda queries, drawn: Scores(values=[[1.0] * 4 for _ in drawn]))}
+    run = context(
+        tmp_path,
+        section,
+        lambda r: ["a"] * r.n,
+        count=6,
+        rewards={"reward": scorer},
+        deterministic=deterministic,
+    )
+    run.pool.batch = 8  # two prompts a chunk
+    method = RaftMethod(run, section_of(section))
+    under_way = most = 0
+    chunk = method._roll_chunk
+
+    async def watched(*args: Any) -> Rollout:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await chunk(*args)
+        finally:
+            under_way -= 1
+
+    method._roll_chunk = watched  # type: ignore[method-assign]
+    drawn = [row["prompt_id"] for row in roll(method).rows]
+    assert sorted(map(str, drawn)) == [f"p{i}" for i in range(6)]
+    assert (most, method.slots) == ((1, 1) if deterministic else (3, 4))
+
+
+@pytest.mark.parametrize(("staleness", "deterministic", "slots"), [(3, False, 4), (0, False, 1), (1, True, 1)])
+def test_a_step_of_ple_waits_for_as_many_versions_as_it_may_be_behind(
+    tmp_path: Path, staleness: int, deterministic: bool, slots: int
+) -> None:
+    section = {"type": "ple", "max_staleness": staleness}
+    run = context(tmp_path, section, lambda r: ["a"], deterministic=deterministic)
+    assert PleMethod(run, section_of(section)).slots == slots

@@ -67,7 +67,7 @@ def test_the_pools_lines_grow_rarer_as_a_run_grows_older(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(monitor.asyncio, "wait_for", passes)
-    fleet = SimpleNamespace(reference=[], desks={}, embedder=[], scorer=[])
+    fleet = SimpleNamespace(reference=[], desks={}, embedder=[], rewards={})
     events = SimpleNamespace(write=lambda event: times.append(clock[0]))
     context: Any = SimpleNamespace(pool=Pool([], 0), fleet=fleet, events=events)
     asyncio.run(monitor_pool(context, ended))
@@ -92,7 +92,7 @@ def test_what_a_service_was_asked_is_the_last_line() -> None:
 
     ended, said = asyncio.Event(), []
     ended.set()
-    fleet = SimpleNamespace(reference=[], desks={}, embedder=[], scorer=[Costly(), Costly()])
+    fleet = SimpleNamespace(reference=[], desks={}, embedder=[], rewards={"reward": [Costly(), Costly()]})
     events = SimpleNamespace(write=lambda event: None, say=said.append)
     context: Any = SimpleNamespace(pool=Pool([], 0), fleet=fleet, events=events)
     asyncio.run(monitor_pool(context, ended))

@@ -16,6 +16,7 @@ from plumbline.placement.machine import Machine
 from plumbline.placement.packing import pack
 from plumbline.placement.plan import Plan, make_plan
 from plumbline.placement.remedies import remedy
+from plumbline.placement.roles import roles_of
 from plumbline.placement.sizes import Shape, Sizes
 from plumbline.placement.table import text
 
@@ -86,7 +87,7 @@ def machine_of(gpus: int, gib: float = 80, **changes: Any) -> Machine:
 
 
 def sizes_of(model: Shape) -> Sizes:
-    return Sizes(model=model, reward=REWARD, embedder=EMBEDDER)
+    return Sizes(model=model, rewards={"reward": REWARD}, embedder=EMBEDDER)
 
 
 def plan_of(config: Config, machine: Machine, model: Shape, **changes: Any) -> Plan:
@@ -317,3 +318,17 @@ def test_two_workers_of_one_learner_are_never_on_one_card() -> None:
 
 if __name__ == "__main__":
     TABLES.write_text(all_tables(), encoding="utf-8")
+
+
+def test_the_parts_of_a_sum_are_placed_as_rewards_are_alone() -> None:
+    classifier = {"type": "classifier", "path": "reward", "max_len": 512}
+    large = classifier | {"batch_tokens": 32_768}
+    config = config_of(
+        [{"type": "ple"}, {"type": "dlma"}],
+        reward={"type": "sum", "of": [{"reward": classifier, "name": "a"}, {"reward": large, "name": "b"}]},
+        fleet={"scorer": {"replicas": 2}, "reference": {"replicas": 1}},
+    )
+    sizes = Sizes(model=SMALL, rewards={f"reward.of.{i}.reward": REWARD for i in range(2)})
+    [scorer] = [one for one in roles_of(config, sizes, 2, "run", cuda=True) if one.key == ("fleet", "scorer")]
+    assert (scorer.name, scorer.count) == ("scorer", 4)
+    assert scorer.need is not None and "activations of 32768 tokens" in scorer.need.why, "the largest of them"

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import math
 import os
 import re
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cli.main import main
@@ -18,6 +21,7 @@ from plumbline.report.kinds import KINDS
 from plumbline.report.page import write_report
 from plumbline.report.plots import MOST_POINTS, averaged, plots, running_mean
 from plumbline.report.tables import comparison, headline, number
+from plumbline.runs.digests import SCHEMA, digests_by_source
 from plumbline.runs.directory import RUN_LOCK
 from tests.unit.report.runs import (
     BREAKOUT,
@@ -405,3 +409,27 @@ def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert shown.err.startswith(f"plumbline: {tmp_path / 'nowhere'}: no such directory")
+
+
+def test_each_part_of_a_reward_has_a_plot_of_its_own() -> None:
+    given = [
+        event("ple", step, step, **{"reward_plain": 0.1, "reward_plain.polite": 0.3, "reward_guided.polite": 0.5})
+        for step in (1, 2)
+    ]
+    [part] = [plot for plot in plots(given, ["ple"]) if plot.title.startswith("Part of")]
+    assert part.title == "Part of the reward: polite"
+    assert [key.label for key in part.charts[0].legend] == ["ple plain", "ple guided"]
+    hostile = [event("ple", step, step, **{f"reward_plain.{BREAKOUT}": 0.3}) for step in (1, 2)]
+    assert not plots(hostile, ["ple"])
+
+
+def test_what_it_takes_to_make_a_run_again_is_told(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    told = [{"code": f"commit {name}", "lock": "cpu.txt 12ab", "packages": "34cd"} for name in ("first", "second")]
+    (run_dir / "origin.json").write_text(json.dumps(told))
+    rows = [{"source": "data.train", "path": "p", "row": i, "digest": b"12345678"} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), run_dir / "rows.parquet")
+    text = report(run_dir).source
+    for part in ("commit second", "begun with commit first", "cpu.txt 12ab", "34cd", "Rows of data.train"):
+        assert part in text, part
+    assert digests_by_source(run_dir)["data.train"][1] in text

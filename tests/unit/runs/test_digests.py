@@ -10,7 +10,7 @@ import pytest
 from plumbline.config.file import parse_config
 from plumbline.config.tree import Config
 from plumbline.errors import DataError
-from plumbline.runs.digests import FILE, check_digests, digests_of, keep_digests
+from plumbline.runs.digests import FILE, check_digests, digests_by_source, digests_of, keep_digests
 from plumbline.runs.rows import read_rows
 
 ROWS = [{"prompt": f"Why {i}?", "target": "So.", "kind": i} for i in range(5)]
@@ -86,3 +86,21 @@ def test_a_damaged_file_is_named(tmp_path: Path, config: Config) -> None:
     keep_digests(tmp_path, digests(config)).write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"rows\.parquet cannot be read as Parquet"):
         check_digests(tmp_path, digests(config))
+
+
+def test_each_source_has_a_digest_of_all_its_rows(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert digests_by_source(run_dir) == {}
+    keep_digests(run_dir, digests_of(config, read_rows(config)))
+    told = digests_by_source(run_dir)
+    assert {source: count for source, (count, _) in told.items()} == {
+        "data.train": 5,
+        "data.heldout": 5,
+        "pairs of self_contrast": 3,
+    }
+    assert told["data.train"][1] == told["data.heldout"][1], "the same rows"
+    (run_dir / FILE).unlink()
+    write(tmp_path / "train.jsonl", ROWS[::-1])
+    keep_digests(run_dir, digests_of(config, read_rows(config)))
+    assert digests_by_source(run_dir)["data.train"][1] != told["data.train"][1], "in another order"

@@ -87,3 +87,11 @@ def test_what_only_the_cpu_backend_needs_is_refused_there_alone() -> None:
     assert on_gpu(vllm=theirs)["max_num_batched_tokens"] == 4096
     with pytest.raises(ConfigError, match="`max_num_batched_tokens` is Plumbline's to choose on a cpu"):
         engine_arguments(engine_spec("model", max_adapters=0, vllm=theirs))
+
+
+def test_a_deterministic_engine_reads_no_prefixes_of_others_and_schedules_nothing_ahead() -> None:
+    arguments = engine_arguments(engine_spec("model", max_adapters=0, deterministic=True))
+    assert (arguments["enable_prefix_caching"], arguments["async_scheduling"]) == (False, False)
+    assert "enable_prefix_caching" not in engine_arguments(engine_spec("model", max_adapters=0))
+    with pytest.raises(ConfigError, match="`enable_prefix_caching` is Plumbline's to choose"):
+        engine_arguments(engine_spec("model", max_adapters=0, deterministic=True, vllm={"enable_prefix_caching": True}))

@@ -1,5 +1,6 @@
 """The weights that a learner trains: what its probe measures, and in how many forward passes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def learned(model: Path, policy: dict[str, Any], seed: int = 0) -> LearnedPolicy
 def test_target_modules_alone_get_an_adapter(tiny_model: Path) -> None:
     one = learned(tiny_model, {"target_modules": ["q_proj", "up_proj"]})
     assert {name.split(".")[-4] for name, _ in one.named_trainable()} == {"q_proj", "up_proj"}
+
+
+def test_an_adapters_files_name_its_modules_in_one_order(tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT holds them in a set, whose order is another in each process."""
+    nothing = Publication(
+        ref=PolicyRef(policy="sft", version=1),
+        files={},
+        probe_logps=[],
+        previous_probe_logps=[],
+        base_probe_logps=[],
+    )
+    learned(tiny_model, {}).save(tmp_path / "v", nothing, adapter=True)
+    named = json.loads((tmp_path / "v" / "adapter_config.json").read_text())["target_modules"]
+    assert len(named) == 14 and named == sorted(named)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
