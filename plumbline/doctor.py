@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from plumbline.config.demand import demand, named
 from plumbline.config.hub import hub_models
 from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
+from plumbline.data.example import example
+from plumbline.data.length_filter import steered_by
 from plumbline.data.tokenizer import run_tokenizer
 from plumbline.data.tokenizer_check import check_readings
 from plumbline.errors import ConfigError, DataError, ModelError, PlumblineError, UserError
@@ -128,7 +131,7 @@ def examine(
     """Everything that a run would need, one finding at a time; an error does not end it. The plan comes last."""
     machine = look()
     settled = placed = missing = None
-    kept = config
+    kept, tables = config, {"placement": lambda: text(placed.plan.rows) if placed else ""}
     try:
         kept = pinned(config, run_dir)
         config = fetched(kept)
@@ -147,7 +150,7 @@ def examine(
         ("versions", _versions),
         *([("hub", lambda: _hub(kept, missing))] if hub_models(kept) else []),
         *(models if missing is None else []),
-        ("data", lambda: _data(config, run_dir, settled)),
+        ("data", lambda: _data(config, run_dir, settled, tables)),
         ("devices", lambda: _devices(config, machine, run_device(config, machine))),
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
         ("memory", lambda: _memory(placed) if placed else f"{machine.ram_gib:.1f} GiB free"),
@@ -158,11 +161,12 @@ def examine(
         ("placement", lambda: check_fits(placed) if placed else "not made, for what is wrong above"),
     ]
     for what, look_at in looks:
-        table = text(placed.plan.rows) if placed and what == "placement" else ""
+        note, wrong = "", None
         try:
-            yield Finding(what=what, note=look_at(), table=table)
+            note = look_at()
         except UserError as error:
-            yield Finding(what=what, note=str(error), error=error, table=table)
+            note, wrong = str(error), error
+        yield Finding(what=what, note=note, error=wrong, table=tables.get(what, str)())
 
 
 def _hub(config: Config, missing: UserError | None) -> str:
@@ -220,13 +224,19 @@ def _service(key: str, reward: ServiceReward) -> str:
     return f"{reward.url} answered {score:.3g} in {time.monotonic() - began:.1f} s"
 
 
-def _data(config: Config, run_dir: Path, settled: Config | None) -> str:
-    """`settled`: with its lengths as numbers; without them nobody can say what fits."""
+def _data(config: Config, run_dir: Path, settled: Config | None, tables: dict[str, Callable[[], str]]) -> str:
+    """`settled`: with its lengths as numbers; without them nobody can say what fits. A row goes to `tables`."""
     read = read_rows(config)
     check_digests(run_dir, digests_of(config, read))
     if settled:
-        fit_rows(settled, run_tokenizer(config), read)
+        tokenizer = run_tokenizer(config)
+        fits = fit_rows(settled, tokenizer, read).fits
         _check_parts(config, read)
+        for section in config.methods:
+            if section.name in fits:
+                first, given = fits[section.name].prompts[0], section.needs_target or section.name in read.given
+                tables["data"] = partial(example, tokenizer, first, steered_by(section)[:1], given)
+                break
     return read.counts()
 
 

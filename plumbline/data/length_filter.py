@@ -144,7 +144,7 @@ def prompt_fit(config: Config, section: MethodSection, lengths: Lengths) -> Fit:
     """Prompts within a pipeline's limits, at their longest with what steers them."""
     limit, room = config.data.max_prompt_tokens, _room(config, section)
     plain = lengths.under(None)
-    guided = [lengths.under(text) for text in _steerings(section)] or [plain]
+    guided = [lengths.under(text) for text in steered_by(section)] or [plain]
     short = plain.settle(plain.most > limit) <= limit
     for one in guided:
         short &= one.settle(one.most > room) <= room
@@ -206,7 +206,8 @@ def _gives_pairs(section: MethodSection) -> bool:
     return isinstance(section, Preference) and section.pairs is not None
 
 
-def _steerings(section: MethodSection) -> list[str]:
+def steered_by(section: MethodSection) -> list[str]:
+    """What a pipeline puts before its prompts; nothing where it generates none of its answers."""
     return [] if _gives_pairs(section) else list(dict.fromkeys(steerings(section)))
 
 
