@@ -802,8 +802,11 @@ def test_doctor_finds_nothing_wrong(world: World, capsys: pytest.CaptureFixture[
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = captured.out.splitlines()
-    assert [line.split(":")[0] for line in lines[:-4]] == [f"ok   {look}" for look in [*LOOKS, "placement"]]
+    told = [line.split(":")[0] for line in lines if line.startswith("ok")]
+    assert told == [f"ok   {look}" for look in [*LOOKS, "placement"]]
     assert [line.split("  ")[0] for line in lines[-4:]] == PLAN
+    [data] = [i for i, line in enumerate(lines) if line.startswith("ok   data: ")]
+    assert lines[data + 1].startswith("  the prompt, of which nothing is learnt: ")
     holds(captured.out, "llama in ", "train: 8 rows, heldout: 8 rows")
     assert world.files() == before
 
