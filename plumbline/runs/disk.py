@@ -57,6 +57,11 @@ def disk_fault(error: BaseException) -> int | None:
     return number if number in DISK else None
 
 
+def user_cache() -> Path:
+    """Where a user's programs keep what can be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file aside and rename it. Raises DiskError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -12,6 +12,7 @@ from plumbline.config.hub import HubModel, Kind, at_directories, hub_models, is_
 from plumbline.config.tree import Config
 from plumbline.data.tokenizer import TOKENIZER_FILES
 from plumbline.errors import ModelError, in_one_line
+from plumbline.runs.gguf import is_gguf, made_directory
 from plumbline.runs.mirror import run_storage
 from plumbline.submitted import left_out
 
@@ -49,19 +50,26 @@ def pinned(config: Config, run_dir: Path) -> Config:
 
 
 def fetched(config: Config) -> Config:
-    """A pinned config with a directory of the cache in place of every name, downloaded where it is not there whole.
+    """A pinned config with a directory of the cache in place of every name, downloaded where it is not there whole, and
+    of a GGUF file.
 
     Raises:
         ModelError: a model cannot be had.
     """
+    if is_gguf(config.model.path):
+        assert config.model.path is not None
+        made = config.model.model_copy(update={"path": made_directory(config.model.path, "model.path")})
+        config = config.model_copy(update={"model": made})
     models = hub_models(config)
     return at_directories(config, {one.key: _directory(one, config.commits[one.label]) for one in models})
 
 
 def named_model(name: str, key: str) -> str:
     """The directory of a model that a command is given: of ORG/MODEL or ORG/MODEL@REVISION in the cache, downloaded
-    where it is not there; of anything else as it is. Raises ModelError naming `key`.
+    where it is not there; of what a GGUF file is made into; of anything else as it is. Raises ModelError naming `key`.
     """
+    if is_gguf(name):
+        return made_directory(name, key)
     path, _, revision = name.partition("@")
     if Path(name).exists() or not is_hub_name(path):
         return name

@@ -27,6 +27,7 @@ from plumbline.models.files import (
     read_headers,
     size_of,
 )
+from plumbline.runs.gguf import made_from
 from plumbline.runs.policies import model_path
 from plumbline.submitted import left_out
 
@@ -64,7 +65,8 @@ def _told(config: Config) -> str:
     if path is None:
         return "random weights"
     if adapter is None:
-        return f"{model_type(path)} in {path}"
+        made = made_from(path)
+        return f"{model_type(path)} in {path}{f' ({made})' if made else ''}"
 
     from plumbline.models.merging import check_adapter
 

@@ -25,24 +25,28 @@ GIT_S = 10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """`code` is a commit, or the package's version where there is none; `lock` the file of locks/ that is installed,
-    with its SHA-256, "" where what is installed is none of them; `packages` the SHA-256 of all that is installed."""
+    with its SHA-256, "" where what is installed is none of them; `packages` the SHA-256 of all that is installed;
+    `model` of which GGUF file the base model was made, "" where it was of none."""
 
     code: str
     lock: str
     packages: str
+    model: str = ""
 
 
-def origin(home: Path = HOME) -> Origin:
+def origin(home: Path = HOME, model: str = "") -> Origin:
     """Of this process. To be called before Ray starts, under which a driver does not hear how its children end."""
     places = sorted({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})  # Ray adds others as it is imported
     installed = {_name(one.metadata["Name"]): one.version for one in metadata.distributions(path=places)}
     lines = "".join(f"{name}=={version}\n" for name, version in sorted(installed.items()))
-    return Origin(code=_code(home), lock=_lock(home, installed), packages=sha256(lines.encode()).hexdigest())
+    return Origin(
+        code=_code(home), lock=_lock(home, installed), packages=sha256(lines.encode()).hexdigest(), model=model
+    )
 
 
-def keep_origin(run_dir: Path) -> Path:
+def keep_origin(run_dir: Path, model: str = "") -> Path:
     """Add this process's to the run's file, where the last one there is another. Raises DataError, DiskError."""
-    before, now = read_origins(run_dir), origin()
+    before, now = read_origins(run_dir), origin(model=model)
     if before[-1:] != [now]:
         write_text(run_dir / FILE, json.dumps([asdict(one) for one in [*before, now]], indent=1))
     return run_dir / FILE

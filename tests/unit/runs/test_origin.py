@@ -57,7 +57,7 @@ def test_a_lock_is_named_where_all_of_it_is_installed(tmp_path: Path) -> None:
 def test_each_start_by_other_code_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (Origin(code=f"commit {name}", lock="", packages="0") for name in "ab")
     for now in (one, one, two, two):
-        monkeypatch.setattr("plumbline.runs.origin.origin", lambda now=now: now)
+        monkeypatch.setattr("plumbline.runs.origin.origin", lambda now=now, **_: now)
         assert keep_origin(tmp_path) == tmp_path / FILE
     assert read_origins(tmp_path) == [one, two]
 
