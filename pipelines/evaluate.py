@@ -200,8 +200,8 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
 
     Returns:
         ``{"rows": [...], "table": Markdown, "samples": [{"prompt", name: answer, ...}], "prompts": [key, ...],
-        "rewards": {name: [...]}}``, a key and a reward a prompt, None where it is not finite: other runs are compared
-        by them on the prompts that both were asked, pair by pair.
+        "rewards": {name: [...]}}``, a key and a reward a prompt, None where it is not finite, and nothing without a
+        reward: other runs are compared by them on the prompts that both were asked, pair by pair.
     """
     first = next(iter(answers))
     rows, shown = [], []
@@ -229,7 +229,7 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
         "table": markdown(rows),
         "samples": shown,
         "prompts": [prompt_key(prompt) for prompt in prompts],
-        "rewards": {name: finite_or_none(one.rewards) for name, one in answers.items()},
+        "rewards": {name: finite_or_none(one.rewards) for name, one in answers.items() if one.rewards},
     }
 
 

@@ -18,6 +18,7 @@ from pipelines.run import watched
 from plumbline.config.data import ProgramReward, SumReward
 from plumbline.errors import LostError, RunError
 from plumbline.records import Message, PolicyRef, Prompt
+from plumbline.report.files import read_evaluation
 from plumbline.runs.evaluated import prompt_key, read_answers
 
 PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content=f"Why {i}?"),)) for i in range(2)]
@@ -106,6 +107,12 @@ def test_an_evaluation_without_any_finite_reward_has_its_other_figures() -> None
     assert reward_columns("", [math.nan, math.nan], []) == {}
     rows = summarize({"before": answers([1.0, 2.0]), "ple": answers([math.nan, math.nan])}, PROMPTS, 1)["rows"]
     assert rows[1]["tokens"] == 1.5 and "win rate" not in rows[1] and "reward" not in rows[1]
+
+
+def test_an_evaluation_without_a_reward_is_one_that_the_report_reads(tmp_path: Path) -> None:
+    result = summarize({"before": answers([]), "dpo": answers([])}, PROMPTS, 1)
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    assert result["rewards"] == {} and read_evaluation(tmp_path / "evaluation.json") == result
 
 
 def test_an_evaluation_tells_the_mean_of_each_part_of_a_sum(tmp_path: Path) -> None:
