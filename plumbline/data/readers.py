@@ -211,6 +211,8 @@ def _parquet(path: str, file: Path, _: OnBad) -> Iterator[RawRow]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, after row {number}: text that is not UTF-8; write it as UTF-8") from error
     except (pa.ArrowException, OSError) as error:

@@ -343,7 +343,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 def test_parquet_that_cannot_be_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
-    refused(lambda: read_prompts(str(path)), "a.parquet", "'prompt' twice", "rename one")
+    refused(lambda: read_prompts(str(path)), "a.parquet: it names column 'prompt' twice; rename one")
     pq.write_table(pa.table({"prompt": ["a"], "at": pa.array([2**62], pa.timestamp("us"))}), path)
     refused(lambda: read_prompts(str(path)), "a.parquet, after row 0", "a value that cannot be read")
 
