@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,24 +58,26 @@ def init_command(options: argparse.Namespace) -> int:
     from plumbline.proposal import Asked, propose
     from plumbline.runs.disk import write_together
 
-    if options.out.exists():
-        raise UserError(f"{options.out}: is there already; name a directory that is not")
+    with _made(options.out):
+        if options.out.exists():
+            raise UserError(f"{options.out}: is there already; name a directory that is not")
     model = options.model or _answer("--model", "Model (a directory or hub name): ")
     data = options.data or _answer("--data", "Data (prompts, targets or preferences): ")
     quality = options.quality
     if sys.stdin.isatty() and not (options.model and options.data) and quality is None:
-        quality = input("What should answers become, in a sentence (or nothing)? ").strip() or None
+        quality = _typed("What should answers become, in a sentence (or nothing)? ")
     asked = Asked(
         model=model,
         data=data,
         heldout=options.heldout,
         method=options.method,
-        quality=quality,
+        quality=(quality or "").strip() or None,
         reward=options.reward,
         embedder=options.embedder,
     )
     files = propose(asked, options.out, find_machine())
-    write_together(options.out, files)
+    with _made(options.out):
+        write_together(options.out, files)
     print(f"{options.out}: {', '.join(sorted(files))}")
     told = _examine(str(options.out / "config.yaml"), [], None)
     print(f"next: plumbline {'doctor' if told else 'run'} {options.out}/config.yaml")
@@ -83,7 +86,7 @@ def init_command(options: argparse.Namespace) -> int:
 
 def _answer(option: str, question: str) -> str:
     """Raises UserError where nobody is there to be asked."""
-    answer = input(question).strip() if sys.stdin.isatty() else ""
+    answer = _typed(question) if sys.stdin.isatty() else ""
     if not answer:
         raise UserError(f"init: {option} is missing; see plumbline init --help")
     return answer
@@ -96,6 +99,24 @@ def fetch_command(options: argparse.Namespace) -> int:
     file, license = fetch(options.name)
     print(f"{file}\nlicence: {license}\nin a config: model: {{path: {options.name}}}")
     return 0
+
+
+def _typed(question: str) -> str:
+    """What is typed; nothing where the input ends."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        print()
+        return ""
+
+
+@contextmanager
+def _made(path: Path) -> Iterator[None]:
+    """Around what makes `path`. Raises UserError where there can be no such file or directory."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); name another place") from error
 
 
 def doctor_command(options: argparse.Namespace) -> int:
@@ -127,8 +148,10 @@ def validate_command(options: argparse.Namespace) -> int:
     from plumbline.data.dataset import as_row, read_labelled, read_preferences, read_prompts, summarize
     from plumbline.runs.disk import write_text
 
-    if options.write and (options.write.suffix != ".jsonl" or options.write.exists()):
-        raise UserError(f"--write {options.write}: it should be a .jsonl file that is not there yet")
+    if options.write:
+        with _made(options.write):
+            if options.write.suffix != ".jsonl" or options.write.exists():
+                raise UserError(f"--write {options.write}: it should be a .jsonl file that is not there yet")
     bad = BadRows(options.data, allowed=1)
     reading = Reading(columns=columns_of(options.column), split=options.split, on_bad=bad)
     if options.kind == "labelled":
@@ -149,7 +172,8 @@ def validate_command(options: argparse.Namespace) -> int:
     for line in by_reason(bad.errors):
         print(f"plumbline: {line}", file=sys.stderr)
     if options.write and rows:
-        write_text(options.write, "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
+        with _made(options.write):
+            write_text(options.write, "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
         print(f"{options.write}: {len(rows)} rows that can be used, of {len(rows) + len(bad.errors)}")
         return 0
     return 2 if bad.errors else 0

@@ -4,9 +4,13 @@ It reads every row as a run would, and proposes a method by what the rows have, 
 the machine. Each choice stands in the config with its reason, to be changed there.
 """
 
+import importlib.util
 import json
+import keyword
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +21,7 @@ from plumbline.config.reading import Reading
 from plumbline.data.bad_rows import BadRows
 from plumbline.data.dataset import as_row, read_preferences, read_prompts
 from plumbline.data.ending import encode_responses
-from plumbline.data.prompting import render_all
+from plumbline.data.prompting import principle_text, render_all
 from plumbline.data.readers import read_rows
 from plumbline.data.row import nearest
 from plumbline.data.tokenizer import load_tokenizer, read_tokenizer
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 Method = Literal["ple", "dlma", "self_contrast", "dpo", "sft"]
 MEASURED = 2000
 """Rows whose tokens are counted, drawn at random."""
+LOOKED_AT = 100
+"""Rows that say which columns there are."""
 HELD_BACK, MOST_HELD_BACK, LEAST_TO_SPLIT = 0.1, 256, 20
 """The share of rows that no training sees, how many at most, and of how many rows some can be spared."""
 BAD_ALLOWED = 0.05
@@ -86,9 +92,12 @@ def propose(asked: Asked, out: Path, machine: Machine) -> dict[str, str]:
     template = _template(directory)
     seen = _look(asked.data, load_tokenizer(directory, template))
     method, why = _method(asked, seen)
+    if method == "ple" and asked.quality:
+        principle_text(asked.quality)
     sizes = _sizes(directory, method, seen, machine)
     files = {"reward.py": _REWARD, "test_reward.py": _REWARD_TEST.format(module=_module(out))} if asked.reward else {}
     train, heldout, splits = asked.data, asked.heldout, False
+    held_columns, held_bad = _check_heldout(heldout) if heldout else ({}, 0)
     if heldout is None and method != "sft" and len(seen.rows) >= LEAST_TO_SPLIT:
         train, heldout, splits = str(out / "train.jsonl"), str(out / "heldout.jsonl"), True
         learnt, kept = _split(seen.rows)
@@ -96,7 +105,7 @@ def propose(asked: Asked, out: Path, machine: Machine) -> dict[str, str]:
     page = _page().render(
         asked=asked,
         out=out,
-        name="".join(one if one.isalnum() or one in "_-" else "-" for one in out.resolve().name),
+        name=_name(out),
         template=template,
         seen=seen,
         rows=len(seen.rows),
@@ -105,13 +114,33 @@ def propose(asked: Asked, out: Path, machine: Machine) -> dict[str, str]:
         sizes=sizes,
         train=train,
         heldout=heldout,
+        held_columns=held_columns,
         splits=splits,
+        skips=(seen.bad and not splits) or held_bad,
         module=_module(out) if asked.reward else "",
         prompt_tokens={p: _percentile(seen.prompt_tokens, p) for p in (50, 95, 99, 100)},
         answer_tokens=_percentile(seen.answer_tokens, 95) if len(seen.answer_tokens) else 0,
         judged=MOST_HELD_BACK,
     )
+    try:
+        page.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"init: {page[error.start]!a} in an option is no whole character; write it as UTF-8") from error
     return {"config.yaml": page, **files}
+
+
+def _name(out: Path) -> str:
+    """A run's name, of what a config's may be made of."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", out.resolve().name).lstrip("_.-")
+    return name[:64] or "run"
+
+
+def _check_heldout(heldout: str) -> tuple[Mapping[str, str], int]:
+    """How its columns are called, and how many rows cannot be used. Raises DataError where those are too many."""
+    columns, _ = _columns(heldout)
+    bad = BadRows(heldout, BAD_ALLOWED)
+    bad.check(len(read_prompts(heldout, columns=columns, on_bad=bad)))
+    return columns, len(bad.errors)
 
 
 def _page() -> Any:
@@ -153,8 +182,10 @@ def _look(data: str, tokenizer: "PreTrainedTokenizerBase") -> _Seen:
 
 
 def _columns(data: str) -> tuple[dict[str, str], bool]:
-    """Columns whose names are not ours but mean the same, by the first row; and whether rows are preferences."""
-    _, values = next(iter(read_rows(data, on_bad=lambda _: None)), (None, {}))
+    """Columns whose names are not ours but mean the same, by the first rows; and whether rows are preferences."""
+    values: dict[str, object] = {}
+    for _, row in islice(read_rows(data, on_bad=lambda _: None), LOOKED_AT):
+        values |= {name: value for name, value in row.items() if value is not None or name not in values}
     texts = [name for name, value in values.items() if isinstance(value, str | list)]
     if "chosen" in texts and "rejected" in texts:
         return {}, True
@@ -240,12 +271,19 @@ def _module(out: Path) -> str:
         parts = out.resolve().relative_to(Path.cwd()).parts
     except ValueError:
         parts = ("",)
-    if not parts or not all(part.isidentifier() for part in parts):
+    names = bool(parts) and all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
+    if not names or _taken(parts[0]):
         raise UserError(
-            f"{out}: with --reward it should be a directory below this one, of a name that Python can import, such as "
-            "my_run"
+            f"{out}: with --reward it should be a directory below this one, of a name that Python can import and that "
+            "no other package has, such as my_run"
         )
     return ".".join(parts)
+
+
+def _taken(name: str) -> bool:
+    """Whether another package than a directory here would be imported by this name."""
+    found = None if name == "__main__" else importlib.util.find_spec(name)
+    return found is not None and Path.cwd() / name not in map(Path, found.submodule_search_locations or ())
 
 
 _REWARD = '''"""What a good answer is, as a number: Plumbline calls `score` with many answers at a time."""

@@ -67,13 +67,14 @@ def as_row(record: Prompt | LabelledText) -> dict[str, object]:
     """A row that is read as this record, in our own columns."""
     turns = [{"role": turn.role, "content": turn.content} for turn in record.messages or ()]
     plain = [turn["role"] for turn in turns] == ["user"]
-    row: dict[str, object] = {"prompt": turns[0]["content"]} if plain else {"messages": turns}
+    row: dict[str, object] = {"prompt": turns[0]["content"]} if plain else {"messages": turns} if turns else {}
     if isinstance(record, LabelledText):
-        row |= {"text": record.text, "label": record.label}
-    else:
-        answers = {"target": record.target, "chosen": record.chosen, "rejected": list(record.rejected)}
-        row = {"id": record.id, **row, **answers, **record.extra}
-    return {name: value for name, value in row.items() if value not in (None, [])}
+        return {**row, "text": record.text, "label": record.label}
+    target = "" if record.target is None and "completion" in record.extra else record.target  # "": it has none
+    answers = {"target": target, "chosen": record.chosen, "rejected": list(record.rejected) or None}
+    given = {name: value for name, value in answers.items() if value is not None}
+    others = {name: value for name, value in record.extra.items() if name not in PROMPT_KEYS}  # ours come first
+    return {"id": record.id, **row, **given, **others}
 
 
 def summarize(prompts: Sequence[Prompt]) -> dict[str, int | float]:

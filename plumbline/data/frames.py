@@ -35,7 +35,7 @@ class Frame:
         return "".join(parts)
 
 
-class Looked(Exception):
+class Looked(BaseException):  # Jinja catches an Exception here and there, and goes on
     """Something was done with an `Unread` text that may depend on what it says."""
 
 
@@ -88,7 +88,7 @@ def find_frame(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -
             documents=None,
             add_generation_prompt=True,
         )
-    except Exception:  # a template's code can fail as any code can, and then says so of each row
+    except (Exception, Looked):  # a template's code can fail as any code can, and then says so of each row
         return None
     return _taken_apart(rendering)
 
@@ -97,28 +97,45 @@ def find_frame(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -
 def _probe(template: str) -> Any:
     """The template as transformers compiles it, with a look at what it does. Raises Looked where that cannot be seen.
 
-    What is put together out of sight may be looked at afterwards: blocks whose output is kept, calls and filters.
+    What is put together out of sight may be looked at afterwards: blocks whose output is kept, calls and filters. So
+    may a text that is looked for in another, by Python's `in`, which asks neither.
     """
     from jinja2 import nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment: Any = _compile_jinja_template(template).environment.overlay(finalize=written)
     kept = (nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Macro)
-    if environment.parse(template).find(kept) is not None or "strftime_now" in template:  # another text tomorrow
+    tree = environment.parse(template)
+    if tree.find(kept) is not None or any(map(_looks_for, tree.find_all(nodes.Compare))):
+        raise Looked(template)
+    if "strftime_now" in template:  # another text tomorrow
         raise Looked(template)
     environment.filters = {name: _blind(of) for name, of in environment.filters.items()}
+    environment.tests = {**environment.tests, **{name: _blind(environment.tests[name]) for name in ("in", "sameas")}}
     environment.call = _blind(environment.call)
     return environment.from_string(template)
 
 
+def _looks_for(compare: Any) -> bool:
+    """Whether a comparison looks for what may be a text in what may be one."""
+    from jinja2 import nodes
+
+    lists = (nodes.List, nodes.Tuple)
+    inside = [one.expr for one in compare.ops if one.op in ("in", "notin")]
+    return not isinstance(compare.expr, nodes.Const) and not all(isinstance(expr, lists) for expr in inside)
+
+
 def _blind(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which no text may be given."""
+    """The function, which no text may be given, and which may not write one that it found by itself."""
 
     @wraps(function)
     def blind(*args: Any, **kwargs: Any) -> Any:
         if any(map(_holds, (*args, *kwargs.values()))):
             raise Looked(function)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if isinstance(result, str) and not isinstance(result, Unread) and _MARK in result:
+            raise Looked(function)
+        return result
 
     return blind
 

@@ -9,7 +9,7 @@ import json
 import sys
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -177,8 +177,7 @@ def _csv(path: str, file: Path, on_bad: OnBad) -> Iterator[RawRow]:
         begun = 1
         try:
             header = next(reader, [])
-            if repeated := {name for name in header if header.count(name) > 1}:
-                raise DataError(f"{path}: its header names column {sorted(repeated)[0]!r} twice; rename one")
+            _check_names(path, header, "its header")
             for number, cells in enumerate((cells for cells in reader if cells), start=1):
                 begun = reader.line_num + 1
                 if len(cells) != len(header):
@@ -206,14 +205,26 @@ def _parquet(path: str, file: Path, _: OnBad) -> Iterator[RawRow]:
     number = 0
     try:
         with _opened(path, file) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+            table = pq.ParquetFile(stream)
+            _check_names(path, table.schema_arrow.names, "it")
+            for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, after row {number}: text that is not UTF-8; write it as UTF-8") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged Parquet ({_one_line(error)}); write the file again") from error
+    except (OverflowError, ValueError) as error:  # a date of no calendar, or finer than a microsecond
+        raise DataError(f"{path}, after row {number}: a value that cannot be read ({_one_line(error)})") from error
+
+
+def _check_names(path: str, names: Sequence[str], what: str) -> None:
+    """Raises DataError where a column would take another's place."""
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"{path}: {what} names column {sorted(repeated)[0]!r} twice; rename one")
 
 
 def _dataset(path: str, directory: Path | None, split: str) -> Iterator[RawRow]:
@@ -235,9 +246,13 @@ def _dataset(path: str, directory: Path | None, split: str) -> Iterator[RawRow]:
         raise
     except Exception as error:  # datasets raises its own kinds, Arrow's, the hub's, and OSError
         raise DataError(_dataset_problem(path, directory, split, error)) from error
-    for number, row in enumerate(table, start=1):
-        assert isinstance(row, Mapping)
-        yield number, row
+    number = 0
+    try:
+        for number, row in enumerate(table, start=1):
+            assert isinstance(row, Mapping)
+            yield number, row
+    except Exception as error:  # a row is decoded as it is drawn, by whatever library its columns need
+        raise DataError(f"{path}, after row {number}: a value that cannot be read ({_one_line(error)})") from error
 
 
 def _dataset_problem(path: str, directory: Path | None, split: str, error: Exception) -> str:

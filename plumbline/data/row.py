@@ -73,6 +73,9 @@ class Row:
             self.fail(key, f"{what}is {article(kind)}, not text; write it as a string")
         if not value.strip():
             self.fail(key, f"{what}is blank; write text, or remove the row")
+        return self._whole(key, value, what)
+
+    def _whole(self, key: str, value: str, what: str = "") -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -87,7 +90,7 @@ class Row:
             self.fail("id", f"is {article(type(value).__name__)}; it should be text or a number")
         if not str(value).strip():
             self.fail("id", "is blank; write an id, or leave the key out to use row numbers")
-        return str(value)
+        return self._whole("id", str(value))
 
     def label(self) -> float:
         if not self.has("label"):
@@ -104,7 +107,12 @@ class Row:
     def extra(self, taken: Sequence[str] = ()) -> dict[str, object]:
         """What is none of ours and was not `taken` for one, where JSON has a scalar for it."""
         used = {*(self.columns.get(key, key) for key in self.keys), *taken}
-        return {name: value for name, value in self.values.items() if name not in used and _is_json_scalar(value)}
+        others = {name: value for name, value in self.values.items() if name not in used and _is_json_scalar(value)}
+        for name, value in others.items():
+            self._whole(ascii(name), name, "its name ")
+            if isinstance(value, str):
+                self._whole(name, value)
+        return others
 
     def missing(self, key: str, wanted: str) -> NoReturn:
         name = self.columns.get(key, key)

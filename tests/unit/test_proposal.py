@@ -1,5 +1,6 @@
 """What `plumbline init` proposes: a config that doctor finds nothing wrong with, and choices that follow the data."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_columns_of_other_names_are_found(here: Path, model: str) -> None:
     page = propose(Asked(model=model, data=data, heldout=heldout), here / "my_run", CPU)["config.yaml"]
     assert f'train: {{path: "{data}", columns: {{prompt: "question", target: "answer"}}}}' in page
     assert f'heldout: {{path: "{heldout}"}}  # as asked' in page
+    page = propose(Asked(model=model, data=heldout, heldout=data), here / "my_run", CPU)["config.yaml"]
+    assert f'heldout: {{path: "{data}", columns: {{prompt: "question", target: "answer"}}}}  # as asked' in page
+
+
+def test_a_first_row_that_lacks_something_decides_nothing(here: Path, model: str) -> None:
+    first: dict[str, object] = {"question": "Who?", "answer": None}
+    rows = [first, *({"question": row["prompt"], "answer": "So."} for row in PROMPTS)]
+    page = propose(Asked(model=model, data=write_rows(here / "q.jsonl", rows)), here / "my_run", CPU)["config.yaml"]
+    assert "61 prompts, 60 of them with a target" in page
+    rows = [{**PAIRS[0], "chosen": None}, *PAIRS]
+    page = propose(Asked(model=model, data=write_rows(here / "p.jsonl", rows)), here / "my_run", CPU)["config.yaml"]
+    assert "60 preferences; 1 rows cannot be used" in page
 
 
 def test_bad_rows_are_left_out_and_told(here: Path, model: str) -> None:
@@ -115,6 +128,8 @@ def test_bad_rows_are_left_out_and_told(here: Path, model: str) -> None:
     data = write_rows(here / "a.jsonl", rows)
     files = propose(Asked(model=model, data=data, heldout=data), here / "my_run", CPU)
     assert "1 rows cannot be used" in files["config.yaml"] and "on_bad_row: skip" in files["config.yaml"]
+    files = propose(Asked(model=model, data=write_rows(here / "c.jsonl", TARGETS), heldout=data), here / "r", CPU)
+    assert "on_bad_row: skip" in files["config.yaml"]
     with pytest.raises(DataError, match="10 of 70 rows cannot be used"):
         propose(Asked(model=model, data=write_rows(here / "b.jsonl", [*TARGETS, *rows[-1:] * 10])), here / "r", CPU)
 
@@ -126,12 +141,15 @@ def test_bad_rows_are_left_out_and_told(here: Path, model: str) -> None:
         (PROMPTS, {"method": "dpo"}, "has no `chosen` and `rejected`"),
         (PROMPTS, {"method": "sft"}, "60 of 60 rows of"),
         (TARGETS, {"method": "sft", "reward": True}, "generates nothing that --reward could score"),
+        (PROMPTS, {"quality": "harmles", "reward": True}, "'harmles' is no preset, did you mean 'harmless'"),
+        (PROMPTS, {"quality": "a\udcff"}, "'\\udcff' in an option is no whole character"),
+        (PROMPTS, {"heldout": "none.jsonl"}, "none.jsonl: no such file"),
     ],
 )
 def test_what_a_method_lacks_is_told(
     here: Path, model: str, rows: list[dict[str, object]], asked: dict[str, Any], line: str
 ) -> None:
-    with pytest.raises(UserError, match="--method") as caught:
+    with pytest.raises(UserError) as caught:
         propose(Asked(model=model, data=write_rows(here / "a.jsonl", rows), **asked), here / "my_run", CPU)
     assert line in str(caught.value)
 
@@ -144,8 +162,9 @@ def test_the_reward_that_is_written_works(here: Path, model: str, monkeypatch: p
     names["test_a_better_answer_has_a_higher_score"]()
     for module in [name for name in sys.modules if name.startswith("my_run")]:
         del sys.modules[module]
-    with pytest.raises(UserError, match="of a name that Python can import"):
-        propose(Asked(model=model, data=str(here / "data.jsonl"), reward=True), here / "my-run", CPU)
+    for name in ("my-run", "class", "json", "plumbline"):
+        with pytest.raises(UserError, match="of a name that Python can import"):
+            propose(Asked(model=model, data=str(here / "data.jsonl"), reward=True), here / name, CPU)
 
 
 def test_the_command_writes_and_looks(here: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,3 +182,25 @@ def test_the_command_writes_and_looks(here: Path, model: str, capsys: pytest.Cap
     assert "init: --data is missing" in capsys.readouterr().err
     assert not (here / "other").exists()
     assert {path: path.read_bytes() for path in (here / "my_run").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["日本", "!!!", "123", "null", "a: #", "_x", "a" * 99])
+def test_a_directory_may_be_called_anything(here: Path, model: str, name: str) -> None:
+    data, out = write_rows(here / "data.jsonl", PROMPTS[:3]), here / name
+    out.mkdir()
+    (out / "config.yaml").write_text(propose(Asked(model=model, data=data), out, CPU)["config.yaml"], encoding="utf-8")
+    assert load_config(out / "config.yaml").data.train.path == data
+
+
+def test_a_place_where_nothing_can_be_made(here: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_rows(here / "data.jsonl", PROMPTS)
+    for out in (f"{data}/my_run", "a" * 300):
+        assert main(["init", out, "--model", model, "--data", data]) == 2
+        assert f"{out}: cannot be made" in capsys.readouterr().err
+
+
+def test_an_input_that_ends_is_no_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["init", "my_run"]) == 2
+    assert "init: --model is missing" in capsys.readouterr().err

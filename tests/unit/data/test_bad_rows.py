@@ -10,6 +10,7 @@ from cli.main import main
 from plumbline.data.bad_rows import BadRows, by_reason
 from plumbline.data.dataset import as_row, read_labelled, read_preferences, read_prompts
 from plumbline.errors import DataError, RowError
+from tests.tiny import write_rows
 
 LINES = [
     '{"prompt": "Why?", "target": "So.", "kind": 3}',
@@ -117,3 +118,23 @@ def test_a_written_row_is_read_as_it_was(tmp_path: Path) -> None:
         records = read(str(file))
         again.write_text("".join(json.dumps(as_row(record)) + "\n" for record in records))
         assert read(str(again)) == records
+
+
+def test_rows_that_are_written_are_read_alike(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Why?", "prompt": "no prompt", "answer": "So.", "completion": "No.", "source": None},
+        {"question": "Who?", "prompt": "no prompt", "answer": None, "completion": "No.", "source": "a"},
+    ]
+    path, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    columns = ["--column", "prompt=question", "--column", "target=answer"]
+    assert main(["validate", path, *columns, "--write", str(out)]) == 0
+    first, second = read_prompts(str(out), target="read")
+    assert (first.messages[0].content, first.target, first.extra["source"]) == ("Why?", "So.", None)
+    assert (second.messages[0].content, second.target, second.extra["source"]) == ("Who?", None, "a")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Why?"}])
+    for out in (tmp_path / "none" / "out.jsonl", Path(path) / "out.jsonl", tmp_path / ("a" * 300 + ".jsonl")):
+        assert main(["validate", path, "--write", str(out)]) == 2
+        assert "cannot be made" in capsys.readouterr().err

@@ -180,6 +180,9 @@ BAD_ROWS: list[tuple[str, Row, list[str]]] = [
         ["has `messages` too, in which no user says it", "columns: {prompt: prompt}"],
     ),
     ("id is a list", {"prompt": "x", "id": [1]}, ["id: is a list", "text or a number"]),
+    ("half an id", {"prompt": "x", "id": "\ud800"}, ["id: holds half a character"]),
+    ("half of another", {"prompt": "x", "note": "a\ud800"}, ["note: holds half a character", "at 1"]),
+    ("half a name", {"prompt": "x", "n\ud800": 1}, ["'n\\ud800': its name holds half a character"]),
     ("blank id", {"prompt": "x", "id": ""}, ["id: is blank", "leave the key out"]),
     ("messages is text", {"messages": "hi"}, ["messages: is a str", "{role, content}"]),
     ("no messages", {"messages": []}, ["messages: is empty", "{role, content}"]),
@@ -335,6 +338,26 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     for content in (whole[: len(whole) // 2], b"PAR1 is not enough", whole[:4] + b"\xff" * 30 + whole[34:]):
         path.write_bytes(content)
         refused(lambda: read_prompts(str(path)), "a.parquet", "damaged Parquet", "write the file again")
+
+
+def test_parquet_that_cannot_be_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
+    refused(lambda: read_prompts(str(path)), "a.parquet: it names column 'prompt' twice; rename one")
+    pq.write_table(pa.table({"prompt": ["a"], "at": pa.array([2**62], pa.timestamp("us"))}), path)
+    refused(lambda: read_prompts(str(path)), "a.parquet, after row 0", "a value that cannot be read")
+
+
+def test_a_picture_that_is_none(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"prompt": datasets.Value("string"), "photo": parts})
+    rows = {"prompt": ["a"], "photo": [{"bytes": b"no picture", "path": None}]}
+    table = datasets.Dataset.from_dict(rows, features=features).data.table
+    features = datasets.Features({"prompt": datasets.Value("string"), "photo": datasets.Image()})
+    datasets.Dataset(table, info=datasets.DatasetInfo(features=features)).save_to_disk(str(tmp_path / "saved"))
+    refused(lambda: read_prompts(str(tmp_path / "saved")), "saved, after row 0", "a value that cannot be read")
 
 
 @pytest.mark.parametrize(

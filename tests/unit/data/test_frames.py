@@ -59,6 +59,18 @@ LOOKS = [
     "{{ raise_exception('no accents') if 'é' in messages[0].content else '' }}",
     "{{ strftime_now('%Y') }}",
     "{{ raise_exception('never') }}",
+    "{% if messages[0].content is sequence %}x{% endif %}",
+    "{% if messages[messages[0].content] is defined %}x{% endif %}",
+    "{% if messages[0].content in 'yes or no' %}x{% endif %}",
+    "{% for m in messages if m.content not in 'yes or no' %}x{% endfor %}",
+    "{% if messages[0].content is in 'yes or no' %}x{% endif %}",
+    "{% if messages | map(attribute='content') | select('in', 'yes or no') | list %}x{% endif %}",
+    "{% if messages[0].content is sameas messages[-1].content %}x{% endif %}",
+    "{% if messages | tojson | length > 60 %}x{% endif %}",
+    "{% if messages | map('tojson') | first | length > 60 %}x{% endif %}",
+    "{% if ''.join(messages[0].values()) | length > 9 %}x{% endif %}",
+    "{% block text %}{{ messages[0].content }}{% endblock %}{{ self.text() | upper }}",
+    "{% for m in messages recursive %}{{ m.content }}{{ loop([m]) | length if loop.depth < 2 }}{% endfor %}",
 ]
 ROLES = st.tuples(st.booleans(), st.integers(1, 3)).map(
     lambda shape: ["system"] * shape[0] + (["user", "assistant"] * shape[1])[:-1]
