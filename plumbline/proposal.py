@@ -7,6 +7,7 @@ the machine. Each choice stands in the config with its reason, to be changed the
 import importlib.util
 import json
 import keyword
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from plumbline.data.readers import read_rows
 from plumbline.data.row import nearest
 from plumbline.data.tokenizer import load_tokenizer, read_tokenizer
 from plumbline.errors import ModelError, UserError
+from plumbline.models.files import model_files
 from plumbline.models.positions import positions, read_config
 from plumbline.placement.machine import Machine
 from plumbline.records import Prompt
@@ -41,6 +43,8 @@ LOOKED_AT = 100
 """Rows that say which columns there are."""
 HELD_BACK, MOST_HELD_BACK, LEAST_TO_SPLIT = 0.1, 256, 20
 """The share of rows that no training sees, how many at most, and of how many rows some can be spared."""
+_RATES = ((5e7, "1.0e-3"), (1e9, "5.0e-4"), (math.inf, "2.0e-4"))
+"""Learning rates of an adapter, for models of so many weights at most."""
 BAD_ALLOWED = 0.05
 """The share of rows that may be left out, as `data.max_bad_rows` has it."""
 
@@ -80,6 +84,8 @@ class _Sizes:
     whole: int
     batch: int
     steps: int | None
+    weights: str
+    lr: str
 
 
 def propose(asked: Asked, out: Path, machine: Machine) -> dict[str, str]:
@@ -235,6 +241,7 @@ def _sizes(model: str, method: Method, seen: _Seen, machine: Machine) -> _Sizes:
         answer = min(answer, limit - prompt - steering)
     if answer < 1:
         raise ModelError(f"{model}: it reads {limit} tokens at most, too few for a prompt and its answer")
+    weights = sum(math.prod(one.shape) for one in model_files(model, "--model").values())
     batch = 64 if machine.gpus else 32
     whole_pass = -(-len(seen.rows) // batch)
     most = 256 if machine.gpus else 32
@@ -244,6 +251,8 @@ def _sizes(model: str, method: Method, seen: _Seen, machine: Machine) -> _Sizes:
         whole=min(_up(prompt + steering + answer, 64), limit),
         batch=batch,
         steps=most if whole_pass > most else None,
+        weights=f"{weights / 1e9:.1f} billion" if weights >= 1e9 else f"{weights / 1e6:.1f} million",
+        lr=next(lr for most_weights, lr in _RATES if weights <= most_weights),
     )
 
 
