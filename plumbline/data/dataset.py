@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TypeVar, Unpack
 
 from plumbline.config.reading import OnBad, Reading
-from plumbline.data.forms import Target, read_answer, read_asked, read_pair, read_target
+from plumbline.data.forms import Target, read_answer, read_asked, read_pair, read_target, unread_answers
 from plumbline.data.readers import Place, PlacedRow, read_rows, stop
 from plumbline.data.row import Row, close, shown
 from plumbline.errors import DataError, RowError
@@ -109,12 +109,13 @@ def _prompts(path: str, reading: Reading, parse: Callable[[Row], Prompt]) -> lis
 
 def _prompt(row: Row, target: Target) -> Prompt:
     asked = read_asked(row)
+    chosen, rejected = unread_answers(row, asked)
     return Prompt(
         id=row.identity(),
         messages=asked.messages,
         target=read_target(row, asked, target),
-        chosen=row.unread("chosen"),
-        rejected=row.unread_texts("rejected"),
+        chosen=chosen,
+        rejected=rejected,
         extra=row.extra(asked.taken),
         row=row.place.number,
     )

@@ -7,10 +7,12 @@ Alpaca's columns, and transcripts as HH has them. What has no text alone (images
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from plumbline.data.row import Row, article, shown
+from plumbline.errors import RowError
 from plumbline.records import Message
 
 ROLES = {
@@ -34,11 +36,13 @@ _SAID = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a row asks; `answer` where it goes on with the assistant's turn, `taken` the columns that are not ours."""
+    """What a row asks; `answer` where it goes on with the assistant's turn, `taken` the columns that are not ours,
+    `pair` where the prompt was found inside of its answers."""
 
     messages: tuple[Message, ...]
     answer: str | None = None
     taken: tuple[str, ...] = ()
+    pair: "Pair | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,18 @@ def read_asked(row: Row) -> Asked:
     if asked is None:
         if not (row.has("chosen") and row.has("rejected")):
             row.missing("messages" if "messages" in row.columns else "prompt", "`prompt` or `messages`")
-        asked = Asked(_implicit(row).messages)
+        pair = _implicit(row)
+        asked = Asked(pair.messages, pair=pair)
     return asked
+
+
+def unread_answers(row: Row, asked: Asked) -> tuple[str | None, tuple[str, ...]]:
+    """`chosen` and `rejected` of a row whose preference nobody reads: as `read_pair` has them, else what is text."""
+    pair = asked.pair
+    if pair is None and any(isinstance(row.get(key), list) for key in ("chosen", "rejected")):
+        with suppress(RowError):
+            pair = read_pair(row)
+    return (pair.chosen, pair.rejected) if pair else (row.unread("chosen"), row.unread_texts("rejected"))
 
 
 def read_target(row: Row, asked: Asked, how: Target) -> str | None:
@@ -69,12 +83,12 @@ def read_target(row: Row, asked: Asked, how: Target) -> str | None:
     """
     if row.has("target") or "target" in row.columns or (asked.answer is None and not row.values.get("completion")):
         return {"unread": row.unread, "read": row.text, "needed": row.required_text}[how]("target")
-    if asked.answer is not None:
-        return asked.answer
     if row.values.get("label") in (False, 0, "0"):
         if how == "needed":
             row.fail("label", "is 0: this answer is no target; pick the wanted rows, as in `where: {label: 1}`")
         return None
+    if asked.answer is not None:
+        return asked.answer
     if how == "unread" and not isinstance(row.values["completion"], str):
         return None
     return _completion(row, asked.messages)

@@ -168,7 +168,7 @@ def part_means(rows: Iterable[Mapping[str, Any]], **figures: str) -> dict[str, f
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The query of a single-turn prompt; the whole conversation as JSON of a longer one."""
-    if len(prompt.messages) == 1:
-        return prompt.query
+    """The query of a single-turn prompt; the whole conversation as JSON of a longer one; nothing of a bad row."""
+    if len(prompt.messages) < 2:
+        return prompt.query if prompt.messages else ""
     return json.dumps([{"role": m.role, "content": m.content} for m in prompt.messages], ensure_ascii=False)

@@ -54,6 +54,7 @@ PROMPTS: dict[str, tuple[Row, tuple[Message, ...], str | None]] = {
     "HH": ({"chosen": f"{HUMAN} So it is.", "rejected": f"{HUMAN} No."}, messages(ASK), None),
     "unpaired": ({"prompt": "Why?", "completion": "So it is.", "label": True}, messages(ASK), "So it is."),
     "unpaired, unwanted": ({"prompt": "Why?", "completion": "No.", "label": False}, messages(ASK), None),
+    "turns, unwanted": ({"messages": [ASK, SAY_NO], "label": 0}, messages(ASK), None),
     "stepwise": ({"prompt": "Why?", "completions": ["So", "it is."], "labels": [True, False]}, messages(ASK), None),
     "both, alike": ({"prompt": "Why?", "messages": [BE, ASK, SAY]}, messages(BE, ASK), "So it is."),
     "target comes first": ({"prompt": "Why?", "completion": "No.", "target": "So it is."}, messages(ASK), "So it is."),
@@ -118,6 +119,14 @@ def test_a_preference(tmp_path: Path, name: str) -> None:
     row, asked, rejected = PAIRS[name]
     [pair] = read_preferences(file_of(tmp_path, row))
     assert (pair.messages, pair.chosen, pair.rejected) == (asked, "So it is.", rejected)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_preference_that_nobody_reads_is_the_same(tmp_path: Path, name: str) -> None:
+    """Or what `validate --write` makes of such a file would have prompts in its answers, or no answers."""
+    path = file_of(tmp_path, PAIRS[name][0])
+    [unread], [read] = read_prompts(path), read_preferences(path)
+    assert (unread.chosen, unread.rejected) == (read.chosen, read.rejected)
 
 
 def test_labelled_answers(tmp_path: Path) -> None:

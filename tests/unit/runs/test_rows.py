@@ -9,6 +9,7 @@ from plumbline.config.file import parse_config
 from plumbline.config.tree import Config
 from plumbline.data.tokenizer import TEMPLATES, load_tokenizer
 from plumbline.errors import ConfigError, DataError
+from plumbline.runs.rollouts import prompt_text
 from plumbline.runs.rows import Rows, fit_rows, left_out, read_rows
 from tests.tiny import make_byte_tokenizer, write_rows
 
@@ -60,6 +61,7 @@ def test_they_are_left_out_and_listed(tmp_path: Path, tokenizer: Any) -> None:
     for name, others in (("dlma", []), ("self_contrast", ["target too long"])):
         unfit = rows.fits[name].unfit
         assert [one.reason for one in unfit] == ["bad row", "bad row", *others]
+        assert prompt_text(unfit[0].prompt) == ""
         assert unfit[0].detail.startswith(f"{train}, row 9, prompt: is blank")
         assert unfit[1].detail.startswith(f"{train}, row 10: the chat template refuses the turns (user): no accents")
     assert len(rows.heldout) == 8
