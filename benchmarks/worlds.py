@@ -29,7 +29,7 @@ def run(out: Path, config: str, seed: int, overrides: Sequence[str] = (), name: 
         world = make_world(out.absolute() / f"world-{seed}", seed)
         path = f"configs/{config}.yaml"
         read = load_config(path, overrides)
-        paths = {
+        paths: dict[str, object] = {
             "model.path": world / "model",
             "data.train.path": world / "prompts_train.jsonl",
             "data.heldout.path": world / "prompts_heldout.jsonl",
@@ -41,9 +41,20 @@ def run(out: Path, config: str, seed: int, overrides: Sequence[str] = (), name: 
         for i, section in enumerate(read.pipelines):
             if getattr(section, "pairs", None):
                 paths[f"pipelines.{i}.pairs.path"] = world / "preferences.jsonl"
-        sets = [*overrides, *(f"{key}={value}" for key, value in paths.items())]
-        command = [sys.executable, "-m", "cli", "run", path, "--run-dir", str(directory)]
-        subprocess.run([*command, *(part for one in sets for part in ("--set", one))], check=True, stdout=2)
+        run_config(path, directory, [*overrides, *(f"{key}={value}" for key, value in paths.items())])
+    return directory
+
+
+def run_config(path: Path | str, directory: Path, overrides: Sequence[str] = ()) -> Path:
+    """Run a config into `directory`, or go on with what is there; what is finished is not run again.
+
+    Returns:
+        `directory`. A run that fails ends the benchmark, which goes on from there when it is started again.
+    """
+    if not (directory / "evaluation.json").exists():
+        sets = [part for one in overrides for part in ("--set", one)]
+        command = [sys.executable, "-m", "cli", "run", str(path), "--run-dir", str(directory), *sets]
+        subprocess.run(command, check=True, stdout=2)
     return directory
 
 

@@ -19,8 +19,18 @@ from plumbline.config.tree import Config
 from plumbline.data.ending import encode_response
 from plumbline.data.prompting import render, steerings
 from plumbline.errors import PlumblineError
-from plumbline.methods.evaluation import Gap, Interval, bleu, corpus_ppl, gap, markdown, mean_interval, reward_win_rate
-from plumbline.records import GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
+from plumbline.methods.evaluation import (
+    Gap,
+    Interval,
+    bleu,
+    corpus_ppl,
+    distinct_n,
+    gap,
+    markdown,
+    mean_interval,
+    reward_win_rate,
+)
+from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
 from plumbline.runs.disk import write_text
 from plumbline.runs.evaluated import keep_answers, prompt_key
 
@@ -34,6 +44,7 @@ TURN = "evaluation"
 class Answers:
     """One policy's answers to the plain and the guided prompts, in the order of the prompts, with both rewards.
 
+    `ppl` is the policy's perplexity of the reference answers, `base_ppl` π0's of the policy's own plain ones.
     `parts` are what each part of a reward that is a sum gave to the plain ones, by their columns: ``reward NAME``.
     """
 
@@ -46,6 +57,7 @@ class Answers:
     lengths: list[int]
     finished: float
     ppl: float | None
+    base_ppl: float | None = None
     parts: Mapping[str, list[float]] = field(default_factory=dict)
 
 
@@ -65,9 +77,9 @@ def heldout_prompts(context: Context) -> list[Prompt]:
 
 
 async def answers_by_name(
-    context: Context, candidates: Mapping[str, PolicyRef], prompts: list[Prompt]
+    context: Context, candidates: Mapping[str, PolicyRef], prompts: list[Prompt], base: PolicyRef | None = None
 ) -> dict[str, Answers]:
-    """Every candidate's answers to the held-out prompts, sampled as the config says."""
+    """Every candidate's answers to the held-out prompts, sampled as the config says; `base`: see `answers_of`."""
     config = context.config
     assert config.evaluation is not None
     settings = config.evaluation.generation or config.methods[0].generation
@@ -75,7 +87,7 @@ async def answers_by_name(
     for name, ref in candidates.items():
         context.events.say(f"evaluating {name} on {len(prompts)} held-out prompts")
         try:
-            answers[name] = await answers_of(context, ref, prompts, settings, evaluation_principle(config))
+            answers[name] = await answers_of(context, ref, prompts, settings, evaluation_principle(config), base)
         except PlumblineError:
             if answers:  # what was measured stays
                 write_comparison(context, answers, prompts)
@@ -86,9 +98,18 @@ async def answers_by_name(
 
 
 async def answers_of(
-    context: Context, ref: PolicyRef, prompts: Sequence[Prompt], settings: Settings, principle: str | None
+    context: Context,
+    ref: PolicyRef,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    principle: str | None,
+    base: PolicyRef | None = None,
 ) -> Answers:
-    """Generate, score and measure one policy. Seeds are the prompts', so that policies meet the same luck."""
+    """Generate, score and measure one policy. Seeds are the prompts', so that policies meet the same luck.
+
+    Args:
+        base: π0 among the pool's policies, which then says how likely it finds the answers.
+    """
     sampling = Sampling(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
@@ -127,6 +148,7 @@ async def answers_of(
         lengths=[len(c.ids) for c in plain],
         finished=sum(c.finish_reason == "stop" for c in plain) / n,
         ppl=await target_ppl(context, ref, prompts),
+        base_ppl=await answers_ppl(context, base, requests[:n], plain) if base else None,
         parts={
             **{f"reward {name}": scores[:n] for name, scores in parts.items()},
             **{f"judge reward {name}": scores[:n] for name, scores in judged_parts.items()},
@@ -173,6 +195,16 @@ async def scores_of(
     return scores, parts
 
 
+async def answers_ppl(
+    context: Context, base: PolicyRef, requests: Sequence[GenerateRequest], answers: Sequence[Completion]
+) -> float | None:
+    """Corpus perplexity of `base` on the answers [N] to requests [N], as sampled; None where all of them are empty."""
+    groups = [
+        TokenGroup(request.prompt_ids, [one.ids]) for request, one in zip(requests, answers, strict=True) if one.ids
+    ]
+    return await ppl_of(context, base, groups) if groups else None
+
+
 async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]) -> float | None:
     """Corpus perplexity of the reference answers under the plain prompt, with EOS; None without references."""
     groups = [
@@ -180,8 +212,11 @@ async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]
         for p in prompts
         if p.target is not None
     ]
-    if not groups:
-        return None
+    return await ppl_of(context, ref, groups) if groups else None
+
+
+async def ppl_of(context: Context, ref: PolicyRef, groups: Sequence[TokenGroup]) -> float:
+    """Corpus perplexity of the only response of each group."""
     pool = context.pool
 
     async def one(batch: Sequence[TokenGroup]) -> list[list[list[float]]]:
@@ -214,6 +249,8 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
         row["PPL"] = one.ppl
         if all(p.target is not None for p in prompts):
             row["BLEU"] = bleu(one.plain, [p.target or "" for p in prompts])
+        row["base PPL"] = one.base_ppl
+        row["distinct-2"] = distinct_n(one.plain)
         row["tokens"] = sum(one.lengths) / len(one.lengths)
         row["finished"] = one.finished
         row["blank"] = sum(not text.strip() for text in one.plain)

@@ -270,7 +270,7 @@ async def evaluate_newest(context: Context) -> dict[str, Any]:
     for ref in newest.values():  # an older run's version is not in this run's store
         await context.fleet.store.publish.remote(read_publication(context.run_dir, ref))
     heldout = heldout_prompts(context)
-    answers = await answers_by_name(context, {"before": PolicyRef(), **newest}, heldout)
+    answers = await answers_by_name(context, {"before": PolicyRef(), **newest}, heldout, PolicyRef())
     return write_comparison(context, answers, heldout)
 
 
@@ -308,7 +308,7 @@ async def compare_policies(
                 if ref.version:
                     await context.fleet.store.publish.remote(read_publication(run_dir, ref))
             heldout = heldout or heldout_prompts(context)  # the same for all, whatever their tokenizers
-            answers |= await answers_by_name(context, refs, heldout)
+            answers |= await answers_by_name(context, refs, heldout, PolicyRef() if directory == base else None)
             result = write_comparison(context, {n: answers[n] for n in named if n in answers}, heldout)
         finally:
             await context.close()

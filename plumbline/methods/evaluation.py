@@ -68,6 +68,16 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     return sacrebleu.corpus_bleu(list(hypotheses), [list(references)]).score / 100
 
 
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Different n-grams over all n-grams of [N] texts together, in [0, 1]: a corpus that says the same again and again
+    is near 0 (Li et al., arXiv 1510.03055). Words are what white space parts, in lower case; compare equally many texts
+    of about equal lengths only. Without any n-gram it is 0.
+    """
+    words = [text.lower().split() for text in texts]
+    grams = [tuple(one[i : i + n]) for one in words for i in range(len(one) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean of `values` [N] with Student's t interval, ``mean ± t(N−1) · s / √N``: close to normal from N = 30 on.
 

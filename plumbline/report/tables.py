@@ -20,6 +20,8 @@ MEANING: Mapping[str, tuple[int, str]] = {
     "guided": (1, "the same with the principle before the prompt"),
     "gap": (-1, "guided − plain, paired by prompt; what is left to learn"),
     "PPL": (-1, "perplexity of the reference answers"),
+    "base PPL": (0, "perplexity of π0 on the plain answers: far above the first row's, it would not have said this"),
+    "distinct-2": (0, "different pairs of words over all pairs in the plain answers: near 0, they repeat each other"),
     "BLEU": (1, "of plain answers against the reference ones, 0 to 1; compare rankings only"),
     "tokens": (0, "mean length of plain answers"),
     "finished": (1, "share of plain answers that ended by themselves"),

@@ -37,7 +37,7 @@ from plumbline.runs.policies import (
 
 _ROUNDING = 2e-2
 """Nats a token by which a mean log-prob may differ for the rounding of weights in half precision alone."""
-_FIGURES = ("reward", "guided", "gap", "PPL", "BLEU", "tokens", "win rate")
+_FIGURES = ("reward", "guided", "gap", "PPL", "BLEU", "base PPL", "distinct-2", "tokens", "win rate")
 
 
 def export_model(run_dir: Path, name: str, out: Path, *, adapter: bool = False) -> str:

@@ -10,6 +10,7 @@ from plumbline.methods.evaluation import (
     bleu,
     corpus_ppl,
     data_accuracy,
+    distinct_n,
     gap,
     markdown,
     mean_interval,
@@ -36,6 +37,13 @@ def test_bleu_is_a_share_of_the_whole_corpus() -> None:
     assert bleu(["the cat sat on a mat"], [same]) == pytest.approx((1 / 12) ** 0.25, abs=1e-6)
     with pytest.raises(ValueError, match="1 values beside 0"):
         bleu([same], [])
+
+
+def test_a_corpus_that_repeats_itself_has_few_distinct_pairs() -> None:
+    assert distinct_n(["a b c", "a b"]) == 2 / 3
+    assert distinct_n(["A b", "a\tB"]) == 1 / 2, "words are compared in lower case, white space parts them"
+    assert distinct_n(["a b", "c d"]) == 1.0, "no pair goes over the border of two texts"
+    assert distinct_n(["a b c d"], 3) == 1.0 and distinct_n(["word", ""]) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,20 @@ import pytest
 
 from actors.scorer import Scores
 from pipelines import evaluate
-from pipelines.evaluate import JUDGED_AT_ONCE, Answers, answers_by_name, reward_columns, scores_of, summarize
+from pipelines.evaluate import (
+    JUDGED_AT_ONCE,
+    Answers,
+    answers_by_name,
+    answers_ppl,
+    reward_columns,
+    scores_of,
+    summarize,
+)
 from pipelines.rewarding import Rewarding
 from pipelines.run import watched
 from plumbline.config.data import ProgramReward, SumReward
 from plumbline.errors import LostError, RunError
-from plumbline.records import Message, PolicyRef, Prompt
+from plumbline.records import Completion, GenerateRequest, Message, PolicyRef, Prompt, Sampling, TokenGroup
 from plumbline.report.files import read_evaluation
 from plumbline.runs.evaluated import prompt_key, read_answers
 
@@ -107,6 +115,35 @@ def test_an_evaluation_without_any_finite_reward_has_its_other_figures() -> None
     assert reward_columns("", [math.nan, math.nan], []) == {}
     rows = summarize({"before": answers([1.0, 2.0]), "ple": answers([math.nan, math.nan])}, PROMPTS, 1)["rows"]
     assert rows[1]["tokens"] == 1.5 and "win rate" not in rows[1] and "reward" not in rows[1]
+
+
+def test_what_the_base_thinks_of_answers_is_over_their_own_tokens_after_plain_prompts() -> None:
+    asked: list[TokenGroup] = []
+
+    async def logprobs(groups: list[TokenGroup], ref: PolicyRef) -> list[list[list[float]]]:
+        assert ref == PolicyRef()
+        asked.extend(groups)
+        return [[[-math.log(2.0)] * len(group.response_ids[0])] for group in groups]
+
+    async def ask(_: str, answers: int, tokens: int, call: Any) -> Any:
+        assert (answers, tokens) == (1, 3)
+        return await call(SimpleNamespace(logprobs=SimpleNamespace(remote=logprobs)))
+
+    requests = [
+        GenerateRequest(
+            key=str(i),
+            prompt_ids=[7, i],
+            ref=PolicyRef(policy="ple", version=3),
+            sampling=Sampling(max_tokens=4),
+            seed=0,
+        )
+        for i in range(2)
+    ]
+    drawn = [Completion(text="", ids=[], finish_reason="length"), Completion(text="x", ids=[4], finish_reason="stop")]
+    run: Any = SimpleNamespace(pool=SimpleNamespace(batch=8, ask=ask))
+    assert asyncio.run(answers_ppl(run, PolicyRef(), requests, drawn)) == pytest.approx(2.0)
+    assert asked == [TokenGroup([7, 1], [[4]])]
+    assert asyncio.run(answers_ppl(run, PolicyRef(), requests[:1], drawn[:1])) is None
 
 
 def test_an_evaluation_without_a_reward_is_one_that_the_report_reads(tmp_path: Path) -> None:
