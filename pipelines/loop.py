@@ -27,7 +27,7 @@ from actors.spawn import ask, start_learner
 from pipelines.context import Context
 from pipelines.method import Method, Rollout
 from pipelines.monitor import busy_seconds, busy_share, gpu_use, memory
-from plumbline.config.pipelines import Frozen, MethodSection, Pipeline
+from plumbline.config.pipelines import MethodSection, Pipeline
 from plumbline.errors import LostError, RunError
 from plumbline.records import PolicyRef, Sample
 from plumbline.runs.mirror import prune_versions
@@ -59,7 +59,7 @@ async def run_method(context: Context, method: Method, section: MethodSection) -
         LossError: the loss became NaN or infinite.
         RunError: the learner or an actor ended beyond repair.
     """
-    if isinstance(section, Frozen) and not section.train:
+    if not section.trains:
         method.rejected.keep_steps(method.parts.steps())
         await make_parts(context, method)
         return

@@ -95,7 +95,7 @@ def engine_spec(
     adapters = [p.policy for p in config.served if isinstance(p.policy, LoraPolicy)]
     listed = [policy.target_modules for policy in adapters if isinstance(policy.target_modules, list)]
     targets = sorted({name for names in listed for name in names}) if len(listed) == len(adapters) else []
-    whole = any(isinstance(p.policy, FullPolicy) for p in config.methods)
+    whole = any(isinstance(p.policy, FullPolicy) for p in config.served)
     return EngineSpec(
         model_path=model_path,
         dtype=dtype,
@@ -103,7 +103,7 @@ def engine_spec(
         max_model_len=planned(config.model.max_len),
         max_num_seqs=settings.max_num_seqs,
         max_lora_rank=max((policy.r for policy in adapters), default=8),
-        max_adapters=0 if whole else versions,
+        max_adapters=versions if adapters and not whole else 0,
         threads=planned(settings.cpus),
         kv_cache_gib=settings.kv_cache_gib,
         memory_share=planned(settings.memory_share),

@@ -65,7 +65,6 @@ def _given(section: BaseModel, key: str, names: list[str] | None, why: str = "",
 def _run(config: Config) -> Idle:
     methods, heldout = config.methods, config.data.heldout
     rewards = [p for p in config.pipelines if isinstance(p, RewardModel)]
-    made = any(not isinstance(one, Frozen) or one.train for one in config.served)
     skips, why = config.data.on_bad_row == "skip", "is what `on_bad_row: skip` may leave out; set that, or leave it out"
     yield from _given(config.data, "data", ["max_bad_rows"], why, acts=skips)
     if config.sft and len(rewards) == len(config.pipelines):
@@ -75,7 +74,7 @@ def _run(config: Config) -> Idle:
         )
     if config.evaluation and heldout is None:
         yield "evaluation", "asks held-out prompts; give `data.heldout`, or leave it out"
-    if config.evaluation and not (methods and made):
+    if config.evaluation and not (methods and config.served):
         yield "evaluation", "compares what pipelines that generate have trained, and none does here; leave it out"
     if heldout and not (config.evaluation or rewards):
         yield "data.heldout", "is what `evaluation` asks; add `evaluation: {}`, or leave it out"
@@ -146,7 +145,7 @@ def _method(config: Config, one: MethodBase, key: str) -> Idle:
             yield from _given(one, key, ["contrast"], why, acts=evaluates)
     elif isinstance(one, SelfContrast) and not one.filter:
         yield from _given(one, key, ["keep"], "is the share that the filter keeps, and `filter` is false")
-    if isinstance(one, Frozen) and not one.train:
+    if not one.trains:
         why = "is of training, and `train` is false; leave it out"
         trained = {"epochs", "policy", "beta", "margin_weight"}
         yield from _given(one, key, [name for name in type(one).model_fields if name in trained], why)

@@ -25,6 +25,11 @@ class PipelineBase(Section):
     learner: Learner = Learner()
 
     @property
+    def trains(self) -> bool:
+        """Whether it has a learner."""
+        return True
+
+    @property
     def keep_versions(self) -> int | None:
         """How many versions of its policy stay on disk, the newest; None: all.
 
@@ -100,6 +105,10 @@ class Frozen(MethodBase):
     epochs: Count = Field(default=1, description="passes of the learner over the parts")
     ahead: Count = Field(default=4, description="parts that generation may be ahead of the learner")
     train: bool = Field(default=True, description="false: only make the parts")
+
+    @property
+    def trains(self) -> bool:
+        return self.train
 
 
 class Preference(Frozen):

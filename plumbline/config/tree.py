@@ -120,8 +120,11 @@ class Config(Section):
 
     @property
     def served(self) -> list["MethodSection | Sft"]:
-        """The pipelines whose versions generators load: all that generate, and `sft` with an adapter."""
-        return [*self.methods, *(p for p in self.pipelines if isinstance(p, Sft) and p.serves_adapter)]
+        """The pipelines whose versions generators load: all that generate and train, and `sft` with an adapter."""
+        return [
+            *(p for p in self.methods if p.trains),
+            *(p for p in self.pipelines if isinstance(p, Sft) and p.serves_adapter),
+        ]
 
     @property
     def reference_quantize(self) -> Literal["nf4"] | None:

@@ -149,7 +149,7 @@ def _threads(config: Config, machine: Machine, device: Literal["cpu", "cuda"]) -
     if config.serve.enabled and config.serve.placement == "replicas":
         engines += config.serve.most_replicas
     asked: list[tuple[int, float | None]] = [(engines, given(generator.cpus))] if config.methods else []
-    asked += [(bounds(p.learner.workers)[1], given(p.learner.cpus)) for p in config.pipelines]
+    asked += [(bounds(p.learner.workers)[1], given(p.learner.cpus)) for p in config.pipelines if p.trains]
     taken = sum(count * cpus for count, cpus in asked if cpus is not None)
     open_ = sum(count for count, cpus in asked if cpus is None)
     return max(1, min(MOST_THREADS, int((machine.cpus - taken) // max(1, open_))))

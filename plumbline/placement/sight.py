@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from plumbline.config.demand import one_of
-from plumbline.config.pipelines import Frozen
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError
 from plumbline.placement.start import Placed
@@ -19,7 +18,7 @@ def check_seen(placed: Placed, run_dir: Path) -> str:
     roles: list[tuple[str, Mapping[str, float]]] = []
     merged = config.model.adapter is not None  # π0 lies in it
     if config.storage_path is None or merged:  # checkpoints go through the storage
-        learn = [p for p in (config.sft, *config.pipelines) if p and not (isinstance(p, Frozen) and not p.train)]
+        learn = [p for p in (config.sft, *config.pipelines) if p and p.trains]
         roles += [(f"the learner of {one.name}", one_of(one.learner)) for one in learn]
     if (config.sft or merged) and config.methods:
         roles.append(("a generator", one_of(config.fleet.generator)))
