@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
+from actors.engines.seam import engine_spec
 from plumbline.config.demand import demand, reference_replicas
 from plumbline.config.file import parse_config
 from plumbline.config.section import bounds, planned
@@ -277,6 +278,14 @@ def test_without_a_gpu_nothing_changes() -> None:
 def test_processors_are_shared_by_engines_and_learners(cpus: int, threads: int) -> None:
     plan = plan_of(config_of(), machine_of(0, cpus=cpus), SMALL)
     assert plan.config.fleet.generator.cpus == plan.config.pipelines[0].learner.cpus == threads
+
+
+def test_what_only_makes_parts_leaves_its_processors_and_no_room_for_adapters_to_the_engine() -> None:
+    made = plan_of(config_of([{"type": "raft", "train": False}]), machine_of(0, cpus=2), SMALL).config
+    assert made.fleet.generator.cpus == 2 and engine_spec(made, "base", "float32", "cpu", versions=2).max_adapters == 0
+    taught = plan_of(config_of([{"type": "raft"}]), machine_of(0, cpus=2), SMALL).config
+    assert taught.fleet.generator.cpus == 1
+    assert engine_spec(taught, "base", "float32", "cpu", versions=2).max_adapters == 2
 
 
 def test_a_cluster_without_a_gpu_yet_is_asked_for_whole_ones() -> None:
