@@ -31,6 +31,7 @@ _DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead learner worker is noticed within this
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a learner that only logs
     "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",  # an engine's own processes die with it
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # what nobody waits for any more is of a process whose loss was told
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine is not a broken proxy
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",

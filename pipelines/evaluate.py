@@ -246,10 +246,12 @@ def summarize(answers: Mapping[str, Answers], prompts: Sequence[Prompt], samples
         row |= reward_columns("judge ", one.judged, one.judged_guided)
         scored = {column: [a for a in scores if finite(a)] for column, scores in one.parts.items()}
         row |= {column: mean_interval(scores) for column, scores in scored.items() if scores}
-        row["PPL"] = one.ppl
+        if one.ppl is not None:
+            row["PPL"] = one.ppl
         if all(p.target is not None for p in prompts):
             row["BLEU"] = bleu(one.plain, [p.target or "" for p in prompts])
-        row["base PPL"] = one.base_ppl
+        if one.base_ppl is not None:
+            row["base PPL"] = one.base_ppl
         row["distinct-2"] = distinct_n(one.plain)
         row["tokens"] = sum(one.lengths) / len(one.lengths)
         row["finished"] = one.finished
