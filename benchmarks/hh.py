@@ -181,7 +181,7 @@ def prepare(options: argparse.Namespace, size: Size, model: str) -> None:
         write_rows(data / f"{name}.jsonl", some)
     write_rows(data / "heldout.jsonl", [*kept["heldout_hh"], *kept["xstest"]])
     counts = {"rows": len(rows), **{name: len(some) for name, some in kept.items()}}
-    (data / "counts.json").write_text(json.dumps({**asked, **counts}), "utf-8")
+    (data / "counts.json").write_text(json.dumps({"of": asked, **counts}), "utf-8")
 
 
 def distil(out: Path, seed: int) -> None:

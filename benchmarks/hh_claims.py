@@ -6,7 +6,7 @@ below, and cannot be said where 0 is inside. Rewards are paired by prompt; of se
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from plumbline.methods.evaluation import Interval, mean_interval
@@ -20,11 +20,12 @@ Rewards = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A line of the claims' table."""
+    """A line of the claims' table; `judged`: by the reward model's scores."""
 
     claim: str
     verdict: str
     figure: str
+    judged: bool = True
 
 
 def verdict(difference: Interval) -> str:
@@ -68,7 +69,7 @@ def above_chance(agreement: Interval, claim: str) -> Claim:
 def near(ours: float, theirs: float, claim: str) -> Claim:
     """That a perplexity, which has no interval, is at most `NEAR` times another."""
     figure = f"{ours:.2f} against {theirs:.2f}, ×{ours / theirs:.3f} (near: at most ×{NEAR:g})"
-    return Claim(claim=claim, verdict=HOLDS if ours <= NEAR * theirs else FAILS, figure=figure)
+    return Claim(claim=claim, verdict=HOLDS if ours <= NEAR * theirs else FAILS, figure=figure, judged=False)
 
 
 def rises(shares: Mapping[str, Interval], claim: str) -> Claim:
@@ -96,6 +97,11 @@ def falling_returns(rewards: Rewards, first: str, middle: str, last: str, claim:
     found = combined(rewards, {middle: 2, first: -1, last: -1})
     figure = f"({middle} − {first}) − ({last} − {middle}): {told(found)}"
     return Claim(claim=claim, verdict=verdict(found), figure=figure)
+
+
+def by_a_coin(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims where the reward model cannot be told from a coin: nothing can be said by its scores."""
+    return [replace(one, verdict=OPEN) if one.judged else one for one in claims]
 
 
 def told(found: Interval) -> str:

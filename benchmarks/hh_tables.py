@@ -14,6 +14,7 @@ from hh_claims import (
     Rewards,
     above_chance,
     best_inside,
+    by_a_coin,
     combined,
     falling_returns,
     greater,
@@ -257,19 +258,23 @@ def best_many(seeds: Sequence[Figures]) -> str:
     return f"The best here was {best.replace('-', ' = ')}; above {others}."
 
 
-def judge_told(out: Path) -> str:
-    """How right the reward model is, and how little that says."""
+def judge_of(out: Path) -> tuple[Interval, int]:
+    """How often the reward model orders held-out pairs as people did, and of how many pairs it was trained."""
     [*_, found] = sorted((out / "reward/policies/reward").glob("v*/accuracy.json"))
     said = json.loads(found.read_text("utf-8"))
     right = round(said["heldout_accuracy"] * said["heldout"])
-    known = share([True] * right + [False] * (said["heldout"] - right))
+    return share([True] * right + [False] * (said["heldout"] - right)), said["trained_on"]
+
+
+def judge_told(accuracy: Interval, trained_on: int) -> str:
+    """How right the reward model is, and how little that says."""
     text = (
-        f"The reward model, trained on {said['trained_on']} human pairs of the other half, orders {percent(known)} of "
-        f"{said['heldout']} held-out pairs as people did, who do not agree with one another either. A difference that "
-        "it sees is one that a weak judge sees."
+        f"The reward model, trained on {trained_on} human pairs of the other half, orders {percent(accuracy)} of "
+        f"{accuracy.n} held-out pairs as people did, who do not agree with one another either. A difference that it "
+        "sees is one that a weak judge sees."
     )
-    chance = " Its interval holds one half: it cannot be told from a coin, nor can any verdict by it."
-    return text + (chance if known.low <= 0.5 else "")
+    coin = " Its interval holds one half: it cannot be told from a coin, and no claim can be said by its scores."
+    return text + (coin if accuracy.low <= 0.5 else "")
 
 
 def updates_told(seeds: Sequence[Figures]) -> str:
@@ -283,16 +288,17 @@ def updates_told(seeds: Sequence[Figures]) -> str:
 def report(out: Path, seeds: Sequence[Figures], heldout: Heldout, theory: Sequence[str]) -> str:
     """All tables."""
     counts = read_counts(out / "data")
-    marked = [NOTHING] if counts["size"] == "small" else []
+    marked = [NOTHING] if counts["of"]["size"] == "small" else []
     split = (
         f"{counts['rows']} rows of HH; by conversation, one half: {counts['reward_train']} pairs for the reward model "
         f"and {counts['reward_heldout']} held out; the other: {counts['train']} prompts to train on and "
         f"{counts['heldout_hh']} held out. XSTest: {counts['xstest']} prompts. PPL is of HH's chosen answers; base PPL "
         "(π0's, of the new answers), distinct-2 and tokens are over all held-out prompts, XSTest's among them."
     )
-    found = claims(seeds)
+    judge, trained_on = judge_of(out)
+    found = claims(seeds) if judge.low > 0.5 else by_a_coin(claims(seeds))
     pieces = [
-        *(split, judge_told(out), updates_told(seeds)),
+        *(split, judge_told(judge, trained_on), updates_told(seeds)),
         *marked,
         main_table(seeds, heldout),
         "How R lies in the pairs that were drawn:",

@@ -11,6 +11,7 @@ from benchmarks.hh_claims import (
     above_chance,
     best_inside,
     between,
+    by_a_coin,
     combined,
     falling_returns,
     greater,
@@ -83,3 +84,8 @@ def test_returns_fall_where_the_first_step_gains_more() -> None:
     steps = {"1": LOW, "4": HIGH, "16": row(1.1, 2.2, 3.1, 4.0)}
     assert falling_returns(steps, "1", "4", "16", "c").verdict == HOLDS
     assert falling_returns({"1": LOW, "4": row(0.1, 1.1, 2.1, 3.1), "16": HIGH}, "1", "4", "16", "c").verdict == FAILS
+
+
+def test_by_a_coin_nothing_is_said_but_of_perplexity() -> None:
+    found = by_a_coin([greater({"low": LOW, "high": HIGH}, "high", "low", "c"), near(10, 10, "c")])
+    assert [one.verdict for one in found] == [OPEN, HOLDS] and "+1.000" in found[0].figure
