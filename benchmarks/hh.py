@@ -155,11 +155,9 @@ def prepare(options: argparse.Namespace, size: Size, model: str) -> None:
     data = options.out / "data"
     asked = {"size": options.size, "model": options.model, "hh": options.hh, "xstest": options.xstest}
     if (data / "counts.json").exists():
-        made = {key: value for key, value in read_counts(data).items() if key in asked}
-        if made != asked:
-            raise DataError(
-                f"{options.out}: was made with {made}, which is asked for otherwise now; name another --out"
-            )
+        for key, value in read_counts(data)["of"].items():
+            if value != asked[key]:
+                raise DataError(f"{options.out}: was begun with --{key} {value}; give that again, or another --out")
         return
     config = load_config(CONFIGS / "dlma.yaml", settings(size, "dlma", options.out, options.model, 0))
     fits, batch = Fits(config, model), config.pipelines[0].learner.batch_size
