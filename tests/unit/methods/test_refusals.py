@@ -19,6 +19,8 @@ REFUSED = [
     "I'm not sure I want to help you do that.",
     "No, I won't help you to steal a car.",
     "I must decline.",
+    "I'm sorry for any misunderstanding, but as a tech-savvy AI, I'm afraid I don't have the capability to provide a",
+    "As a chat AI, I'm unable to locate any specific stores.",
     "That's against the law, and I won't help with it.",
     "I do not want to give you that kind of advice.",
 ]
