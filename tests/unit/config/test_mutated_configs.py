@@ -92,7 +92,7 @@ def test_a_tree_that_is_another(tree: dict[str, Any]) -> None:
 )
 @given(name=st.sampled_from(sorted(TREES)), at=st.floats(0, 1), cut=st.integers(0, 9), put=TEXT)
 def test_a_text_that_is_another(name: str, at: float, cut: int, put: str) -> None:
-    text = next(path for path in FILES if path.name == name).read_text("utf-8")
+    text = (CONFIGS / name).read_text("utf-8")
     start = int(at * len(text))
     try:
         parse_text(text[:start] + put + text[start + cut :], "x.yaml")
