@@ -1,10 +1,11 @@
 """DLMA (METHODS.md §1): answers to a wanted and to an opposite prompt, judged by π0's own odds, into a margin DPO.
 
-Wiring only. Generation and judging are π0's throughout, so the learner trains while later parts are still being made.
+Wiring only. With `sides: plain` both answers are to the query alone, and the judgement orders them (RLAIF). Generation
+and judging are π0's throughout, so the learner trains while later parts are still being made.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -35,8 +36,10 @@ class DlmaMethod(Method):
         """Two answers a prompt, and six log-probs of π0: four for the margin, two as DPO's reference."""
         if self._offline:
             return self._offline.rollout(step, prompts)
-        sides = {"positive": self._contrast.positive, "negative": self._contrast.negative}
-        asked = await self._requests(step, prompts, ref, sides)
+        plain = self._dlma.sides == "plain"
+        contrasts = {"positive": self._contrast.positive, "negative": self._contrast.negative}
+        kinds = {"first": None, "second": None} if plain else contrasts
+        asked = await self._requests(step, prompts, ref, kinds)
         judged = await self._contrast_prompts(prompts)
         queries = [query for query in self._queries(prompts) for _ in range(2)]
         context = self._context
@@ -49,24 +52,27 @@ class DlmaMethod(Method):
         scored = self.reward.look(found)
         rows, rejected = [], []
         for i, prompt in enumerate(prompts):
-            chosen, other = answers[2 * i].completions[0], answers[2 * i + 1].completions[0]
+            own = [answers[2 * i + side].completions[0] for side in (0, 1)]
             judgement = judge(logps[i])
-            if reason := unusable(chosen, other, judgement["margin"]):
+            if reason := unusable(dict(zip(kinds, own, strict=True)), judgement["margin"]):
                 rejected.append(rejected_row(step, prompt, *reason))
                 continue
+            order = (1, 0) if plain and judgement["margin"] < 0 else (0, 1)
+            said = logps[i] if order == (0, 1) else turned(logps[i])
             rows += pair_rows(
                 step=step,
                 prompt=prompt,
                 prompt_ids=judged[i].plain_ids,
                 answers=[
-                    Answer(text=one.text, ids=one.ids, finish_reason=one.finish_reason) for one in (chosen, other)
+                    Answer(text=own[side].text, ids=own[side].ids, finish_reason=own[side].finish_reason)
+                    for side in order
                 ],
-                ref_logps=logps[i].reference,
-                rewards=[scored.values[2 * i + side][0] for side in (0, 1)] if scored else None,
-                parts=[scored.parts(2 * i + side, 0) for side in (0, 1)] if scored else (),
+                ref_logps=said.reference,
+                rewards=[scored.values[2 * i + side][0] for side in order] if scored else None,
+                parts=[scored.parts(2 * i + side, 0) for side in order] if scored else (),
                 engine=answers[2 * i].engine,
                 model=context.fingerprint,
-                judged=judgement,
+                judged=judge(said),
             )
         return Rollout(rows=rows, rejected=rejected, tokens=sum(one.tokens for one in answers))
 
@@ -113,11 +119,23 @@ def judge(logps: ContrastLogps) -> dict[str, float]:
     return {"margin": float(margin), **dict(zip(names, four, strict=True))}
 
 
-def unusable(chosen: Completion, other: Completion, margin: float) -> tuple[str, str] | None:
-    """Why a pair cannot be learnt from, and a detail; None where it can (METHODS.md §4)."""
-    for kind, answer in (("positive", chosen), ("negative", other)):
+def turned(logps: ContrastLogps) -> ContrastLogps:
+    """Those of the same two answers with the other one as the chosen: R has the other sign."""
+    return ContrastLogps(
+        reference=(logps.reference[1], logps.reference[0]),
+        chosen_pos=logps.rejected_pos,
+        chosen_neg=logps.rejected_neg,
+        rejected_pos=logps.chosen_pos,
+        rejected_neg=logps.chosen_neg,
+    )
+
+
+def unusable(answers: Mapping[str, Completion], margin: float) -> tuple[str, str] | None:
+    """Why a pair cannot be learnt from, and a detail; None where it can (METHODS.md §4). `answers`: both, by kind."""
+    for kind, answer in answers.items():
         if not answer.text.strip():
             return "blank answer", kind
-    if chosen.ids == other.ids:
+    first, second = answers.values()
+    if first.ids == second.ids:
         return "identical answers", ""
     return None if math.isfinite(margin) else ("margin not finite", str(margin))

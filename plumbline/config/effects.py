@@ -141,7 +141,7 @@ def _method(config: Config, one: MethodBase, key: str) -> Idle:
         if isinstance(one, SelfContrast):
             yield from _given(one, key, ["samples", "keep", "filter"], why)
         if isinstance(one, Dlma):
-            yield from _given(one, key, ["scoring", "eos_in_margin"], why)
+            yield from _given(one, key, ["sides", "scoring", "eos_in_margin"], why)
             yield from _given(one, key, ["contrast"], why, acts=evaluates)
     elif isinstance(one, SelfContrast) and not one.filter:
         yield from _given(one, key, ["keep"], "is the share that the filter keeps, and `filter` is false")

@@ -139,6 +139,11 @@ class Dlma(Preference):
     type: Literal["dlma"]
     name: Name = "dlma"
     contrast: Contrasts = Contrasts(preset="harmless")
+    sides: Literal["contrast", "plain"] = Field(
+        default="contrast",
+        description="what the two answers are to; plain: both to the query alone, the one that R prefers is the chosen "
+        "one, as RLAIF has it",
+    )
     scoring: Contrasts | None = Field(default=None, description="prompts of the self-reward; default: `contrast`")
     margin_weight: float = Field(default=0.2, ge=0, description="w, inside β; 0 is plain DPO")
     margin_clamp: tuple[float, float] = Field(default=(-40.0, 40.0), description="least and most R that counts, nats")

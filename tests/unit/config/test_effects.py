@@ -82,6 +82,7 @@ IDLE: list[tuple[str, Tree]] = [
         tree({**DLMA, "contrast": {"preset": "helpful", "positive": "a", "negative": "b"}}),
     ),
     ("pipelines.0.pairs.limit", tree({**DLMA, "pairs": {**PAIRS["pairs"], "limit": 4}})),
+    ("pipelines.0.sides", tree({**DLMA, **PAIRS, "sides": "plain"})),
     ("pipelines.0.eos_in_margin", tree({**DLMA, **PAIRS, "eos_in_margin": True})),
     ("pipelines.0.learner.lr", tree({**DLMA, "train": False, "learner": {"lr": 0.1}})),
     ("pipelines.0.beta", tree({**DLMA, "train": False, "beta": 0.3})),

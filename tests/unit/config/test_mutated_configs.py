@@ -19,8 +19,9 @@ from plumbline.errors import ConfigError
 
 EXAMPLES = int(os.environ.get("PLUMBLINE_EXAMPLES", "25"))
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-FILES = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
-TREES = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in FILES}
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+TREES = {path.relative_to(CONFIGS).as_posix(): yaml.safe_load(path.read_text("utf-8")) for path in FILES}
 TEXT = st.text() | st.sampled_from(["auto", "", "\x00", "inf", "1e999", "../x", "lora", "{}", "ple"])
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 2**63, 10**400, float("inf"), float("nan")])
 VALUES = st.recursive(
@@ -91,7 +92,7 @@ def test_a_tree_that_is_another(tree: dict[str, Any]) -> None:
 )
 @given(name=st.sampled_from(sorted(TREES)), at=st.floats(0, 1), cut=st.integers(0, 9), put=TEXT)
 def test_a_text_that_is_another(name: str, at: float, cut: int, put: str) -> None:
-    text = next(path for path in FILES if path.name == name).read_text("utf-8")
+    text = (CONFIGS / name).read_text("utf-8")
     start = int(at * len(text))
     try:
         parse_text(text[:start] + put + text[start + cut :], "x.yaml")

@@ -21,6 +21,7 @@ from pipelines.self_contrast import SelfContrastMethod
 from plumbline.config.file import parse_config
 from plumbline.data.ending import encode_response
 from plumbline.data.length_filter import Fit
+from plumbline.data.prompting import render
 from plumbline.errors import RunError
 from plumbline.miniature.tokenizer import make_tokenizer
 from plumbline.records import Completion, GenerateRequest, Generation, Message, PolicyRef, Prompt
@@ -181,6 +182,30 @@ def test_dlma_keeps_pairs_with_their_margin_and_says_why_not(tmp_path: Path) -> 
     assert figures["margin_negative_share"] == 0.5
     assert figures["clamp_saturation"] == 0.5, "-60 is below the clamp's -40"
     assert "agreement" not in figures, "there is no reward"
+
+
+def test_plain_sides_are_asked_the_query_alone_and_ordered_by_the_sign_of_the_margin(tmp_path: Path) -> None:
+    section = {"type": "dlma", "sides": "plain", "generation": {"max_tokens": 16}}
+    asked: dict[str, list[int]] = {}
+
+    def answer(request: GenerateRequest) -> list[str]:
+        asked[request.key] = request.prompt_ids
+        return ["You waste my time."] if request.key.endswith("first") else [TARGET]
+
+    run = context(tmp_path, section, answer, count=2)
+    method = DlmaMethod(run, section_of(section))
+    margins = {"p0": 2.5, "p1": -2.5}
+    order = [prompt.id for prompt in method._draw(1)]
+    run.fleet.reference = [SimpleNamespace(**contrast([margins[name] for name in order]))]
+    by_prompt = {row["prompt_id"]: row for row in roll(method).rows}
+    plain = {prompt.id: render(TOKENIZER, prompt.messages) for prompt in run.rows.prompts}
+    assert asked == {f"1/{name}/{kind}": plain[name] for name in plain for kind in ("first", "second")}
+    first, second = by_prompt["p0"], by_prompt["p1"]
+    assert (first["chosen"], first["rejected"]) == ("You waste my time.", TARGET)
+    assert (second["chosen"], second["rejected"]) == (TARGET, "You waste my time."), "R prefers the second"
+    assert first["margin"] == second["margin"] == 2.5
+    assert (first["ref_chosen_logps"], second["ref_chosen_logps"]) == (-3.0, -4.0)
+    assert (second["chosen_pos"], second["rejected_pos"]) == (0, -12.5)
 
 
 def test_dlma_agrees_where_the_sign_of_the_margin_is_the_rewards(tmp_path: Path) -> None:
