@@ -50,7 +50,7 @@ def refusal(tree: Mapping[str, Any]) -> str:
 # Good forms
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads_and_is_the_same_after_a_round_trip(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     kept = tmp_path / "config.yaml"
