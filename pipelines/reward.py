@@ -16,6 +16,7 @@ from plumbline.config.section import planned
 from plumbline.data.dataset import LabelledText
 from plumbline.data.length_filter import AT_ONCE
 from plumbline.data.reward_text import reward_texts
+from plumbline.errors import RunError
 from plumbline.records import PolicyRef, Prompt, Sample, ScoreRequest, TokenGroup
 from plumbline.runs.disk import write_text
 from plumbline.runs.policies import PROOF, version_directory
@@ -77,12 +78,18 @@ def reward_batches(context: Context, section: RewardModel) -> tuple[Batches, lis
 
 
 async def heldout_accuracy(context: Context, section: RewardModel, directory: Path, rows: list[Labelled]) -> float:
-    """Share of texts on the right side of 0, or of pairs in the right order, as the scorer actor judges them."""
+    """Share of texts on the right side of 0, or of pairs in the right order, as the scorer actor judges them.
+
+    Raises:
+        RunError: the model that was trained fails on them.
+    """
     longest = planned(section.max_len)
     spec = ScorerSpec(path=str(directory), reads=section.reads, max_len=longest, device=context.device)
     scorer = context.fleet.add_scorers(context.config.fleet.scorer.model_copy(update={"replicas": 1}), spec)[0]
     context.fleet.others.append(scorer)
-    scores = await ask(scorer.score.remote([request for requests, _ in rows for request in requests]))
+    scores, failure = await ask(scorer.score.remote([request for requests, _ in rows for request in requests]))
+    if failure:
+        raise RunError(f"{directory}: cannot judge the held-out rows: {failure}")
     if section.source == "pairs":
         right = sum(chosen > rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True))
     else:
