@@ -43,7 +43,7 @@ SMALL = "small size: shows that it runs, says nothing about the methods"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What `--size` changes: rows, words and tokens, prompts an update."""
+    """What `--size` changes: rows, words and tokens, prompts an update, tokens of a forward."""
 
     prompts: int
     heldout: int
@@ -53,6 +53,7 @@ class Size:
     tokens: int
     max_len: int
     batch_size: int
+    micro_tokens: int
 
 
 SIZES = {
@@ -65,9 +66,18 @@ SIZES = {
         tokens=64,
         max_len=512,
         batch_size=32,
+        micro_tokens=8192,
     ),
     "small": Size(
-        prompts=48, heldout=24, reviews_heldout=128, reviews=512, words=20, tokens=24, max_len=64, batch_size=8
+        prompts=48,
+        heldout=24,
+        reviews_heldout=128,
+        reviews=512,
+        words=20,
+        tokens=24,
+        max_len=64,
+        batch_size=8,
+        micro_tokens=512,  # what five learners beside an engine have room for in 24 GB
     ),
 }
 
@@ -177,8 +187,10 @@ class Benchmark:
                 sets[f"{key}.generation.max_tokens"] = size.tokens
             if isinstance(one, MethodBase):
                 sets[f"{key}.batch_size"] = size.batch_size
-            if not isinstance(one, RewardModel) and not (isinstance(one, Frozen) and not one.train):
-                sets[f"{key}.learner.batch_size"] = size.batch_size
+            if not (isinstance(one, Frozen) and not one.train):
+                sets[f"{key}.learner.micro_tokens"] = size.micro_tokens
+                if not isinstance(one, RewardModel):
+                    sets[f"{key}.learner.batch_size"] = size.batch_size
         return [f"{key}={value}" for key, value in sets.items()]
 
     def _ordered(self, drawn: Path, target: Path) -> Path:
