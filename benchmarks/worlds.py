@@ -45,13 +45,16 @@ def run(out: Path, config: str, seed: int, overrides: Sequence[str] = (), name: 
     return directory
 
 
-def run_config(path: Path | str, directory: Path, overrides: Sequence[str] = ()) -> Path:
+def run_config(path: Path | str, directory: Path, overrides: Sequence[str] = (), last: str = "evaluation.json") -> Path:
     """Run a config into `directory`, or go on with what is there; what is finished is not run again.
+
+    Args:
+        last: what such a run writes last, as a pattern.
 
     Returns:
         `directory`. A run that fails ends the benchmark, which goes on from there when it is started again.
     """
-    if not (directory / "evaluation.json").exists():
+    if not any(directory.glob(last)):
         sets = [part for one in overrides for part in ("--set", one)]
         command = [sys.executable, "-m", "cli", "run", str(path), "--run-dir", str(directory), *sets]
         subprocess.run(command, check=True, stdout=2)
