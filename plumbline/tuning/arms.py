@@ -187,7 +187,7 @@ def rung_config(
 
 def _arm(section: Tuned, arm: Arm, steps: int, full: int) -> dict[str, Any]:
     tree: dict[str, Any] = {**_given(section), "name": arm.name}
-    learner = {**tree.get("learner", {}), "lr": arm.values["lr"]}
+    learner = {**tree.get("learner", {}), "lr": arm.values["lr"], "keep_versions": 1}
     if section.learner.warmup:
         learner["warmup"] = round(section.learner.warmup * steps / full)
     if not isinstance(section, Sft):

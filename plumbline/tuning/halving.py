@@ -14,6 +14,9 @@ from plumbline.tuning.arms import Arm
 
 FIRST_STEPS = 8
 """Of the first rung at most: it is run before anybody knows how long a step takes."""
+TELLING = 2
+"""A rung that has so many times the steps of the first one can do without its verdict on rewards: eight steps favour
+rates that are too high for a hundred, and of some methods show nothing yet."""
 UNITS = {"s": 1, "m": 60, "h": 3600}
 Row = Mapping[str, Any]
 """A policy's figures in `evaluation.json`; of an arm that failed ``{"failed": why}``."""
@@ -76,15 +79,15 @@ def fault(row: Row, base: Row, bounds: Bounds) -> str:
     return ""
 
 
-def best_first(rows: Mapping[str, Row], arms: Sequence[Arm]) -> list[Arm]:
-    """By reward, the highest first; of equal ones the lower rate, which moved less for it."""
-    return sorted(arms, key=lambda arm: (-reward_of(rows[arm.name]), arm.values["lr"]))
+def sound(rows: Mapping[str, Row], arms: Sequence[Arm], base: Row, bounds: Bounds) -> list[Arm]:
+    """Arms that are not out, by reward, the highest first; of equal ones the lower rate, which moved less for it."""
+    there = [arm for arm in arms if not fault(rows[arm.name], base, bounds)]
+    return sorted(there, key=lambda arm: (-reward_of(rows[arm.name]), arm.values["lr"]))
 
 
-def halved(rows: Mapping[str, Row], arms: Sequence[Arm], base: Row, bounds: Bounds) -> list[Arm]:
-    """Those that go on, the best first: at most half of the arms, rounded up, and none that is out."""
-    sound = [arm for arm in arms if not fault(rows[arm.name], base, bounds)]
-    return best_first(rows, sound)[: -(-len(arms) // 2)]
+def half(arms: int) -> int:
+    """How many of a rung's arms go on at most."""
+    return -(-arms // 2)
 
 
 def rungs_of(arms: int) -> int:
@@ -96,28 +99,37 @@ def next_steps(done: Sequence[Spent], arms: int, full: int, budget: float) -> in
     """Steps of the next rung, or None where there is none: the last one had all, or no longer one fits the budget.
 
     What is left of the budget is shared evenly by the rungs that are left, and a rung has twice the steps of the one
-    before wherever all that is left suffices. A step takes time as there are arms; starting and evaluating takes what
-    it took.
+    before wherever all that is left suffices.
 
     Args:
         done: rungs of this pipeline.
-        arms: that are left.
+        arms: that are left, two or more.
         full: steps that the config has.
         budget: seconds of wall time.
     """
-    left = rungs_of(arms)
     if not done:
-        return min(full, FIRST_STEPS, max(2, -(-full // 2 ** max(0, left - 1))))
+        return min(full, FIRST_STEPS, max(2, -(-full // 2 ** (rungs_of(arms) - 1))))
+    last, most = done[-1], _steps_within(done, arms, budget, 1)
+    if last.steps >= full or most <= last.steps:
+        return None
+    return min(full, max(_steps_within(done, arms, budget, rungs_of(arms)), min(2 * last.steps, most)))
+
+
+def all_go_on(done: Sequence[Spent], arms: int, full: int, budget: float) -> bool:
+    """Whether the first rung was only there to see how long a step takes, and what fails at once: see `TELLING`. The
+    arguments are those of `next_steps`."""
+    if len(done) > 1 or arms < 2:
+        return False
+    return min(full, _steps_within(done, arms, budget, rungs_of(arms))) >= TELLING * done[0].steps
+
+
+def _steps_within(done: Sequence[Spent], arms: int, budget: float, rungs: int) -> int:
+    """Steps for which the next of so many rungs has time: a step takes it as there are arms, which share a machine;
+    starting and evaluating takes what it took."""
     last = done[-1]
-    if last.steps >= full:
-        return None
     beside = max(0.0, last.seconds - last.per_step * last.steps)
-    per_step = max(last.per_step * arms / last.arms, 1e-9)
-    remaining = budget - sum(one.seconds for one in done)
-    most, even = (int((seconds - beside) / per_step) for seconds in (remaining, remaining / left))
-    if most <= last.steps:
-        return None
-    return min(full, max(even, min(2 * last.steps, most)))
+    left = (budget - sum(one.seconds for one in done)) / rungs
+    return int((left - beside) / max(last.per_step * arms / last.arms, 1e-9))
 
 
 def edge(arms: Sequence[Arm], best: Arm) -> str:

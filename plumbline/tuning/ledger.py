@@ -81,16 +81,16 @@ class Ledger:
 
 
 def open_ledger(directory: Path, config: Config, options: Mapping[str, Any]) -> Ledger:
-    """Of a new or empty directory, or of the same tuning that is there. Nothing is written.
+    """Of a new or empty directory, of one where no run has begun, or of the same tuning. Nothing is written.
 
     Raises:
         ConfigError: the directory holds something else, or was asked something else.
         DataError: `tune.json` is damaged.
     """
     path, again = directory / FILE, "give what was given there, or another --run-dir"
-    if not path.exists():
-        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-            raise ConfigError(f"{directory}: exists and holds no tuning; name another with --run-dir")
+    if not path.exists() and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ConfigError(f"{directory}: exists and holds no tuning; name another with --run-dir")
+    if not any(directory.glob("*/rung-*")):
         return Ledger(directory=directory, config=config, options=options)
     try:
         tree = json.loads(path.read_text("utf-8"))

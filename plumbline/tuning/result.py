@@ -25,11 +25,11 @@ def table(outcomes: Sequence[Outcome], bounds: Bounds) -> str:
             base = rung.rows[BASE]
             ran = [arm for arm in outcome.arms if arm.name in rung.arms]
             place: dict[str, object] = {"pipeline": outcome.section.name, "rung": number, "steps": rung.steps}
-            rows.append({**place, "arm": "π0", **_figures(base), "": ""})
+            rows.append({**place, "arm": "π0", **_figures(base), "then": ""})
             for arm in ran:
                 row = rung.rows[arm.name]
                 said = fault(row, base, bounds) or _fate(outcome, number, arm, going)
-                rows.append({**place, "arm": str(arm), **_figures(row), "": said})
+                rows.append({**place, "arm": str(arm), **_figures(row), "then": said})
     return markdown(rows)
 
 
@@ -58,7 +58,7 @@ def said(outcome: Outcome, bounds: Bounds, budget: float) -> list[str]:
         return [used, f"{name}: nothing to recommend: every arm of rung {rung} is out; the lowest, {lowest}: {why}"]
     lines = [used, f"{name}: {best} (the config has lr {shown(outcome.section.learner.lr)})"]
     left = outcome.left[-1]
-    if len(left) > 1:
+    if len(left) > 1 and last.steps < outcome.full:
         lines.append(f"{name}: the budget ended with {len(left)} arms left, of which the best is taken")
     if not reward_of(last.rows[best.name]) > reward_of(last.rows[BASE]):
         lines.append(f"{name}: no arm's reward is above π0's: more steps, another method or another reward may do")

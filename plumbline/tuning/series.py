@@ -18,7 +18,7 @@ from plumbline.records import PolicyRef
 from plumbline.report.files import read_events
 from plumbline.runs.policies import version_directory, versions
 from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, rung_config
-from plumbline.tuning.halving import Bounds, Row, halved, next_steps, reward_of, rungs_of
+from plumbline.tuning.halving import Bounds, Row, all_go_on, half, next_steps, reward_of, rungs_of, sound
 from plumbline.tuning.ledger import Ledger, Rung
 
 BASE = "before"
@@ -44,9 +44,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A pipeline's rungs, who was left after each (the best first), and the one to take, if any."""
+    """A pipeline's rungs, who was left after each (the best first), and the one to take, if any; `full` is how many
+    steps the config has."""
 
     section: Tuned
+    full: int
     arms: Sequence[Arm]
     rungs: Sequence[Rung]
     left: Sequence[Sequence[Arm]]
@@ -78,11 +80,11 @@ def tune(
     arms = arms_of(section, plan.over)
     rungs = ledger.rungs.setdefault(section.name, [])
     left: list[list[Arm]] = []
-    going = arms
+    going, full = arms, plan.full[section.name]
     for number in count():
         if number == len(rungs):
             done = [rung.spent for rung in rungs]
-            steps = next_steps(done, len(going), plan.full[section.name], plan.budget) if len(going) > 1 else None
+            steps = next_steps(done, len(going), full, plan.budget) if len(going) > 1 else None
             if steps is None:
                 break
             rungs.append(Rung(steps=steps, arms=[arm.name for arm in going]))
@@ -95,10 +97,12 @@ def tune(
             _run(ledger, section, plan, rung, going, directory, start)
         assert rung.rows is not None
         base = rung.rows[BASE]
-        going = halved(rung.rows, going, base, plan.bounds)
+        there = sound(rung.rows, going, base, plan.bounds)
+        every = all_go_on([one.spent for one in rungs[: number + 1]], len(there), full, plan.budget)
+        going = there if every else there[: half(len(going))]
         left.append(going)
         say(_told(section, number, rung, going, base))
-    return Outcome(section=section, arms=arms, rungs=rungs, left=left)
+    return Outcome(section=section, full=full, arms=arms, rungs=rungs, left=left)
 
 
 def _run(
