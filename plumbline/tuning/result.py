@@ -50,7 +50,8 @@ def said(outcome: Outcome, bounds: Bounds, budget: float) -> list[str]:
     name, best, last = outcome.section.name, outcome.best, outcome.rungs[-1]
     assert last.rows is not None
     over = f", {outcome.seconds - budget:.0f} s more than the budget" if outcome.seconds > budget else ""
-    used = f"{name}: {outcome.seconds:.0f} s of {budget:.0f} s used by {len(outcome.rungs)} rungs{over}"
+    plural = "s" if len(outcome.rungs) > 1 else ""
+    used = f"{name}: {outcome.seconds:.0f} s of {budget:.0f} s used, {len(outcome.rungs)} rung{plural}{over}"
     if best is None:
         lowest = min((arm for arm in outcome.arms if arm.name in last.arms), key=lambda arm: arm.values["lr"])
         why = fault(last.rows[lowest.name], last.rows[BASE], bounds)
@@ -59,7 +60,10 @@ def said(outcome: Outcome, bounds: Bounds, budget: float) -> list[str]:
     lines = [used, f"{name}: {best} (the config has lr {shown(outcome.section.learner.lr)})"]
     left = outcome.left[-1]
     if len(left) > 1 and last.steps < outcome.full:
-        lines.append(f"{name}: the budget ended with {len(left)} arms left, of which the best is taken")
+        lines.append(
+            f"{name}: the budget ended at {last.steps} of {outcome.full} steps with {len(left)} arms left: the best is "
+            "taken, and fewer steps favour higher rates"
+        )
     if not reward_of(last.rows[best.name]) > reward_of(last.rows[BASE]):
         lines.append(f"{name}: no arm's reward is above π0's: more steps, another method or another reward may do")
     if end := edge(outcome.arms, best):

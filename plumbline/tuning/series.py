@@ -18,7 +18,7 @@ from plumbline.records import PolicyRef
 from plumbline.report.files import read_events
 from plumbline.runs.policies import version_directory, versions
 from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, rung_config
-from plumbline.tuning.halving import Bounds, Row, all_go_on, half, next_steps, reward_of, rungs_of, sound
+from plumbline.tuning.halving import Bounds, Row, all_go_on, half, next_steps, reward_of, sound
 from plumbline.tuning.ledger import Ledger, Rung
 
 BASE = "before"
@@ -91,8 +91,8 @@ def tune(
         rung, directory = rungs[number], ledger.place(section.name, number)
         if rung.rows is None:
             say(
-                f"{section.name} rung {number}: {len(going)} arms, {rung.steps} steps; at most "
-                f"{rungs_of(len(going)) - 1} rungs after it, {_clock(plan.budget - sum(r.seconds for r in rungs))} left"
+                f"{section.name} rung {number}: {len(going)} arms, {rung.steps} steps; "
+                f"{_clock(plan.budget - sum(one.seconds for one in rungs))} of the budget left"
             )
             _run(ledger, section, plan, rung, going, directory, start)
         assert rung.rows is not None

@@ -113,8 +113,8 @@ def test_what_the_first_rung_took_more_than_the_budget_is_said(tmp_path: Path, r
     found = tuned(tmp_path / "tune", runs, budget=30)
     assert runs.started == [("ple/rung-0", 7, 8)]
     lines = said(found, Bounds(), 30)
-    assert lines[0] == "ple: 38 s of 30 s used by 1 rungs, 8 s more than the budget"
-    assert any("the budget ended with 4 arms left" in line for line in lines)
+    assert lines[0] == "ple: 38 s of 30 s used, 1 rung, 8 s more than the budget"
+    assert any("the budget ended at 8 of 32 steps with 4 arms left" in line for line in lines)
     assert rate(found) == 1e-3
 
 
