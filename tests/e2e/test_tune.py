@@ -48,7 +48,9 @@ def test_a_tuning_goes_on_where_it_was_interrupted_and_runs_nothing_twice(tmp_pa
     for number, rung in enumerate(rungs):
         kept = load_config(place / "ple" / f"rung-{number}" / "config.yaml")
         assert [section.name for section in kept.methods] == rung["arms"]
-        assert [section.learner.lr for section in kept.methods] == list(RATES.values())
+        assert {section.name: section.learner.lr for section in kept.methods} == {
+            f"ple-lr-{text}": rate for text, rate in RATES.items()
+        }
         for name in rung["arms"]:
             policies = sorted((place / "ple" / f"rung-{number}" / "policies" / name).iterdir())
             assert policies[-1].name == f"v{rung['steps']:06d}"
