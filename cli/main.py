@@ -16,6 +16,7 @@ from typing import Any
 from cli.preparing import add_commands as add_preparing
 from cli.preparing import add_overrides, columns_of
 from cli.serving import add_commands as add_serving
+from cli.tuning import add_commands as add_tuning
 from plumbline.errors import PlumblineError, UserError
 from plumbline.importing import ours_first
 
@@ -103,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=export_command)
 
     add_preparing(commands)
+    add_tuning(commands)
     add_serving(commands)
 
     one = commands.add_parser("chat", help="talk to the models of any OpenAI-compatible server, also side by side")
@@ -286,3 +288,5 @@ def tell_resume(options: argparse.Namespace) -> None:
     run_dir = getattr(options, "run_dir", None)
     if run_dir is not None and (run_dir / "config.yaml").exists():
         print(f"plumbline: continue with: plumbline resume {run_dir}", file=sys.stderr)
+    elif run_dir is not None and (run_dir / "tune.json").exists():
+        print(f"plumbline: the same command goes on there, in {run_dir}", file=sys.stderr)

@@ -4,7 +4,6 @@ A run calls it at its end (base against the newest versions); `plumbline evaluat
 """
 
 import json
-import random
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +31,7 @@ from plumbline.methods.evaluation import (
 )
 from plumbline.records import Completion, GenerateRequest, Generation, PolicyRef, Prompt, Sampling, TokenGroup
 from plumbline.runs.disk import write_text
-from plumbline.runs.evaluated import keep_answers, prompt_key
+from plumbline.runs.evaluated import heldout_order, keep_answers, prompt_key
 
 JUDGED_AT_ONCE = 64
 """Answers that a reward is asked about at a time: what it fails on is lost together."""
@@ -71,9 +70,7 @@ def heldout_prompts(context: Context) -> list[Prompt]:
     """Held-out prompts within the limits of every pipeline, in an order of the run's seed."""
     config, settings = context.config, context.config.evaluation
     assert settings is not None and config.data.heldout is not None
-    prompts = list(context.rows.heldout)
-    random.Random(config.seed).shuffle(prompts)
-    return prompts[: settings.prompts]
+    return heldout_order(context.rows.heldout, config.seed)[: settings.prompts]
 
 
 async def answers_by_name(

@@ -77,13 +77,14 @@ def _printable(text: str) -> str:
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
-def dump_config(config: Config, within: Path | None = None) -> str:
+def dump_config(config: Config, within: Path | None = None, *, brief: bool = False) -> str:
     """YAML that `load_config` reads back to an equal config.
 
     Args:
         within: local paths in this directory are written relative to it, to be read in another one.
+        brief: only what was given, without the defaults.
     """
-    tree = config.model_dump(mode="json", exclude_none=True)
+    tree = config.model_dump(mode="json", exclude_none=True, exclude_unset=brief)
     if within is not None:
         tree = _change_paths(tree, lambda key, value: _relative(value, within) if key in LOCAL_PATHS else value)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
+from random import Random
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -28,6 +29,13 @@ def prompt_key(prompt: Prompt) -> str:
     """What a prompt is known by in every run: a digest of its turns, whatever the file or the row it came from."""
     turns = json.dumps([(turn.role, turn.content) for turn in prompt.messages])
     return blake2b(turns.encode(), digest_size=8).hexdigest()
+
+
+def heldout_order(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """Held-out prompts in the order of a run's seed: an evaluation asks the first of them, `tune` some of the rest."""
+    ordered = list(prompts)
+    Random(seed).shuffle(ordered)
+    return ordered
 
 
 def keep_answers(

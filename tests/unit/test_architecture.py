@@ -22,7 +22,7 @@ HOUSE = """
     plumbline.tracking
     plumbline.miniature
     plumbline.placement
-    plumbline.doctor  plumbline.proposal
+    plumbline.doctor  plumbline.proposal  plumbline.tuning
     actors
     pipelines  serve
     cli
@@ -35,7 +35,14 @@ ROOMS = ("plumbline", "actors", "pipelines", "serve", "cli")
 HEAVY = {"ray", "vllm", "deepspeed"}
 PROCESSES = {"generator", "scorer", "reference", "embedder", "channel", "weights", "desk"}
 SHARED = {"channel", "weights"}
-MAY_PRINT = {"cli/guard.py", "cli/main.py", "cli/preparing.py", "cli/serving.py", "plumbline/miniature/__main__.py"}
+MAY_PRINT = {
+    "cli/guard.py",
+    "cli/main.py",
+    "cli/preparing.py",
+    "cli/serving.py",
+    "cli/tuning.py",
+    "plumbline/miniature/__main__.py",
+}
 
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 LEVELS = {wing: level for level, line in enumerate(HOUSE.split("\n")) for wing in line.split()}
