@@ -31,7 +31,7 @@ def main() -> None:
     if code := subprocess.run(command).returncode:
         sys.exit(code)
     best = Parts(str(WORK / "targets" / "rollouts" / "raft"), read_only=True).read_all()
-    asked = [json.loads(row["prompt"])[-1]["content"] for row in best]  # kept as the whole conversation
+    asked = [json.loads(str(row["prompt"]))[-1]["content"] for row in best]  # kept as the whole conversation
     write(train, ({"prompt": prompt, "target": row["answer"]} for prompt, row in zip(asked, best, strict=True)))
 
 

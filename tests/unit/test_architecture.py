@@ -166,7 +166,8 @@ def test_unit_tests_stand_as_the_wings_do(path: Path) -> None:
     folder = path.parent.relative_to(ROOT / "tests/unit").as_posix()
     if folder == ".":
         assert path.stem in {
-            *("test_architecture", "test_deploy", "test_docs", "test_importing", "test_proposal", "test_submitted"),
+            *("test_architecture", "test_deploy", "test_docs", "test_examples", "test_importing", "test_proposal"),
+            "test_submitted",
         }
     else:
         assert folder.partition("/")[0] in {wing.rpartition(".")[2] for wing in LEVELS}
@@ -177,6 +178,7 @@ def test_no_file_names_a_place_of_this_machine() -> None:
     """A path that exists on one machine alone works on one machine alone."""
     parts = ROOT.parts[1:]
     shipped = [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    shipped += [*(ROOT / "examples").rglob("*.py"), *(ROOT / "examples").rglob("*.yaml")]
     if len(parts) < 2:
         pytest.skip("the checkout lies too near the root for its path to be told from any other")
     assert not [name_of(path) for path in shipped if str(ROOT) in path.read_text("utf-8")]

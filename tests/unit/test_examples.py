@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from plumbline.records import Message, ScoreRequest
 from plumbline.runs.parts import Parts
 from plumbline.runs.rollouts import BEST_SCHEMA
 
+Reward = Callable[[Sequence[ScoreRequest]], list[float]]
 EXAMPLE = Path("examples/warmth")
 
 
@@ -31,8 +33,7 @@ def test_every_prompt_is_there_once_and_none_is_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("reward", [vader, afinn])
-def test_rewards_are_of_the_answer_alone_and_more_sentences_gain_nothing(reward: object) -> None:
-    assert callable(reward)
+def test_rewards_are_of_the_answer_alone_and_more_sentences_gain_nothing(reward: Reward) -> None:
     warm, plain, cold = "What a lovely, beautiful place!", "It has two doors.", "It is awful and sad."
     scores = reward([asked(text) for text in (warm, plain, cold, f"{warm} {warm} {warm}", "", "  ")])
     assert scores[0] > scores[1] == 0 > scores[2]
