@@ -14,6 +14,7 @@ from actors.spawn import ask, gather
 from pipelines.context import Context
 from pipelines.rewarding import Rewarding
 from plumbline.config.pipelines import Generation as Settings
+from plumbline.config.section import planned
 from plumbline.config.tree import Config
 from plumbline.data.ending import encode_response
 from plumbline.data.prompting import render, steerings
@@ -196,10 +197,8 @@ async def answers_ppl(
     context: Context, base: PolicyRef, requests: Sequence[GenerateRequest], answers: Sequence[Completion]
 ) -> float | None:
     """Corpus perplexity of `base` on the answers [N] to requests [N], as sampled; None where all of them are empty."""
-    groups = [
-        TokenGroup(request.prompt_ids, [one.ids]) for request, one in zip(requests, answers, strict=True) if one.ids
-    ]
-    return await ppl_of(context, base, groups) if groups else None
+    groups = [TokenGroup(request.prompt_ids, [one.ids]) for request, one in zip(requests, answers, strict=True)]
+    return await ppl_of(context, base, groups)
 
 
 async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]) -> float | None:
@@ -209,12 +208,19 @@ async def target_ppl(context: Context, ref: PolicyRef, prompts: Sequence[Prompt]
         for p in prompts
         if p.target is not None
     ]
-    return await ppl_of(context, ref, groups) if groups else None
+    return await ppl_of(context, ref, groups)
 
 
-async def ppl_of(context: Context, ref: PolicyRef, groups: Sequence[TokenGroup]) -> float:
-    """Corpus perplexity of the only response of each group."""
-    pool = context.pool
+async def ppl_of(context: Context, ref: PolicyRef, groups: Sequence[TokenGroup]) -> float | None:
+    """Corpus perplexity of the only response of each group; None where there is none, or all are empty.
+
+    Engines take a sequence that leaves them room for one token more: the last one of `model.max_len` is not measured.
+    """
+    pool, limit = context.pool, planned(context.config.model.max_len) - 1
+    cut = [TokenGroup(one.prompt_ids, [one.response_ids[0][: limit - len(one.prompt_ids)]]) for one in groups]
+    groups = [one for one in cut if one.response_ids[0]]
+    if not groups:
+        return None
 
     async def one(batch: Sequence[TokenGroup]) -> list[list[list[float]]]:
         answers, tokens = sum(len(group.response_ids) for group in batch), sum(group.tokens for group in batch)

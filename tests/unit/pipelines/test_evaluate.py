@@ -140,10 +140,15 @@ def test_what_the_base_thinks_of_answers_is_over_their_own_tokens_after_plain_pr
         for i in range(2)
     ]
     drawn = [Completion(text="", ids=[], finish_reason="length"), Completion(text="x", ids=[4], finish_reason="stop")]
-    run: Any = SimpleNamespace(pool=SimpleNamespace(batch=8, ask=ask))
+    config = SimpleNamespace(model=SimpleNamespace(max_len=4))
+    run: Any = SimpleNamespace(pool=SimpleNamespace(batch=8, ask=ask), config=config)
     assert asyncio.run(answers_ppl(run, PolicyRef(), requests, drawn)) == pytest.approx(2.0)
     assert asked == [TokenGroup([7, 1], [[4]])]
     assert asyncio.run(answers_ppl(run, PolicyRef(), requests[:1], drawn[:1])) is None
+    asked.clear()
+    full = [Completion(text="x y", ids=[4, 5], finish_reason="length")]
+    assert asyncio.run(answers_ppl(run, PolicyRef(), requests[:1], full)) == pytest.approx(2.0)
+    assert asked == [TokenGroup([7, 0], [[4]])], "an engine has no room for a token after the last of max_len"
 
 
 def test_an_evaluation_without_a_reward_is_one_that_the_report_reads(tmp_path: Path) -> None:
