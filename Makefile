@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help:
 	@echo "make quickstart   set up, three methods at once in the miniature world, a report, a served model"
-	@echo "make quickstart-llm  the same with a real model of 135M parameters, in 20 minutes on two processors"
+	@echo "make quickstart-llm  the same with a real model of 135M parameters"
 	@echo "make test         set up, then all tests but those of clusters, which are make test-cluster"
 	@echo "make check        ruff, pyright, docs"
 	@echo "make bench        against peers                make clean   remove what runs left"
