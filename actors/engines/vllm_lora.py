@@ -1,9 +1,12 @@
-"""Adapters on vLLM's CPU backend, without harm to those who ask the base beside them.
+"""Adapters on vLLM's CPU backend, at the price of what they compute, and without harm to those who ask the base.
 
-There a request without an adapter has the index -1, and tensors are indexed by it: it gets the adapter in the *last*
-slot, as soon as there is one and another request of the batch has an adapter. vLLM's GPU kernels leave such rows out.
+vLLM's own takes a copy of the adapter for every token of a batch, also where no request has one: of a model of 135M
+parameters that is most of an engine's time. And a request without an adapter has the index -1, by which tensors are
+indexed: it gets the adapter in the *last* slot. Its GPU kernels do neither.
 Importing this in a worker's process, as a `worker_extension_cls`, puts that right before the model is loaded.
 """
+
+from typing import Any
 
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -11,21 +14,61 @@ from vllm.platforms import current_platform
 
 from actors.engines.vllm_worker import ReadsBack
 
+Rows = slice | torch.Tensor
+"""Tokens of a batch: a run of them, or their indices."""
 
-class BaseApart(PunicaWrapperCPU):
-    """What an adapter adds is nought for rows that have none: the small product of the two is cleared."""
 
-    def _shrink_prefill(self, y: torch.Tensor, x: torch.Tensor, w_t_all: torch.Tensor, scale: float) -> None:
-        super()._shrink_prefill(y, x, w_t_all, scale)
-        self._clear(y)
+class OncePerAdapter(PunicaWrapperCPU):
+    """An adapter's two products are computed once for all of its tokens; tokens without one are left as they are."""
 
-    def _shrink_decode(self, y: torch.Tensor, x: torch.Tensor, w_t_all: torch.Tensor, scale: float) -> None:
-        super()._shrink_decode(y, x, w_t_all, scale)
-        self._clear(y)
+    _parts: tuple[tuple[int, Rows], ...] = ()
 
-    def _clear(self, y: torch.Tensor) -> None:
-        indices = self.token_lora_indices
-        y[: len(indices)].masked_fill_((indices < 0).unsqueeze(-1), 0)
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        """Which tokens have which adapter, of the batch that comes."""
+        super().update_metadata(*args, **kwargs)
+        self._parts = parts(self.token_lora_indices)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[torch.Tensor, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``scale · x Aᵀ Bᵀ`` to y [tokens, out], for x [tokens, in], in place; the first product in float32.
+
+        Args:
+            lora_a_stacked: of each slice of y (such as q, k and v) [slots, 1, r, in].
+            lora_b_stacked: of each slice [slots, 1, its own size, r].
+        """
+        for slot, rows in self._parts:
+            own, start = x[rows].float(), 0
+            for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                small = (own @ a[slot, 0].float().T).mul_(scale)
+                added = small.to(y.dtype) @ b[slot, 0].to(y.dtype).T
+                of_slice = y[:, start : start + size]
+                if isinstance(rows, slice):
+                    of_slice[rows] += added
+                else:
+                    of_slice.index_add_(0, rows, added)
+                start += size
+
+
+def parts(indices: torch.Tensor) -> tuple[tuple[int, Rows], ...]:
+    """The slots that tokens' `indices` [tokens] name, each with its tokens; -1 names none."""
+    found: list[tuple[int, Rows]] = []
+    for slot in indices.unique().tolist():
+        if slot < 0:
+            continue
+        rows = (indices == slot).nonzero().squeeze(1)
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        found.append((slot, slice(first, last) if last - first == len(rows) else rows))
+    return tuple(found)
 
 
 class LeavesBase(ReadsBack):
@@ -33,7 +76,7 @@ class LeavesBase(ReadsBack):
 
 
 def _wrapper(cls: type) -> str:
-    return f"{BaseApart.__module__}.{BaseApart.__qualname__}"
+    return f"{OncePerAdapter.__module__}.{OncePerAdapter.__qualname__}"
 
 
 type(current_platform).get_punica_wrapper = classmethod(_wrapper)  # type: ignore[assignment, method-assign]
