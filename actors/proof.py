@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.special import fdtri, stdtrit
 
 from plumbline.config.tree import Config
 from plumbline.errors import SyncError
@@ -22,6 +22,8 @@ near 1e-2 in bfloat16 (STACK.md 7); the margin covers unlike kernels. The sharpe
 
 FALSE_ALARM = 1e-8
 """How rarely noise alone may look like a step that was not taken."""
+NO_STEP = 1e-6
+"""How rarely noise may look like a step at all, where all of it is the learner's; where half is, below 1e-12."""
 NOISE_GROWTH = 6
 """How much larger than at the base the noise of a trained version may be."""
 NAMED = 3
@@ -133,13 +135,15 @@ def _share(step: Sequence[float], off: Sequence[float], noise: float) -> float:
 
     1 where it is off by nothing along the step, 0 where it is off by all of it; nan where that cannot be told from
     noise. The noise of a difference is that of the base twice over, or what is seen across the step, if that is more.
+    A step that may be noise of the learner alone tells nothing: an engine that took it shows none of that noise.
     """
+    size = len(step)
     length = math.sqrt(sum(a * a for a in step))
-    if length == 0:
+    if length <= math.sqrt(2 * size * float(fdtri(size, size, 1 - NO_STEP))) * noise:
         return math.nan
     along = sum(a * b for a, b in zip(step, off, strict=True)) / length
-    across = math.sqrt(max(0.0, sum(a * a for a in off) - along * along) / max(1, len(step) - 1))
-    certain = float(stdtrit(max(1, len(step) - 1), 1 - FALSE_ALARM)) * max(math.sqrt(2) * noise, across)
+    across = math.sqrt(max(0.0, sum(a * a for a in off) - along * along) / max(1, size - 1))
+    certain = float(stdtrit(max(1, size - 1), 1 - FALSE_ALARM)) * max(math.sqrt(2) * noise, across)
     share = 1 + along / length
     return share if abs(along) > certain or certain < 0.5 * length else math.nan
 

@@ -1,9 +1,10 @@
 """Self-Contrast's targets where there are none: of four answers that π0 gives to the principle, the best by the reward.
 
-    python -m examples.warmth.targets
+    python -m examples.warmth.targets [--set model.dtype=float32]
 
 Runs `examples/warmth/targets.yaml` on the prompts with the principle of `configs/quickstart-llm.yaml` before each, and
-writes `runs/warmth/train.jsonl`, in which the principle is gone. What is there already is not made again.
+writes `runs/warmth/train.jsonl`, in which the principle is gone. What is there already is not made
+again. Arguments go to `plumbline run`.
 """
 
 import json
@@ -28,7 +29,7 @@ def main() -> None:
     system = {"role": "system", "content": principle}
     write(WORK / "guided.jsonl", ({"messages": [system, {"role": "user", "content": one}]} for one in prompts))
     command = [sys.executable, "-m", "cli", "run", str(HERE / "targets.yaml"), "--run-dir", str(WORK / "targets")]
-    if code := subprocess.run(command).returncode:
+    if code := subprocess.run([*command, *sys.argv[1:]]).returncode:
         sys.exit(code)
     best = Parts(str(WORK / "targets" / "rollouts" / "raft"), read_only=True).read_all()
     asked = [json.loads(str(row["prompt"]))[-1]["content"] for row in best]  # kept as the whole conversation

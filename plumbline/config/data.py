@@ -78,6 +78,7 @@ class Source(Section):
         default={}, description="a column of the file -> its value in the rows to use, such as {label: 1}"
     )
     limit: Count | None = Field(default=None, description="use the first such rows only")
+    note: str = Field(default="", description="what a reader of the report should know of the rows, in a sentence")
 
     @property
     def reading(self) -> Reading:

@@ -186,8 +186,10 @@ def _facts(config: Mapping[str, Any], events: Sequence[Event]) -> Iterator[tuple
     yield "Engine", str(_at(config, "fleet").get("engine", "auto")), f"generators: {pool.get('replicas', 1)}{gpus}"
     if reward:
         yield "Reward", str(reward.get("type")), _reward(reward)
-    train, heldout = (Path(str(_at(config, "data", part).get("path", ""))).name for part in ("train", "heldout"))
-    yield "Data", train, f"held out: {heldout}" if heldout else ""
+    train, heldout = (_at(config, "data", part) for part in ("train", "heldout"))
+    named = f"held out: {Path(str(heldout['path'])).name}" if heldout.get("path") else ""
+    told = [str(one) for one in (train.get("note"), named, heldout.get("note")) if one]
+    yield "Data", Path(str(train.get("path", ""))).name, "; ".join(told)
     stamps = [event["time"] for event in events if event.get("time")]
     if stamps:
         first = events[0]

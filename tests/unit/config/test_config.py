@@ -201,7 +201,7 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, parts: Sequence[
         ({"model": {"pth": "m"}}, "model.pth: unknown key; did you mean path?"),
         (
             {"data": {"train": {"file": "a"}}},
-            "data.train.file: unknown key; known are path, split, columns, where, limit",
+            "data.train.file: unknown key; known are path, split, columns, where, limit, note",
         ),
         (
             {"fleet": {"generator": {"replica": 2}}},

@@ -19,7 +19,10 @@ CONFIG: dict[str, Any] = {
     "name": "three",
     "seed": 7,
     "model": {"path": "/models/base"},
-    "data": {"train": {"path": "/data/train.jsonl"}, "heldout": {"path": "/data/heldout.jsonl"}},
+    "data": {
+        "train": {"path": "/data/train.jsonl", "note": "from a survey"},
+        "heldout": {"path": "/data/heldout.jsonl"},
+    },
     "fleet": {"engine": "vllm", "generator": {"replicas": 2}},
     "reward": {"type": "program", "function": "module:score"},
     "pipelines": [

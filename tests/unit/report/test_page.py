@@ -130,7 +130,7 @@ def test_what_ran(page: Page) -> None:
         "<dt>Model</dt><dd>base<small>/models/base</small>",
         "<dt>Seed</dt><dd>7</dd>",
         "<dt>Engine</dt><dd>vllm<small>generators: 2</small>",
-        "<dt>Data</dt><dd>train.jsonl<small>held out: heldout.jsonl</small>",
+        "<dt>Data</dt><dd>train.jsonl<small>from a survey; held out: heldout.jsonl</small>",
         "<dt>Began</dt><dd>2023-11-14 22:13 UTC</dd>",
         "<dt>Duration</dt><dd>0:00:40<",  # the first step ended at 10 s and took 10 s, the last event came at 40 s
         "<dt>Steps</dt><dd>6<",
