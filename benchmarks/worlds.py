@@ -24,25 +24,43 @@ def make_world(directory: Path, seed: int) -> Path:
 
 def run(out: Path, config: str, seed: int, overrides: Sequence[str] = (), name: str | None = None) -> Path:
     """Run `configs/CONFIG.yaml` in the world of `seed`; returns the run directory, `out/NAME-SEED`."""
-    directory = out.absolute() / f"{name or config}-{seed}"
+    path, directory = f"configs/{config}.yaml", out.absolute() / f"{name or config}-{seed}"
     if not (directory / "evaluation.json").exists():
-        world = make_world(out.absolute() / f"world-{seed}", seed)
-        path = f"configs/{config}.yaml"
-        read = load_config(path, overrides)
-        paths: dict[str, object] = {
-            "model.path": world / "model",
-            "data.train.path": world / "prompts_train.jsonl",
-            "data.heldout.path": world / "prompts_heldout.jsonl",
-            "seed": seed,
-            "evaluation.prompts": HELDOUT,
-        }
-        if read.embedder:
-            paths["embedder.path"] = world / "embedder"
-        for i, section in enumerate(read.pipelines):
-            if getattr(section, "pairs", None):
-                paths[f"pipelines.{i}.pairs.path"] = world / "preferences.jsonl"
-        run_config(path, directory, [*overrides, *(f"{key}={value}" for key, value in paths.items())])
+        asked = f"evaluation.prompts={HELDOUT}"
+        run_config(path, directory, [*overrides, *in_world(path, out, seed, overrides), asked])
     return directory
+
+
+def in_world(path: Path | str, out: Path, seed: int, overrides: Sequence[str] = ()) -> list[str]:
+    """What has a config run in the world of `seed`, which is made in `out` where it is not there."""
+    world, read = make_world(out.absolute() / f"world-{seed}", seed), load_config(path, overrides)
+    paths: dict[str, object] = {
+        "model.path": world / "model",
+        "data.train.path": world / "prompts_train.jsonl",
+        "data.heldout.path": world / "prompts_heldout.jsonl",
+        "seed": seed,
+    }
+    if read.embedder:
+        paths["embedder.path"] = world / "embedder"
+    for i, section in enumerate(read.pipelines):
+        if getattr(section, "pairs", None):
+            paths[f"pipelines.{i}.pairs.path"] = world / "preferences.jsonl"
+    return [f"{key}={value}" for key, value in paths.items()]
+
+
+def tuned(path: Path | str, directory: Path, overrides: Sequence[str], budget: str) -> Path:
+    """A config with the rates that `plumbline tune` finds in `directory`, each pipeline's with the same `budget`.
+
+    One whose arms are all out keeps the config's rate. What is found is not looked for again.
+    """
+    found = directory / "recommended.yaml"
+    if not found.exists():
+        sets = [part for one in overrides for part in ("--set", one)]
+        options = ["--budget", budget, "--run-dir", str(directory), *sets]
+        code = subprocess.run([sys.executable, "-m", "cli", "tune", str(path), *options], stdout=2).returncode
+        if not found.exists():
+            raise subprocess.CalledProcessError(code, ["tune", str(path), *options])
+    return found
 
 
 def run_config(path: Path | str, directory: Path, overrides: Sequence[str] = (), last: str = "evaluation.json") -> Path:
