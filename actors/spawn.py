@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.channel import Channel
@@ -25,7 +25,7 @@ from actors.engines.seam import EngineKind, EngineSpec
 from actors.generator import Generator
 from actors.learning.learner import Trainer
 from actors.learning.worker import LearnerSpec
-from actors.lost import who_was_lost
+from actors.lost import GONE, who_was_lost
 from actors.reference import Reference, ReferenceSpec
 from actors.scorer import Scorer, ScorerSpec
 from actors.versions import Fetch
@@ -343,6 +343,6 @@ def unwrap(error: RayError) -> BaseException:
         return unwrap(cause)
     if isinstance(cause, PlumblineError):
         return cause
-    if isinstance(error, RayActorError | ObjectLostError | NodeDiedError):
+    if isinstance(error, (*GONE, ObjectLostError, NodeDiedError)):
         return LostError(who_was_lost(error))
     return RunError(in_one_line(cause if isinstance(cause, Exception) else error))

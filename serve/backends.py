@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from actors.lost import GONE
 from actors.spawn import unwrap
 from plumbline.errors import SyncError
 from plumbline.records import Head, UserRequest
@@ -127,7 +128,7 @@ class Generators:
                     begun = True
                     yield piece
                 return
-            except (ActorDiedError, ActorUnavailableError):  # Ray restarts it; what was sent cannot be taken back
+            except GONE:  # Ray restarts it; what was sent cannot be taken back
                 self._asked = 0.0
                 if begun or not left:
                     raise LOST from None

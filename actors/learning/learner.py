@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from actors.channel import Box, Lease
@@ -18,7 +17,7 @@ from actors.desk import Question
 from actors.learning.lean import LeanTrainer, NamesPlaces, free_places
 from actors.learning.meeting import HeldPort
 from actors.learning.worker import LearnerSpec, train
-from actors.lost import who_was_lost
+from actors.lost import GONE, who_was_lost
 from actors.weights import BOXES_KEPT
 from plumbline.config.section import planned
 from plumbline.errors import LostError, PlumblineError, RunError, in_one_line
@@ -30,7 +29,7 @@ def _get(refs: Any) -> Any:
     """What `ray.get` gives; raises LostError where who was asked has died."""
     try:
         return ray.get(refs)
-    except RayActorError as error:
+    except GONE as error:
         raise LostError(who_was_lost(error)) from None
 
 
