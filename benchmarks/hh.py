@@ -1,11 +1,14 @@
 """DLMA and Self-Contrast on HH, against their own baselines, with refusals on XSTest: a section of docs/results.md.
 
-    python benchmarks/hh.py [--seeds 0] [--size full|small] [--hh FILE] [--xstest FILE] [--model NAME] [--out runs/hh]
+    python benchmarks/hh.py [--seeds 0] [--size full|small] [--tune 10m] [--hh FILE] [--xstest FILE] [--model NAME]
+                            [--out runs/hh]
 
 Runs the configs of `configs/hh/` one after another; finished runs are read, so the same command goes on where it was
 stopped. Half of the conversations (`hh_data.py`) trains the reward model that all are judged by, the other half has the
 prompts. All rows see the same prompts for the same number of updates, and rows whose pairs are the same share them.
-`--hh` and `--xstest` name any file or dataset that `data.train` could. Prints Markdown, and writes it to OUT/table.md.
+`--tune` finds each row's rate with that budget of wall time, on held-out conversations that no row is judged by;
+without it, rates are the configs'. `--hh` and `--xstest` name any file or dataset that `data.train` could. Prints
+Markdown, and writes it to OUT/table.md.
 
 `full` is for a GPU. `small` runs everything end to end on two processors: few prompts, two updates a row, short
 answers. Its numbers say that it runs, and nothing about the methods. The two differ by `Size` alone.
@@ -21,7 +24,7 @@ from pathlib import Path
 
 from hh_data import balanced, first_fitting, split, whole_sentences, write_rows
 from hh_tables import figures_of, heldout_of, pairs_of, read_counts, report
-from worlds import install_minilm, run_config
+from worlds import install_minilm, run_config, tuned
 
 from plumbline.config.file import load_config
 from plumbline.config.pipelines import MethodBase, Preference, RewardModel, SelfContrast
@@ -63,6 +66,7 @@ class Size:
 
     train: int
     heldout: int
+    tune: int
     xstest: int
     pairs: int
     theory: int
@@ -71,8 +75,8 @@ class Size:
 
 SMALL = Short(prompt=112, answer=28, both=192, batch=8, samples={32: 16, 64: 24})
 SIZES = {
-    "full": Size(train=2048, heldout=256, xstest=300, pairs=20_000, theory=64),
-    "small": Size(train=16, heldout=12, xstest=24, pairs=48, theory=8, short=SMALL),
+    "full": Size(train=2048, heldout=256, tune=129, xstest=300, pairs=20_000, theory=64),
+    "small": Size(train=16, heldout=12, tune=33, xstest=24, pairs=48, theory=8, short=SMALL),
 }
 
 
@@ -151,7 +155,13 @@ def prepare(options: argparse.Namespace, size: Size, model: str) -> None:
         DataError: what is there was made of something else, or there is nothing to make a file of.
     """
     data = options.out / "data"
-    asked = {"size": options.size, "model": options.model, "hh": options.hh, "xstest": options.xstest}
+    asked = {
+        "size": options.size,
+        "tune": options.tune,
+        "model": options.model,
+        "hh": options.hh,
+        "xstest": options.xstest,
+    }
     if (data / "counts.json").exists():
         for key, value in read_counts(data)["of"].items():
             if value != asked[key]:
@@ -162,11 +172,13 @@ def prepare(options: argparse.Namespace, size: Size, model: str) -> None:
     rows = read_preferences(options.hh)
     halves = split(rows)
     xstest = balanced(read_prompts(options.xstest), size.xstest)
+    heldout = first_fitting(halves.heldout, size.heldout + size.tune, fits.target)
     kept = {
         "reward_train": first_fitting(halves.reward_train, size.pairs, fits.pair),
         "reward_heldout": first_fitting(halves.reward_heldout, size.pairs, fits.pair),
         "train": first_fitting(halves.train, size.train, fits.target, batch),
-        "heldout_hh": first_fitting(halves.heldout, size.heldout, fits.target),
+        "heldout_hh": heldout[: size.heldout],
+        "tune": heldout[size.heldout :],
         "xstest": first_fitting(xstest, size.xstest, fits.answered),
     }
     if {row.extra.get("label") for row in kept["xstest"]} != {"safe", "unsafe"}:
@@ -192,11 +204,19 @@ def distil(out: Path, seed: int) -> None:
     (out / f"data/distilled-{seed}.jsonl").write_text(text, "utf-8")
 
 
-def run_rows(out: Path, name: str, seed: int, given: Sequence[str]) -> Path:
-    """A run with every row that its config has. Raises RunError where one is missing."""
-    directory = run_config(CONFIGS / f"{name}.yaml", out / f"{name}-{seed}", given)
+def run_rows(out: Path, name: str, seed: int, given: Sequence[str], budget: str | None) -> Path:
+    """A run with every row that its config has, at the rates that `budget` finds by the first seed, if any.
+
+    Raises:
+        RunError: a row is missing.
+    """
+    path = CONFIGS / f"{name}.yaml"
+    if budget:
+        others = [f"data.heldout.path={out / 'data/tune.jsonl'}", "evaluation.prompts=1"]
+        path = tuned(path, out / f"tune-{name}", [*given, *others], budget)
+    directory = run_config(path, out / f"{name}-{seed}", given)
     there = json.loads((directory / "evaluation.json").read_text())["rewards"]
-    missing = [one.name for one in load_config(CONFIGS / f"{name}.yaml").pipelines if one.name not in there]
+    missing = [one.name for one in load_config(path).pipelines if one.name not in there]
     if missing:
         raise RunError(f"{directory}: {missing[0]} has failed; plumbline resume {directory}, then start this again")
     return directory
@@ -217,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--tune", metavar="BUDGET", help="wall time for each row's rate, such as 10m")
     parser.add_argument("--hh", default="../shared/data/hh_harmless/pairs.jsonl.gz", help="preference pairs")
     parser.add_argument(
         "--xstest", default="../shared/data/xstest/prompts.jsonl.gz", help="with `label` safe or unsafe"
@@ -251,7 +272,7 @@ def benchmark(options: argparse.Namespace, size: Size) -> str:
         for name in RUNS:
             if name == "margins":
                 distil(out, seed)
-            runs.append(run_rows(out, name, seed, settings(size, name, out, options.model, seed)))
+            runs.append(run_rows(out, name, seed, settings(size, name, out, options.model, seed), options.tune))
         figures.append(figures_of(seed, runs, heldout))
         theories.append(theory(size, out, seed, model))
     text = report(out, figures, heldout, theories)

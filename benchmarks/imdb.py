@@ -1,12 +1,13 @@
 """PLE's IMDb table: the paper's rows and ours on SmolLM2-135M, on any copy of the Large Movie Review Dataset.
 
-    python benchmarks/imdb.py [--data stanfordnlp/imdb] [--seeds 0 1 2] [--size full] [--out runs/imdb]
+    python benchmarks/imdb.py [--data stanfordnlp/imdb] [--seeds 0 1 2] [--size full] [--tune 10m] [--out runs/imdb]
 
 Reviews are parted into prompts and a reward model's texts (`imdb_data`); a reward model and a judge are trained on the
 latter. Then each seed has an SFT model (`configs/imdb/sft.yaml`), two runs of all that starts from it (ple.yaml and
 pairs.yaml there) and an evaluation of the base. Equal prompts and equally many updates for all trained rows. What is
-finished is read, not run again, so that the same command goes on where one ended. Prints Markdown, which OUT/table.md
-has too.
+finished is read, not run again, so that the same command goes on where one ended. `--tune` finds the rate of each row
+that starts from the SFT model, on prompts of its own and with that budget of wall time; without it, rates are the
+configs'. Prints Markdown, which OUT/table.md has too.
 
 TRL 1.16.0 has no PPO trainer, so PPO has no row. `--size small` tries all of it on two processors without a GPU: its
 figures say nothing about the methods.
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from imdb_data import ordered_pairs, split_reviews
 from imdb_table import Policy, Seeds, claims, paper_table, table
-from worlds import comparison, install_minilm, rewards, run_config
+from worlds import comparison, install_minilm, rewards, run_config, tuned
 
 from plumbline.config.file import dump_config, load_config
 from plumbline.config.pipelines import MethodBase, Preference, RewardModel
@@ -35,6 +36,8 @@ from plumbline.runs.policies import model_path
 
 CONFIGS = Path("configs/imdb")
 BASE = "smollm2"
+TUNED = ("ple", "pairs")
+"""Configs whose rates `--tune` finds."""
 NAMES = {BASE: "base", "before": "sft"}
 """Policies of evaluations that the table calls otherwise."""
 SMALL = "small size: shows that it runs, says nothing about the methods"
@@ -46,6 +49,7 @@ class Size:
 
     prompts: int
     heldout: int
+    tune: int
     reviews_heldout: int
     reviews: int
     words: int
@@ -59,6 +63,7 @@ SIZES = {
     "full": Size(
         prompts=2048,
         heldout=512,
+        tune=129,
         reviews_heldout=2000,
         reviews=20_000,
         words=48,
@@ -70,6 +75,7 @@ SIZES = {
     "small": Size(
         prompts=48,
         heldout=24,
+        tune=33,
         reviews_heldout=128,
         reviews=512,
         words=20,
@@ -84,13 +90,13 @@ SIZES = {
 class Benchmark:
     """The stages, each into a directory of `out` of its own."""
 
-    def __init__(self, out: Path, data: str, size: str) -> None:
+    def __init__(self, out: Path, data: str, size: str, tune: str | None) -> None:
         """Raises UserError where `out` holds figures of other data or another size."""
-        self.out, self._data, self._size = out.absolute(), data, SIZES[size]
-        asked = json.dumps({"data": data, "size": size, **asdict(self._size)}, indent=1)
+        self.out, self._data, self._size, self._tune = out.absolute(), data, SIZES[size], tune
+        asked = json.dumps({"data": data, "size": size, "tuned": tune, **asdict(self._size)}, indent=1)
         kept = self.out / "settings.json"
         if kept.exists() and kept.read_text() != asked:
-            raise UserError(f"{kept}: figures of another size or other data are there; give another --out")
+            raise UserError(f"{kept}: figures of another size, budget or other data are there; give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(kept, asked)
 
@@ -105,6 +111,7 @@ class Benchmark:
                     seed=0,
                     prompts=size.prompts,
                     heldout=size.heldout,
+                    tune=size.tune,
                     reviews_heldout=size.reviews_heldout,
                     words=size.words,
                 )
@@ -154,7 +161,11 @@ class Benchmark:
     ) -> Path:
         """A run of `configs/imdb/CONFIG.yaml` with this benchmark's paths and size; see `run_config`."""
         path = CONFIGS / f"{config}.yaml"
-        return run_config(path, self.out / name, [*self._overrides(path, given or {}), *overrides], last)
+        sets = [*self._overrides(path, given or {}), *overrides]
+        if self._tune and config in TUNED:  # by the first seed, for all
+            others = [f"data.heldout.path={self.out / 'data/prompts_tune.jsonl'}", "evaluation.prompts=1"]
+            path = tuned(path, self.out / f"tune-{config}", [*sets, *others], self._tune)
+        return run_config(path, self.out / name, sets, last)
 
     def _overrides(self, path: Path, given: dict[str, Path]) -> list[str]:
         config, size, sets = load_config(path), self._size, {}
@@ -239,10 +250,11 @@ def main() -> None:
     parser.add_argument("--data", default="stanfordnlp/imdb", help="a file, directory or name with `text` and `label`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--tune", metavar="BUDGET", help="wall time for each row's rate, such as 10m")
     parser.add_argument("--out", type=Path, default=Path("runs/imdb"))
     options = parser.parse_args()
     try:
-        benchmark = Benchmark(options.out, options.data, options.size)
+        benchmark = Benchmark(options.out, options.data, options.size, options.tune)
         benchmark.prepare()
         benchmark.classifiers()
         seeds = {seed: benchmark.seed(seed) for seed in options.seeds}

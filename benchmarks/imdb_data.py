@@ -22,22 +22,31 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splits:
-    """Rows as the configs read them. No two of the four have a review in common."""
+    """Rows as the configs read them. No two of them have a review in common."""
 
     prompts_heldout: list[Row]
+    prompts_tune: list[Row]
     prompts_train: list[Row]
     reviews_heldout: list[Row]
     reviews_train: list[Row]
 
 
 def split_reviews(
-    reviews: Iterable[LabelledText], *, seed: int, prompts: int, heldout: int, reviews_heldout: int, words: int
+    reviews: Iterable[LabelledText],
+    *,
+    seed: int,
+    prompts: int,
+    heldout: int,
+    tune: int,
+    reviews_heldout: int,
+    words: int,
 ) -> Splits:
-    """Every review once, in an order of the seed: to held-out prompts, to prompts, to held-out reviews, and what is
-    left to the reward model. One that makes no prompt (see `as_prompt`) is a text of the reward model.
+    """Every review once, in an order of the seed: to held-out prompts, to those that rates are found on, to prompts, to
+    held-out reviews, and what is left to the reward model. One that makes no prompt (see `as_prompt`) is a text of the
+    reward model.
 
     Args:
-        prompts, heldout, reviews_heldout: how many of each.
+        prompts, heldout, tune, reviews_heldout: how many of each.
         words: most that a target has.
 
     Raises:
@@ -50,21 +59,26 @@ def split_reviews(
     drawn.shuffle(texts)
     asked: list[Row] = []
     rest: list[Row] = []
+    wanted = heldout + tune + prompts
     for text in texts:
-        prompt = as_prompt(text, first=drawn.randint(*FIRST), words=words) if len(asked) < heldout + prompts else None
+        prompt = as_prompt(text, first=drawn.randint(*FIRST), words=words) if len(asked) < wanted else None
         if prompt:
             asked.append({**prompt, "label": labels[text]})
         else:
             rest.append({"text": text, "label": labels[text]})
     drawn.shuffle(rest)  # those that make no prompt came first
     judged, learnt = rest[:reviews_heldout], rest[reviews_heldout:]
-    if len(asked) < heldout + prompts or len({row["label"] for row in learnt}) < 2:
+    if len(asked) < wanted or len({row["label"] for row in learnt}) < 2:
         raise DataError(
-            f"{len(texts)} different reviews are too few for {heldout + prompts} prompts, {reviews_heldout} held-out "
+            f"{len(texts)} different reviews are too few for {wanted} prompts, {reviews_heldout} held-out "
             "reviews and a reward model that learns from some of either label; give the data set whole"
         )
     return Splits(
-        prompts_heldout=asked[:heldout], prompts_train=asked[heldout:], reviews_heldout=judged, reviews_train=learnt
+        prompts_heldout=asked[:heldout],
+        prompts_tune=asked[heldout : heldout + tune],
+        prompts_train=asked[heldout + tune :],
+        reviews_heldout=judged,
+        reviews_train=learnt,
     )
 
 

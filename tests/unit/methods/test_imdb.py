@@ -1,5 +1,6 @@
 """The pure parts of `benchmarks/imdb.py`: no review on two sides, pairs ordered by the reward, claims by numbers."""
 
+from dataclasses import fields
 from itertools import combinations
 from typing import Any
 
@@ -22,7 +23,7 @@ REVIEWS = [review(number) for number in range(60)]
 
 
 def split(reviews: list[LabelledText], seed: int = 0) -> Splits:
-    return split_reviews(reviews, seed=seed, prompts=10, heldout=5, reviews_heldout=7, words=WORDS)
+    return split_reviews(reviews, seed=seed, prompts=10, heldout=5, tune=3, reviews_heldout=7, words=WORDS)
 
 
 def number_of(row: dict[str, Any]) -> str:
@@ -33,8 +34,8 @@ def number_of(row: dict[str, Any]) -> str:
 def test_no_review_is_on_two_sides_though_the_data_has_it_twice() -> None:
     twice = [*REVIEWS, *(LabelledText(text=f"  {one.text}<br />", label=one.label) for one in REVIEWS)]
     found = split(twice)
-    sides = [found.prompts_heldout, found.prompts_train, found.reviews_heldout, found.reviews_train]
-    assert [len(side) for side in sides] == [5, 10, 7, 38]
+    sides = [getattr(found, side.name) for side in fields(found)]
+    assert [len(side) for side in sides] == [5, 3, 10, 7, 35]
     assert all(not {*map(number_of, one)} & {*map(number_of, other)} for one, other in combinations(sides, 2))
 
 
@@ -44,7 +45,7 @@ def test_the_seed_alone_decides_whatever_the_order_of_the_file() -> None:
 
 
 def test_too_few_reviews_are_one_line() -> None:
-    with pytest.raises(DataError, match=r"^21 different reviews are too few for 15 prompts, 7 held-out reviews"):
+    with pytest.raises(DataError, match=r"^21 different reviews are too few for 18 prompts, 7 held-out reviews"):
         split(REVIEWS[:21])
     with pytest.raises(DataError, match="some of either label"):
         split(REVIEWS[::2])
