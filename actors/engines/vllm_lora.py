@@ -47,16 +47,16 @@ class OncePerAdapter(PunicaWrapperCPU):
             lora_b_stacked: of each slice [slots, 1, its own size, r].
         """
         for slot, rows in self._parts:
-            own, start = x[rows].float(), 0
+            alike = isinstance(rows, slice)
+            asked = (x[rows] if alike else x.index_select(0, rows)).float()
+            answered = y[rows] if alike else y.index_select(0, rows)
+            start = 0
             for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                small = (own @ a[slot, 0].float().T).mul_(scale)
-                added = small.to(y.dtype) @ b[slot, 0].to(y.dtype).T
-                of_slice = y[:, start : start + size]
-                if isinstance(rows, slice):
-                    of_slice[rows] += added
-                else:
-                    of_slice.index_add_(0, rows, added)
+                small = (asked @ a[slot, 0].float().T).mul_(scale)
+                answered[:, start : start + size] += small.to(y.dtype) @ b[slot, 0].to(y.dtype).T
                 start += size
+            if not alike:  # index_add_ takes three times as long
+                y.index_copy_(0, rows, answered)
 
 
 def parts(indices: torch.Tensor) -> tuple[tuple[int, Rows], ...]:
