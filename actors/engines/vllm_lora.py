@@ -28,6 +28,14 @@ class OncePerAdapter(PunicaWrapperCPU):
         super().update_metadata(*args, **kwargs)
         self._parts = parts(self.token_lora_indices)
 
+    def add_shrink(
+        self, y: tuple[torch.Tensor, ...] | torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """The first product alone, where an adapter is cut among engines: tokens without one have none of it."""
+        super().add_shrink(y, x, *args, **kwargs)
+        for of_slice in y:
+            of_slice[self.token_lora_indices < 0] = 0
+
     def add_lora_linear(
         self,
         y: torch.Tensor,

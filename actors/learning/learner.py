@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from actors.channel import Box, Lease
@@ -146,9 +147,22 @@ class Trainer:
         try:
             lost = fit(spec, channel, store, desk, place)
         except TrainingFailedError as error:
-            raise RunError(f"the learner of {spec.section.name} ended: {in_one_line(error)}") from None
+            raise ended(spec.section.name, error) from None
         if lost:
             raise LostError(lost)
+
+
+def ended(name: str, error: TrainingFailedError) -> RunError | LostError:
+    """Why the learner of `name` ended. Where the run's controller met a worker that Ray ended for want of memory, Ray
+    Train did not try again: that is for who lost it."""
+    controller = getattr(error, "controller_failure", None)
+    workers = getattr(error, "worker_failures", {}).values()
+    found = [controller, *(getattr(one, "health_check_failure", one) for one in workers)]
+    short = next((one for one in found if isinstance(one, OutOfMemoryError)), None)
+    if short is None:
+        return RunError(f"the learner of {name} ended: {in_one_line(error)}")
+    kind = LostError if short is controller else RunError
+    return kind(f"the learner of {name} ended: {who_was_lost(short)}")
 
 
 def fit(spec: LearnerSpec, channel: Any, store: Any, desk: Any = None, place: str = "learner") -> str | None:

@@ -4,13 +4,17 @@ Ray Train (2.60) has a worker find a free port in one call and listen on it in a
 together, another process may have taken it by then: the learner ended with EADDRINUSE, and its place was never freed.
 """
 
+import contextlib
 from typing import Any
 from unittest import mock
 
 import ray
+from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch import config as ray_config
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from actors.lost import GONE
 
 _held: TCPStore | None = None
 
@@ -27,6 +31,11 @@ class _Backend(TorchConfig().backend_cls):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         with mock.patch.object(ray_config, "get_address_and_port", hold_port):  # of the first worker
             super().on_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Ray Train (2.60) expects that workers are gone, but not that one was ended for want of memory."""
+        with contextlib.suppress(*GONE):
+            super().on_shutdown(worker_group, backend_config)
 
 
 def hold_port() -> tuple[str, int]:

@@ -86,25 +86,29 @@ def test_a_step_that_drowns_in_noise_passes_and_says_so() -> None:
     assert math.isnan(passed.drift)
 
 
-@pytest.mark.parametrize("size", [16, 64])
-@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
-def test_noise_of_the_learner_is_no_step_that_an_engine_must_show(size: int, spread: float) -> None:
-    """Each of the four measurements has noise of its own, the learner's less or more than the engine's."""
+@pytest.mark.parametrize(
+    ("size", "spread", "growth"),
+    [(16, 0.5, 1), (16, 2, 1), (64, 0.5, 1), (64, 2, 1), (64, 0.5, 2), (64, 2, 2), (64, 0.5, 4), (64, 1, 4)],
+)
+def test_noise_of_the_learner_is_no_step_that_an_engine_must_show(size: int, spread: float, growth: float) -> None:
+    """Each measurement has noise of its own: the learner's less or more than the engine's, and it grows in training."""
     noisy = random.Random(2)
 
     def seen(noise: float) -> list[float]:
         return [value + noisy.gauss(0, noise) for value in truth]
 
     truth = [noisy.uniform(-4, -1) for _ in range(size)]
-    for _ in range(500):
-        first = Publication(
-            ref=ple(1),
+    for version in [1, 2] * 150:
+        learner = 0.004 * spread
+        before = seen(learner)
+        published = Publication(
+            ref=ple(version),
             files={},
-            probe_logps=seen(spread * 0.01),
-            previous_probe_logps=BASE,
-            base_probe_logps=seen(spread * 0.01),
+            probe_logps=seen(growth * learner),
+            previous_probe_logps=seen(growth * learner) if version > 1 else before,
+            base_probe_logps=before,
         )
-        proof(seen(0.01), first, base_measured=seen(0.01), tolerance=TOLERANCE["bfloat16"])
+        proof(seen(growth * 0.004), published, base_measured=seen(0.004), tolerance=TOLERANCE["bfloat16"])
 
 
 # What does not, by its log-probs

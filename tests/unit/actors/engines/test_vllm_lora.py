@@ -53,3 +53,11 @@ def test_runs_of_tokens_are_slices() -> None:
     assert parts(torch.tensor([-1, -1])) == ()
     [(first, rows), (second, run)] = parts(torch.tensor([0, 2, 0]))
     assert (first, second, run) == (0, 2, slice(1, 2)) and rows.tolist() == [0, 2]  # type: ignore[union-attr]
+
+
+def test_an_adapter_that_is_cut_among_engines_leaves_them_too() -> None:
+    wrapper = OncePerAdapter(32, 32, "cpu")
+    wrapper.update_metadata(Mapping([0, 9, 0], False), [7, 8, 9], 3, 11)  # type: ignore[arg-type]
+    small = torch.zeros(1, 3, RANK)
+    wrapper.add_shrink(small, torch.ones(3, INPUTS), (torch.ones(3, 1, RANK, INPUTS),), 0.5)
+    assert small[0].tolist() == [[0.0] * RANK, [0.5 * INPUTS] * RANK, [0.0] * RANK]
