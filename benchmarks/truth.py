@@ -8,6 +8,7 @@ over all prompts of all worlds. What is finished is not run again. Prints Markdo
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,11 @@ TRUE = ("dpo", "sft")
 
 def differences(seeds: Sequence[Mapping[str, list[float]]], ours: str, theirs: str) -> list[str]:
     """Ours less theirs: over all prompts of all seeds, and of each seed."""
-    before, after = ([reward for one in seeds for reward in one[name]] for name in (theirs, ours))
-    each = ", ".join(f"{fmean(one[ours]) - fmean(one[theirs]):+.3f}" for one in seeds)
+    answered = [
+        [pair for pair in zip(one[theirs], one[ours], strict=True) if all(map(math.isfinite, pair))] for one in seeds
+    ]
+    each = ", ".join(f"{fmean(after - before for before, after in pairs):+.3f}" for pairs in answered)
+    before, after = zip(*(pair for pairs in answered for pair in pairs), strict=True)
     all_of_them = paired_interval(before, after)
     stands = "above" if all_of_them.low > 0 else "below" if all_of_them.high < 0 else "not told apart"
     shown = f"{all_of_them.mean:+.3f} [{all_of_them.low:+.3f}, {all_of_them.high:+.3f}]"

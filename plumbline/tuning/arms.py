@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plumbline.config.data import Source
 from plumbline.config.file import parse_config
 from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import (
-    Dlma,
     MethodBase,
     MethodSection,
     Pipeline,
@@ -36,6 +36,10 @@ within a factor of two, and a fit of ten steps favours rates up to three times t
 neighbour of the best is still good, and half of seven keeps both."""
 MOST_ARMS = 16
 """Each is a learner of its own beside the others."""
+DRAWING = ("share", "generation", "contrast", "sides", "scoring", "eos_in_margin", "samples", "keep", "filter")
+"""What says how pairs are drawn, and nothing of how they are learnt."""
+LEARNING = ("share", "learner", "policy", "epochs", "beta", "margin_weight")
+"""What says how pairs are learnt, and nothing of how they are drawn; with what weighs the one against others."""
 GENERATES = "generators"
 """The name of a pipeline that trains nothing: `sft` generates nothing, and its adapters are to be asked for answers."""
 
@@ -146,28 +150,44 @@ def check_over(over: Mapping[str, object], sections: Sequence[Tuned]) -> None:
             raise UserError(f"--over {key}=…: no `{key}` in {which}; leave it out")
 
 
+def draws(section: Tuned) -> bool:
+    """Whether all arms would draw the very same pairs from π0: then they are drawn once (`draw_config`)."""
+    return isinstance(section, Preference) and section.pairs is None
+
+
+def draw_config(config: Config, section: Tuned, steps: int, base: str | None) -> Config:
+    """The config of a run that draws what all arms of a rung learn from. The arguments are those of `rung_config`."""
+    tree = _without_whole(config, section, base)
+    tree.pop("evaluation", None)
+    tree["data"].pop("heldout", None)
+    own = {key: value for key, value in _given(section).items() if key not in LEARNING}
+    tree |= {"tracking": {"tensorboard": False}, "pipelines": [{**own, "steps": steps, "train": False}]}
+    return parse_config(tree, f"tune {section.name}")
+
+
 def rung_config(
-    config: Config, section: Tuned, arms: Sequence[Arm], steps: int, full: int, data: TuningData, base: str | None
+    config: Config,
+    section: Tuned,
+    arms: Sequence[Arm],
+    steps: int,
+    full: int,
+    data: TuningData,
+    base: str | None,
+    pairs: Path | None = None,
 ) -> Config:
     """The config of a run of `arms` side by side: what only the whole run is for is left out of it.
 
     Args:
         steps: parts that each is trained on, of the `full` that the pipeline has.
-        base: π0's directory, where another rung has made it (`sft`).
+        base: π0's directory, where another run has made it (`sft`).
+        pairs: directory of what was drawn for all arms, where the section `draws`.
 
     Raises:
         ConfigError: a value of an arm is out of its bounds.
     """
-    tree = _given(config)
-    for key in ("deterministic", "storage_path", "serve"):
-        tree.pop(key, None)
-    if not isinstance(section, SelfContrast) or not section.embeds:
-        tree.pop("embedder", None)
-    if not isinstance(section, Preference):
-        tree.get("fleet", {}).pop("reference", None)
-    if base is not None:
-        tree.pop("sft", None)
-        tree["model"] = _given(config.model.at(base))
+    if pairs is not None:
+        section = section.model_copy(update={"pairs": Source(path=str(pairs))})
+    tree = _without_whole(config, section, base)
     assert config.evaluation is not None
     generation = _given(config.evaluation.generation or config.methods[0].generation)
     pipelines = [_arm(section, arm, steps, full) for arm in arms]
@@ -184,6 +204,21 @@ def rung_config(
     return parse_config(tree, f"tune {section.name}")
 
 
+def _without_whole(config: Config, section: Tuned, base: str | None) -> dict[str, Any]:
+    """What was given but for what only the whole run is for, or another pipeline than the section."""
+    tree = _given(config)
+    for key in ("deterministic", "storage_path", "serve"):
+        tree.pop(key, None)
+    if not isinstance(section, SelfContrast) or not section.embeds:
+        tree.pop("embedder", None)
+    if not isinstance(section, Preference):
+        tree.get("fleet", {}).pop("reference", None)
+    if base is not None:
+        tree.pop("sft", None)
+        tree["model"] = _given(config.model.at(base))
+    return tree
+
+
 def _arm(section: Tuned, arm: Arm, steps: int, full: int) -> dict[str, Any]:
     tree: dict[str, Any] = {**_given(section), "name": arm.name}
     learner = {**tree.get("learner", {}), "lr": arm.values["lr"], "keep_versions": 1}
@@ -192,9 +227,7 @@ def _arm(section: Tuned, arm: Arm, steps: int, full: int) -> dict[str, Any]:
     if not isinstance(section, Sft):
         tree["steps"] = steps
     if isinstance(section, Preference) and section.pairs:  # of the evaluation's answers alone, which has its own here
-        tree.pop("generation", None)
-        if isinstance(section, Dlma):
-            tree.pop("contrast", None)
+        tree = {key: value for key, value in tree.items() if key not in DRAWING}
     return {**tree, **{key: value for key, value in arm.values.items() if key != "lr"}, "learner": learner}
 
 

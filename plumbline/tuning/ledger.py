@@ -32,6 +32,7 @@ class Rung:
         since: when the attempt that is under way began, as `time.time` has it.
         per_step: seconds of a step of all arms, once it is done.
         rows: each arm's figures, and those of ``before``, once it is done.
+        drawn: whether the pairs are there that all arms learn from, of a section that `draws`.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class Rung:
     since: float | None = None
     per_step: float = 0.0
     rows: dict[str, Row] | None = None
+    drawn: bool = False
 
     @property
     def spent(self) -> Spent:
@@ -56,9 +58,9 @@ class Ledger:
     options: Mapping[str, Any]
     rungs: dict[str, list[Rung]] = field(default_factory=dict)
 
-    def place(self, name: str, number: int) -> Path:
-        """The run directory of a pipeline's rung."""
-        return self.directory / name / f"rung-{number}"
+    def places(self, name: str, number: int) -> tuple[Path, Path]:
+        """The run directories of a pipeline's rung, and of what is drawn for its arms."""
+        return self.directory / name / f"rung-{number}", self.directory / name / f"drawn-{number}"
 
     def save(self) -> None:
         """Write it. Raises DiskError."""
@@ -90,7 +92,7 @@ def open_ledger(directory: Path, config: Config, options: Mapping[str, Any]) -> 
     path, again = directory / FILE, "give what was given there, or another --run-dir"
     if not path.exists() and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ConfigError(f"{directory}: exists and holds no tuning; name another with --run-dir")
-    if not any(directory.glob("*/rung-*")):
+    if not any((*directory.glob("*/rung-*"), *directory.glob("*/drawn-*"))):
         return Ledger(directory=directory, config=config, options=options)
     try:
         tree = json.loads(path.read_text("utf-8"))
@@ -107,7 +109,9 @@ def open_ledger(directory: Path, config: Config, options: Mapping[str, Any]) -> 
     for name, own in rungs.items():
         for number, rung in enumerate(own):
             if rung.since is not None:  # it was killed: what it did until its last event counts
-                events, _ = read_events(ledger.place(name, number) / "events.jsonl")
+                events = [
+                    one for place in ledger.places(name, number) for one in read_events(place / "events.jsonl")[0]
+                ]
                 rung.seconds += max((event.get("time") or 0.0 for event in events), default=rung.since) - rung.since
                 rung.seconds, rung.since = max(0.0, rung.seconds), None
     return ledger

@@ -8,7 +8,7 @@ done again.
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from plumbline.errors import RunError
 from plumbline.records import PolicyRef
 from plumbline.report.files import read_events
 from plumbline.runs.policies import version_directory, versions
-from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, rung_config
+from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, draw_config, draws, rung_config
 from plumbline.tuning.halving import Bounds, Row, all_go_on, half, next_steps, reward_of, sound
 from plumbline.tuning.ledger import Ledger, Rung
 
@@ -88,13 +88,13 @@ def tune(
             if steps is None:
                 break
             rungs.append(Rung(steps=steps, arms=[arm.name for arm in going]))
-        rung, directory = rungs[number], ledger.place(section.name, number)
+        rung = rungs[number]
         if rung.rows is None:
             say(
                 f"{section.name} rung {number}: {len(going)} arms, {rung.steps} steps; "
                 f"{_clock(plan.budget - sum(one.seconds for one in rungs))} of the budget left"
             )
-            _run(ledger, section, plan, rung, going, directory, start)
+            _run(ledger, section, plan, number, going, start)
         assert rung.rows is not None
         base = rung.rows[BASE]
         there = sound(rung.rows, going, base, plan.bounds)
@@ -109,14 +109,19 @@ def _run(
     ledger: Ledger,
     section: Tuned,
     plan: Plan,
-    rung: Rung,
+    number: int,
     arms: Sequence[Arm],
-    directory: Path,
     start: Callable[[Config, Path], None],
 ) -> None:
     """A rung to its end, and its figures into the ledger. Raises as `tune`."""
-    full, base = plan.full[section.name], _base(ledger, directory)
-    config = rung_config(ledger.config, section, arms, rung.steps, full, plan.data, base)
+    rung, directory, drawn = ledger.rungs[section.name][number], *ledger.places(section.name, number)
+    full, pairs = plan.full[section.name], drawn / "pairs" / section.name if draws(section) else None
+    if pairs and not rung.drawn:
+        with ledger.timed(rung):
+            start(draw_config(ledger.config, section, rung.steps, _base(ledger, drawn)), drawn)
+            rung.drawn = True
+    base = _base(ledger, directory)
+    config = rung_config(ledger.config, section, arms, rung.steps, full, plan.data, base, pairs)
     rows = figures(directory, rung.arms)
     if rows is None:
         with ledger.timed(rung):
@@ -129,15 +134,20 @@ def _run(
     if rows is None:
         raise RunError(f"{directory}: its evaluation is without some of its arms; remove the directory")
     rung.rows, rung.per_step = rows, seconds_a_step(directory, rung)
+    if pairs:
+        rung.per_step += seconds_a_step(drawn, replace(rung, arms=[section.name]))
     ledger.save()
 
 
 def _base(ledger: Ledger, directory: Path) -> str | None:
-    """π0's directory where the first rung of all has made it, and this is not that rung."""
-    stage, first = ledger.config.sft, ledger.place(next(iter(ledger.rungs)), 0)
-    if stage is None or first == directory or not (made := versions(first, stage.name)):
+    """π0's directory where the first run of all has made it, and this is not that run."""
+    stage, first = ledger.config.sft, ledger.places(next(iter(ledger.rungs)), 0)
+    if stage is None:
         return None
-    return str(version_directory(first, PolicyRef(policy=stage.name, version=made[-1])))
+    made = next(((place, found) for place in first if (found := versions(place, stage.name))), None)
+    if made is None or made[0] == directory:
+        return None
+    return str(version_directory(made[0], PolicyRef(policy=stage.name, version=made[1][-1])))
 
 
 def figures(run_dir: Path, names: Sequence[str]) -> dict[str, Row] | None:

@@ -15,6 +15,8 @@ from plumbline.tuning.arms import (
     TuningData,
     arms_of,
     check_over,
+    draw_config,
+    draws,
     parse_over,
     rates,
     rung_config,
@@ -149,6 +151,29 @@ def test_the_arms_of_given_pairs_are_asked_as_the_config_says() -> None:
     assert made.evaluation.generation.max_tokens == 9
 
 
+def test_what_is_drawn_for_all_arms_has_what_draws_and_they_have_what_learns() -> None:
+    drawing = {"samples": 8, "keep": 0.5, "negatives": 2, "generation": {"max_tokens": 9}}
+    learning = {"beta": 0.2, "epochs": 2, "learner": {"lr": 1e-3}}
+    read = config({"type": "self_contrast", **drawing, **learning}, embedder={"path": "e"})
+    section = tuned(read)
+    assert draws(section)
+    drawn = draw_config(read, section, 4, None)
+    assert [one.model_dump(exclude_unset=True) for one in drawn.pipelines] == [
+        {"type": "self_contrast", **drawing, "steps": 4, "train": False}
+    ]
+    assert drawn.embedder and drawn.evaluation is None
+    arms = rung_config(read, section, arms_of(section, {}), 4, 16, DATA, None, Path("/t/pairs"))
+    assert arms.embedder is None
+    for one in arms.methods:
+        given = one.model_dump(exclude_unset=True)
+        assert given["pairs"] == {"path": "/t/pairs"} and given["beta"] == 0.2 and given["negatives"] == 2
+        assert not {"samples", "keep", "generation"} & set(given)
+    both = config({"type": "self_contrast", **drawing}, {"type": "dlma"}, embedder={"path": "e"})
+    assert draw_config(both, tuned(both, 1), 4, None).embedder is None
+    assert not draws(tuned(config({"type": "dlma", "pairs": {"path": "p"}})))
+    assert not draws(tuned(config({"type": "ple"})))
+
+
 def test_an_sft_is_cut_from_a_shuffled_file_and_has_generators_beside_it() -> None:
     sft = {"type": "sft", "policy": {"type": "lora"}, "learner": {"batch_size": 10}, "epochs": 2}
     made = of_rung(config({"type": "ple", "generation": {"max_tokens": 9}}, sft), 1)
@@ -178,8 +203,14 @@ def test_every_shipped_config_that_can_be_judged_has_rungs() -> None:
     shipped = [load_config(path) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
     judged = [read for read in shipped if read.evaluation and read.reward]
     sections = [(read, section) for read in judged for section in tuned_pipelines(read, [], "x")]
-    made = [rung_config(read, section, arms_of(section, {}), 4, 16, DATA, None) for read, section in sections]
+    made = [
+        rung_config(
+            read, section, arms_of(section, {}), 4, 16, DATA, None, Path("/t/pairs") if draws(section) else None
+        )
+        for read, section in sections
+    ]
     assert len(made) > len(judged) > 3
+    assert [draw_config(read, section, 4, None) for read, section in sections if draws(section)]
 
 
 def test_what_was_found_stands_in_the_config_and_nothing_else_changes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from plumbline.config.file import parse_text
+from plumbline.config.pipelines import Dlma
 from plumbline.config.tree import Config
 from plumbline.errors import ConfigError, DataError, RunError
 from plumbline.tuning import ledger as ledger_module
@@ -75,7 +76,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     return made
 
 
-def tuned(directory: Path, runs: Runs, budget: float = 1e6, read: Config = READ, name: str = "ple") -> Outcome:
+def tuned(
+    directory: Path, runs: Callable[[Config, Path], None], budget: float = 1e6, read: Config = READ, name: str = "ple"
+) -> Outcome:
     plan = Plan(
         over={},
         bounds=Bounds(),
@@ -203,7 +206,8 @@ def test_an_end_of_the_grid_and_a_reward_below_the_base_are_said(tmp_path: Path,
 
 
 def test_a_second_pipeline_has_a_budget_and_rungs_of_its_own(tmp_path: Path, runs: Runs) -> None:
-    both = config({"type": "ple", "steps": 32, "learner": {"lr": 1e-3}}, {"type": "dlma", "learner": {"lr": 1e-3}})
+    given = {"type": "dlma", "pairs": {"path": "p"}, "learner": {"lr": 1e-3}}
+    both = config({"type": "ple", "steps": 32, "learner": {"lr": 1e-3}}, given)
     first = tuned(tmp_path / "tune", runs, 140, both)
     second = tuned(tmp_path / "tune", runs, 140, both, "dlma")
     assert second.seconds == first.seconds
@@ -214,6 +218,28 @@ def test_a_second_pipeline_has_a_budget_and_rungs_of_its_own(tmp_path: Path, run
     assert text.splitlines()[1].startswith("# ple: lr 1e-3; reward +1.000 (π0 +0.000)")
     svg = plot([first, second], Bounds())
     assert svg.count("<svg") == 1 and len(svg) > 5000
+
+
+def test_what_all_arms_would_draw_is_drawn_once_for_each_rung(tmp_path: Path, runs: Runs) -> None:
+    read = config({"type": "dlma", "learner": {"lr": 1e-3}})
+    learnt: dict[str, list[str | None]] = {}
+
+    def start(run: Config, directory: Path) -> None:
+        learnt[directory.name] = [one.pairs and one.pairs.path for one in run.methods if isinstance(one, Dlma)]
+        runs(run, directory)
+
+    runs.interrupt = "dlma/rung-0"
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path / "tune", start, 280, read, "dlma")
+    runs.interrupt = None
+    found = tuned(tmp_path / "tune", start, 280, read, "dlma")
+    places = [place for place, *_ in runs.started]
+    assert places[:4] == ["dlma/drawn-0", "dlma/rung-0", "dlma/rung-0", "dlma/drawn-1"]
+    assert runs.started[0] == ("dlma/drawn-0", 1, 8)
+    assert learnt["drawn-0"] == [None]
+    assert learnt["rung-0"] == [str(tmp_path / "tune/dlma/drawn-0/pairs/dlma")] * 7
+    assert found.seconds == runs.clock - 1000, "drawing is part of the budget"
+    assert rate(found) == 1e-3
 
 
 def test_only_the_same_tuning_goes_on_in_a_directory(tmp_path: Path, runs: Runs) -> None:
