@@ -36,7 +36,9 @@ def table(outcomes: Sequence[Outcome], bounds: Bounds) -> str:
 def _fate(outcome: Outcome, number: int, arm: Arm, going: Sequence[Arm]) -> str:
     if number + 1 < len(outcome.rungs):
         return "goes on" if arm in going else "below the better half"
-    return "recommended" if arm == outcome.best else "not the best"
+    if arm == outcome.best:
+        return "recommended"
+    return "highest, at few steps" if arm == outcome.highest else "not the best"
 
 
 def _figures(row: Row) -> dict[str, object]:
@@ -60,9 +62,10 @@ def said(outcome: Outcome, bounds: Bounds, budget: float) -> list[str]:
     lines = [used, f"{name}: {best} (the config has lr {shown(outcome.section.learner.lr)})"]
     left = outcome.left[-1]
     if len(left) > 1 and last.steps < outcome.full:
+        taken = f"the rate below the highest, {outcome.highest}, is taken" if outcome.short else "the best is taken"
         lines.append(
-            f"{name}: the budget ended at {last.steps} of {outcome.full} steps with {len(left)} arms left: the best is "
-            "taken, and fewer steps favour higher rates"
+            f"{name}: the budget ended at {last.steps} of {outcome.full} steps with {len(left)} arms left: {taken}, "
+            "for fewer steps favour higher rates"
         )
     if not reward_of(last.rows[best.name]) > reward_of(last.rows[BASE]):
         lines.append(f"{name}: no arm's reward is above π0's: more steps, another method or another reward may do")

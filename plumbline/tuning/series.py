@@ -18,7 +18,7 @@ from plumbline.records import PolicyRef
 from plumbline.report.files import read_events
 from plumbline.runs.policies import version_directory, versions
 from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, draw_config, draws, rung_config
-from plumbline.tuning.halving import Bounds, Row, all_go_on, half, next_steps, reward_of, sound
+from plumbline.tuning.halving import TELLING, Bounds, Row, all_go_on, half, next_steps, reward_of, sound
 from plumbline.tuning.ledger import Ledger, Rung
 
 BASE = "before"
@@ -54,9 +54,25 @@ class Outcome:
     left: Sequence[Sequence[Arm]]
 
     @property
-    def best(self) -> Arm | None:
-        """The best of the last rung."""
+    def highest(self) -> Arm | None:
+        """Of the last rung the arm with the highest reward, of those that are not out."""
         return next(iter(self.left[-1]), None)
+
+    @property
+    def short(self) -> bool:
+        """Whether the last rung had so few of the config's steps that its verdict favours rates that are too high."""
+        return self.rungs[-1].steps * TELLING < self.full and len(self.left[-1]) > 1
+
+    @property
+    def best(self) -> Arm | None:
+        """What to take: the highest, or where the last rung was too short to tell, the one with the next lower
+        rate. One next to the best rate is still good, and one above it may collapse."""
+        if self.highest is None or not self.short:
+            return self.highest
+        rate, others = self.highest.values["lr"], {**self.highest.values, "lr": None}
+        ran = [arm for arm in self.arms if arm.name in self.rungs[-1].arms and {**arm.values, "lr": None} == others]
+        lower = [arm for arm in ran if arm.values["lr"] < rate]
+        return max(lower, key=lambda arm: arm.values["lr"], default=self.highest)
 
     @property
     def seconds(self) -> float:

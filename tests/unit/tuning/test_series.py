@@ -117,8 +117,12 @@ def test_what_the_first_rung_took_more_than_the_budget_is_said(tmp_path: Path, r
     assert runs.started == [("ple/rung-0", 7, 8)]
     lines = said(found, Bounds(), 30)
     assert lines[0] == "ple: 38 s of 30 s used, 1 rung, 8 s more than the budget"
-    assert any("the budget ended at 8 of 32 steps with 4 arms left" in line for line in lines)
-    assert rate(found) == 1e-3
+    told = (
+        "ple: the budget ended at 8 of 32 steps with 4 arms left: the rate below the highest, lr 1e-3, is taken, for "
+    )
+    assert f"{told}fewer steps favour higher rates" in lines
+    assert rate(found) == 3.2e-4
+    assert "| lr 1e-3   |" in table([found], Bounds()) and "highest, at few steps" in table([found], Bounds())
 
 
 def test_an_interrupted_rung_is_the_only_one_that_is_run_again(tmp_path: Path, runs: Runs) -> None:
@@ -155,7 +159,7 @@ def test_a_run_that_was_evaluated_before_its_process_died_is_read(tmp_path: Path
     tree = json.loads(file.read_text())
     tree["rungs"]["ple"][0]["rows"] = None
     file.write_text(json.dumps(tree))
-    assert rate(tuned(tmp_path / "tune", runs, budget=30)) == 1e-3
+    assert rate(tuned(tmp_path / "tune", runs, budget=30)) == 3.2e-4
     assert len(runs.started) == 1
 
 
