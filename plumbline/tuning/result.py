@@ -62,12 +62,13 @@ def said(outcome: Outcome, bounds: Bounds, budget: float) -> list[str]:
     lines = [used, f"{name}: {best} (the config has lr {shown(outcome.section.learner.lr)})"]
     left = outcome.left[-1]
     if len(left) > 1 and last.steps < outcome.full:
-        taken = f"the rate below the highest, {outcome.highest}, is taken" if outcome.short else "the best is taken"
+        below = f"the rate below that of the highest reward, {outcome.highest}, is taken, for"
+        taken = below if outcome.short else "the best is taken, and"
         lines.append(
-            f"{name}: the budget ended at {last.steps} of {outcome.full} steps with {len(left)} arms left: {taken}, "
-            "for fewer steps favour higher rates"
+            f"{name}: the budget ended at {last.steps} of {outcome.full} steps with {len(left)} arms left: {taken} "
+            "fewer steps favour higher rates"
         )
-    if not reward_of(last.rows[best.name]) > reward_of(last.rows[BASE]):
+    if not reward_of(last.rows[left[0].name]) > reward_of(last.rows[BASE]):
         lines.append(f"{name}: no arm's reward is above π0's: more steps, another method or another reward may do")
     if end := edge(outcome.arms, best):
         lines.append(f"{name}: that is the {end} rate that was tried, so a better one may lie beyond: --over lr=…")

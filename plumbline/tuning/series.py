@@ -44,14 +44,19 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A pipeline's rungs, who was left after each (the best first), and the one to take, if any; `full` is how many
-    steps the config has."""
+    """A pipeline's rungs, who was left after each (the best first), and the one to take, if any.
+
+    Attributes:
+        full: steps that the config has.
+        sound: arms of the last rung that are not out.
+    """
 
     section: Tuned
     full: int
     arms: Sequence[Arm]
     rungs: Sequence[Rung]
     left: Sequence[Sequence[Arm]]
+    sound: Sequence[Arm]
 
     @property
     def highest(self) -> Arm | None:
@@ -70,8 +75,7 @@ class Outcome:
         if self.highest is None or not self.short:
             return self.highest
         rate, others = self.highest.values["lr"], {**self.highest.values, "lr": None}
-        ran = [arm for arm in self.arms if arm.name in self.rungs[-1].arms and {**arm.values, "lr": None} == others]
-        lower = [arm for arm in ran if arm.values["lr"] < rate]
+        lower = [arm for arm in self.sound if arm.values["lr"] < rate and {**arm.values, "lr": None} == others]
         return max(lower, key=lambda arm: arm.values["lr"], default=self.highest)
 
     @property
@@ -96,6 +100,7 @@ def tune(
     arms = arms_of(section, plan.over)
     rungs = ledger.rungs.setdefault(section.name, [])
     left: list[list[Arm]] = []
+    there: list[Arm] = []
     going, full = arms, plan.full[section.name]
     for number in count():
         if number == len(rungs):
@@ -118,7 +123,7 @@ def tune(
         going = there if every else there[: half(len(going))]
         left.append(going)
         say(_told(section, number, rung, going, base))
-    return Outcome(section=section, full=full, arms=arms, rungs=rungs, left=left)
+    return Outcome(section=section, full=full, arms=arms, rungs=rungs, left=left, sound=there)
 
 
 def _run(

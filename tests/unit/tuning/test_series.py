@@ -117,12 +117,17 @@ def test_what_the_first_rung_took_more_than_the_budget_is_said(tmp_path: Path, r
     assert runs.started == [("ple/rung-0", 7, 8)]
     lines = said(found, Bounds(), 30)
     assert lines[0] == "ple: 38 s of 30 s used, 1 rung, 8 s more than the budget"
-    told = (
-        "ple: the budget ended at 8 of 32 steps with 4 arms left: the rate below the highest, lr 1e-3, is taken, for "
+    assert lines[2] == (
+        "ple: the budget ended at 8 of 32 steps with 4 arms left: the rate below that of the highest reward, lr 1e-3, "
+        "is taken, for fewer steps favour higher rates"
     )
-    assert f"{told}fewer steps favour higher rates" in lines
     assert rate(found) == 3.2e-4
     assert "| lr 1e-3   |" in table([found], Bounds()) and "highest, at few steps" in table([found], Bounds())
+
+
+def test_a_lower_rate_that_is_out_is_not_taken_in_place_of_the_highest(tmp_path: Path, runs: Runs) -> None:
+    runs.fate = lambda lr: {"PPL": 99.0} if lr == 3.2e-4 else None
+    assert rate(tuned(tmp_path / "tune", runs, budget=30)) == 1e-4
 
 
 def test_an_interrupted_rung_is_the_only_one_that_is_run_again(tmp_path: Path, runs: Runs) -> None:
