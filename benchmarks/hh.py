@@ -1,6 +1,6 @@
 """DLMA and Self-Contrast on HH, against their own baselines, with refusals on XSTest: a section of docs/results.md.
 
-    python benchmarks/hh.py [--seeds 0] [--size full|small] [--tune 10m] [--hh FILE] [--xstest FILE] [--model NAME]
+    python benchmarks/hh.py --hh FILE --xstest FILE [--seeds 0] [--size full|small] [--tune 10m] [--model NAME]
                             [--out runs/hh]
 
 Runs the configs of `configs/hh/` one after another; finished runs are read, so the same command goes on where it was
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hh_data import balanced, first_fitting, split, whole_sentences, write_rows
+from hh_data import balanced, first_fitting, parted, split, whole_sentences, write_rows
 from hh_tables import figures_of, heldout_of, pairs_of, read_counts, report
 from worlds import install_minilm, run_config, tuned
 
@@ -177,13 +177,13 @@ def prepare(options: argparse.Namespace, size: Size, model: str) -> None:
     halves = split(rows)
     xstest = balanced(read_prompts(options.xstest), size.xstest)
     tune = size.tune if options.tune else 0
-    heldout = first_fitting(halves.heldout, tune + size.heldout, fits.target)
+    tuned_on, heldout = parted(first_fitting(halves.heldout, tune + size.heldout, fits.target), tune)
     kept = {
         "reward_train": first_fitting(halves.reward_train, size.pairs, fits.pair),
         "reward_heldout": first_fitting(halves.reward_heldout, size.pairs, fits.pair),
         "train": first_fitting(halves.train, size.train, fits.target, batch),
-        "heldout_hh": heldout[tune:],
-        **({"tune": heldout[:tune]} if tune else {}),
+        "heldout_hh": heldout,
+        **({"tune": tuned_on} if tune else {}),
         "xstest": first_fitting(xstest, size.xstest, fits.answered),
     }
     if {row.extra.get("label") for row in kept["xstest"]} != {"safe", "unsafe"}:
@@ -243,10 +243,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--tune", metavar="BUDGET", help="wall time for each row's rate, such as 10m")
-    parser.add_argument("--hh", default="../shared/data/hh_harmless/pairs.jsonl.gz", help="preference pairs")
-    parser.add_argument(
-        "--xstest", default="../shared/data/xstest/prompts.jsonl.gz", help="with `label` safe or unsafe"
-    )
+    parser.add_argument("--hh", required=True, metavar="FILE", help="preference pairs: prompt, chosen, rejected")
+    parser.add_argument("--xstest", required=True, metavar="FILE", help="prompts with a `label`, safe or unsafe")
     parser.add_argument("--model", default="smollm2", help="π0, and what the reward model is trained from")
     parser.add_argument("--out", type=Path, default=Path("runs/hh"), help="of one size, one model and one data set")
     options = parser.parse_args()

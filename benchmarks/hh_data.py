@@ -64,6 +64,13 @@ def first_fitting(rows: Iterable[Prompt], most: int, fits: Callable[[Prompt], bo
     return found[: len(found) // multiple * multiple]
 
 
+def parted(rows: Sequence[Prompt], at: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Rows in the order of `split` in two: at `at`, or where the conversation that is there ends."""
+    while 0 < at < len(rows) and place(rows[at - 1], "order") == place(rows[at], "order"):
+        at += 1
+    return list(rows[:at]), list(rows[at:])
+
+
 def balanced(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
     """XSTest's prompts, or so many of them, as many of each label as of the other as far as there are."""
     ordered = sorted(prompts, key=lambda row: place(row, "order"))

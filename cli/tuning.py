@@ -47,7 +47,7 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
 def tune_command(options: argparse.Namespace) -> int:
     """`plumbline tune`: 1 where some pipeline has nothing to recommend."""
     from plumbline.config.file import load_config
-    from plumbline.tuning.arms import arms_of, check_over, parse_over, rung_config, tuned_pipelines
+    from plumbline.tuning.arms import arms_of, check_over, draw_config, draws, parse_over, rung_config, tuned_pipelines
     from plumbline.tuning.data import data_of
     from plumbline.tuning.halving import parse_budget
     from plumbline.tuning.ledger import open_ledger
@@ -60,6 +60,8 @@ def tune_command(options: argparse.Namespace) -> int:
     directory = options.run_dir = (options.run_dir or Path("runs") / f"{config.name}-tune").absolute()
     for section in sections:  # a value out of its bounds is told at once
         rung_config(config, section, arms_of(section, over), 1, 1, data_of(directory, 1), None)
+        if draws(section):
+            draw_config(config, section, 1, data_of(directory, 1), None)
     asked = {
         "budget": budget,
         "over": over,
@@ -78,26 +80,31 @@ def tune_command(options: argparse.Namespace) -> int:
     from plumbline.config.tracking import Tracking
     from plumbline.doctor import check
     from plumbline.runs.disk import write_text, writing
-    from plumbline.tuning.data import full_steps, unasked, write_data
+    from plumbline.tuning.data import full_steps, set_aside, write_data
     from plumbline.tuning.plot import plot
     from plumbline.tuning.result import recommended, said, table
     from plumbline.tuning.series import Plan, tune
 
     quiet = {"serve": Serve(), "tracking": Tracking(tensorboard=False), "storage_path": None}
-    rows = check(
+    checked = check(
         config.model_copy(update=quiet), directory / "whole", check_engine, partial(find_machine, directory)
-    ).rows
-    heldout = unasked(config, rows.heldout, options.prompts)
+    )
+    heldout, rows = set_aside(config, checked.rows, sections, options.prompts)
+    data = data_of(directory, len(heldout), aside=rows is not checked.rows)
+    if data.aside:
+        print(
+            f"{len(heldout)} prompts of data.train are judged on, and not learnt from: data.heldout has no more of them"
+        )
     if not ledger.rungs:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        write_data(directory, heldout, rows, sections, config.seed)
+        write_data(data, heldout, rows, sections, config.seed)
         ledger.save()
     plan = Plan(
         over=over,
         bounds=bounds,
         budget=budget,
-        data=data_of(directory, len(heldout)),
+        data=data,
         full={section.name: full_steps(section, rows) for section in sections},
     )
     outcomes = [tune(ledger, section, plan, _start, partial(print, flush=True)) for section in sections]

@@ -67,6 +67,7 @@ class Method(ABC):
         self.parts = Parts(str(directory), with_parts(schema, self.reward.names))
         self.rejected = Rejected(str(directory / "rejected.parquet"))
         self.commits: set[asyncio.Task[None]] = set()  # that are being written
+        self._luck = section.draws_as or section.name
         self._prompts = fit.prompts
         self._orders: dict[int, list[int]] = {}
         if 0 not in self.rejected.steps():
@@ -131,7 +132,7 @@ class Method(ABC):
         pass_, position = divmod(step - 1, batch_count(count, size))
         if pass_ not in self._orders:
             order = list(range(count))
-            random.Random(f"{self._context.config.seed}-{self.name}-{pass_}").shuffle(order)
+            random.Random(f"{self._context.config.seed}-{self._luck}-{pass_}").shuffle(order)
             self._orders = {pass_: order}  # of many prompts it takes as long as a step
         return [self._prompts[i] for i in self._orders[pass_][position * size : (position + 1) * size]]
 
@@ -147,7 +148,7 @@ class Method(ABC):
                 prompt_ids=ids,
                 ref=ref,
                 sampling=self._sampling,
-                seed=zlib.crc32(f"{self._context.config.seed}/{self.name}/{step}/{prompt.id}/{kind}".encode()) >> 1,
+                seed=zlib.crc32(f"{self._context.config.seed}/{self._luck}/{step}/{prompt.id}/{kind}".encode()) >> 1,
                 n=n,
             )
             for (prompt, kind, _), ids in zip(asked, rendered, strict=True)

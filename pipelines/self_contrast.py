@@ -72,7 +72,7 @@ class SelfContrastMethod(Method):
     ) -> list[Answer]:
         """m of the samples, filtered or not; none where fewer can be used (METHODS.md §2)."""
         settings, completions = self._contrast, drawn.completions
-        seed = zlib.crc32(f"{self._context.config.seed}/{self.name}/{step}/{prompt.id}/negatives".encode())
+        seed = zlib.crc32(f"{self._context.config.seed}/{self._luck}/{step}/{prompt.id}/negatives".encode())
         texts = [one.text for one in completions]
         if similarities is not None:
             chosen = select_negatives(

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from plumbline.config.data import ClassifierReward, ServiceReward, SingleReward
 from plumbline.config.demand import demand, named
-from plumbline.config.hub import hub_models
+from plumbline.config.hub import at_directories, hub_models
 from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
 from plumbline.data.example import example
@@ -37,6 +37,7 @@ from plumbline.placement.table import text
 from plumbline.records import Message, ScoreRequest
 from plumbline.runs.base import check_merged
 from plumbline.runs.digests import check_digests, digests_of
+from plumbline.runs.gguf import is_gguf, made_directory
 from plumbline.runs.hub import fetched, pinned
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values
@@ -131,10 +132,15 @@ def examine(
     """Everything that a run would need, one finding at a time; an error does not end it. The plan comes last."""
     machine = look()
     settled = placed = missing = None
+    looked = "hub"
     kept, tables = config, {"placement": lambda: text(placed.plan.rows) if placed else ""}
     try:
-        kept = pinned(config, run_dir)
-        config = fetched(kept)
+        kept = config = pinned(config, run_dir)
+        if (path := config.model.path) and is_gguf(path):  # before `fetched` does: its errors are none of the hub's
+            looked = "model"
+            config = at_directories(config, {"model.path": made_directory(path, "model.path")})
+            looked = "hub"
+        config = fetched(config)
     except PlumblineError as error:  # of the run's storage too
         missing = UserError(str(error))
     with contextlib.suppress(UserError):  # another finding says so
@@ -148,8 +154,8 @@ def examine(
     ]
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
-        *([("hub", lambda: _hub(kept, missing))] if hub_models(kept) else []),
-        *(models if missing is None else []),
+        *([("hub", lambda: _hub(kept))] if hub_models(kept) and not (missing and looked == "hub") else []),
+        *([(looked, lambda: _tell(missing))] if missing else models),
         ("data", lambda: _data(config, run_dir, settled, tables)),
         ("devices", lambda: _devices(config, machine, run_device(config, machine))),
         *([("engine", lambda: _engine(placed, engine))] if placed else []),
@@ -169,9 +175,11 @@ def examine(
         yield Finding(what=what, note=note, error=wrong, table=tables.get(what, str)())
 
 
-def _hub(config: Config, missing: UserError | None) -> str:
-    if missing is not None:
-        raise missing
+def _tell(missing: UserError) -> str:
+    raise missing
+
+
+def _hub(config: Config) -> str:
     return ", ".join(dict.fromkeys(f"{one.label} at {config.commits[one.label]}" for one in hub_models(config)))
 
 

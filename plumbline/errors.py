@@ -61,7 +61,7 @@ class LossError(RunError):
 
 
 class SyncError(RunError):
-    """An engine does not answer as the version it was told to load (DESIGN.md, Weights).
+    """An engine does not answer as the version it was told to load (docs/architecture.md, "Proofs").
 
     Attributes:
         policy, version: what should have been loaded.

@@ -189,7 +189,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "trust_remote_code": False,
     }
     if spec.device == "cpu":
-        # A per-request seed crashes the CPU backend as soon as a prefill is chunked (STACK.md 9).
+        # A per-request seed crashes the CPU backend as soon as a prefill is chunked ("CPU Generator does not use
+        # offset"). So none is, and a batch takes the longest prompt whole.
         fixed |= {
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(spec.max_model_len, 8192),

@@ -57,8 +57,10 @@ class Model(Section):
 
     def at(self, directory: str) -> "Model":
         """This model where it lies in a run: itself, or what was made of it, which has a tokenizer of its own."""
-        made = {} if directory == self.path else {"path": directory, "init": None, "tokenizer": None}
-        return self.model_copy(update={"adapter": None, **made})
+        made: dict[str, str | None] = {"adapter": None, "adapter_revision": None}
+        if directory != self.path:
+            made |= {"path": directory, "revision": None, "init": None, "tokenizer": None, "tokenizer_revision": None}
+        return self.model_copy(update=made)
 
     @property
     def tokenizer_path(self) -> str:

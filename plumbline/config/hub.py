@@ -42,8 +42,9 @@ class HubModel:
 
 
 def is_hub_name(path: str | None) -> bool:
-    """Whether a path may be a model's name. Those of directories that are there were made absolute before."""
-    return path is not None and _NAME.fullmatch(path) is not None
+    """Whether a path may be a model's name; a GGUF file's is none. Those of directories that are there were made
+    absolute before."""
+    return path is not None and not path.endswith(".gguf") and _NAME.fullmatch(path) is not None
 
 
 def places(config: Config) -> Mapping[str, tuple[str, Kind]]:

@@ -53,6 +53,11 @@ class MethodBase(PipelineBase):
     generation: Generation = Generation()
     policy: Policy = LoraPolicy()
     share: float = Field(default=1.0, gt=0, le=1000, description="weight of its requests where several wait")
+    draws_as: Name | None = Field(
+        default=None,
+        description="a name that the order of prompts and the seeds of answers are made of, so that pipelines with the "
+        "same one are compared on the same; default: its own",
+    )
 
     @property
     def answers(self) -> int:
@@ -116,7 +121,9 @@ class Preference(Frozen):
 
     beta: float = Field(default=0.1, gt=0, le=1000, description="DPO's β: how far the policy may go from π0")
     pairs: Source | None = Field(
-        default=None, description="train on these instead: a directory of parts that another run made"
+        default=None,
+        description="train on these instead: a directory of another run's parts; self_contrast takes a preference file "
+        "too",
     )
 
     @property

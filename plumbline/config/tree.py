@@ -94,7 +94,9 @@ class Config(Section):
                     "that takes `policy: {type: lora}`, `train: true` and no `zero: 3`; or write `auto`"
                 )
             if self.reward is None and one.needs_reward:
-                raise ValueError(f"a `{one.type}` pipeline needs `reward` (type: classifier or type: program)")
+                raise ValueError(
+                    f"a `{one.type}` pipeline needs `reward` (type: classifier, program, http, judge or sum)"
+                )
             if self.model.init and self.sft is None:
                 raise ValueError(
                     f"a `{one.type}` pipeline cannot start from random weights; add `sft`, or give `model.path`"

@@ -12,6 +12,8 @@ from plumbline.errors import ModelError, in_one_line
 
 MADE = "gguf.json"
 """Beside a model that was made: of which file it was, and how that was quantised."""
+REFUSED, FAILED = 2, 3
+"""Exit codes beside a line on stderr: nothing can be made of the file; another error, such as a full disk's."""
 _TOKENS, _TEMPLATE = "tokenizer.ggml.tokens", "tokenizer.chat_template"
 
 
@@ -97,12 +99,16 @@ def check_tokenizer(tokenizer: Any, said: dict[str, Any], file: Path) -> None:
 
 
 def main() -> int:
-    """``python -m plumbline.models.gguf FILE OUT``: an error is a line on stderr."""
+    """``python -m plumbline.models.gguf FILE OUT``: an error is a line on stderr, the last one."""
+    file, out = map(Path, sys.argv[1:])
     try:
-        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+        convert(file, out)
     except ModelError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
+        return REFUSED
+    except Exception as error:  # what libraries raise where they cannot write
+        sys.stderr.write(f"{file}: cannot be made into safetensors ({in_one_line(error)})\n")
+        return FAILED
     return 0
 
 

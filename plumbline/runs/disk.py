@@ -48,13 +48,15 @@ def disk_fault(error: BaseException) -> int | None:
     """The number of the disk's fault behind an error; None where it is another. The libraries in Rust raise errors of
     their own, in whose text it stands."""
     number = getattr(error, "errno", None)
-    if (
-        number is None
-        and type(error).__name__ == "SafetensorError"
-        and (said := re.search(r"os error (\d+)", str(error)))
-    ):
-        number = int(said[1])
+    if number is None and type(error).__name__ == "SafetensorError":
+        return told_fault(str(error))
     return number if number in DISK else None
+
+
+def told_fault(text: str) -> int | None:
+    """The number of the disk's fault that an error's text tells of, such as another process's."""
+    said = re.search(r"(?:\[Errno|os error) (\d+)", text)
+    return int(said[1]) if said and int(said[1]) in DISK else None
 
 
 def user_cache() -> Path:

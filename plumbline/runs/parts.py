@@ -1,7 +1,7 @@
 """The ledger of a run: Parquet parts whose listing says which steps are done, and the prompts that were rejected.
 
 Written by `pipelines.loop.commit` alone, one writer a directory; read by resume, reports and evaluation. Works on a
-local disk and on object storage (any pyarrow filesystem). See DESIGN.md, "The life of a rollout".
+local disk and on object storage (any pyarrow filesystem). See docs/architecture.md.
 """
 
 import itertools

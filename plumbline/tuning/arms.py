@@ -12,6 +12,7 @@ from typing import Any
 
 from plumbline.config.data import Source
 from plumbline.config.file import parse_config
+from plumbline.config.hub import hub_models
 from plumbline.config.learner import LoraPolicy
 from plumbline.config.pipelines import (
     MethodBase,
@@ -42,6 +43,7 @@ LEARNING = ("share", "learner", "policy", "epochs", "beta", "margin_weight")
 """What says how pairs are learnt, and nothing of how they are drawn; with what weighs the one against others."""
 GENERATES = "generators"
 """The name of a pipeline that trains nothing: `sft` generates nothing, and its adapters are to be asked for answers."""
+_ASKS = {"type": "raft", "name": GENERATES, "train": False, "steps": 1, "batch_size": 1, "samples": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +59,15 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningData:
-    """What rungs read in place of the config's own files: `prompts` held-out rows, and rows of an `sft` to cut from."""
+    """What rungs read in place of the config's own files: `prompts` held-out rows, and rows of an `sft` to cut from.
+
+    Where rows of `data.train` are among the former (`aside`), every rung learns from `train`, which is without them.
+    """
 
     heldout: Path
     prompts: int
     train: Path
+    aside: bool = False
 
 
 def shown(value: float) -> str:
@@ -151,18 +157,25 @@ def check_over(over: Mapping[str, object], sections: Sequence[Tuned]) -> None:
 
 
 def draws(section: Tuned) -> bool:
-    """Whether all arms would draw the very same pairs from π0: then they are drawn once (`draw_config`)."""
-    return isinstance(section, Preference) and section.pairs is None
+    """Whether all arms would draw the very same pairs from π0: then they are drawn once (`draw_config`). Not where π0
+    is quantised, which only a learner's section can say."""
+    return isinstance(section, Preference) and section.pairs is None and not section.learner.quantize
 
 
-def draw_config(config: Config, section: Tuned, steps: int, base: str | None) -> Config:
+def base_config(config: Config, data: TuningData) -> Config:
+    """The config of a run that makes π0 as the `sft` stage does, and asks it for next to nothing."""
+    tree = _without_judging(config, data)
+    tree.pop("embedder", None)
+    return _parsed(config, {**tree, "pipelines": [{**_ASKS, "generation": {"max_tokens": 1}}]}, "tune")
+
+
+def draw_config(config: Config, section: Tuned, steps: int, data: TuningData, base: str | None) -> Config:
     """The config of a run that draws what all arms of a rung learn from. The arguments are those of `rung_config`."""
-    tree = _without_whole(config, section, base)
-    tree.pop("evaluation", None)
-    tree["data"].pop("heldout", None)
+    tree = _of_section(_without_judging(config, data), config, section, base)
+    if config.fleet.reference.replicas == "learner":  # none is there
+        tree["fleet"]["reference"].pop("replicas")
     own = {key: value for key, value in _given(section).items() if key not in LEARNING}
-    tree |= {"tracking": {"tensorboard": False}, "pipelines": [{**own, "steps": steps, "train": False}]}
-    return parse_config(tree, f"tune {section.name}")
+    return _parsed(config, {**tree, "pipelines": [{**own, "steps": steps, "train": False}]}, f"tune {section.name}")
 
 
 def rung_config(
@@ -179,7 +192,7 @@ def rung_config(
 
     Args:
         steps: parts that each is trained on, of the `full` that the pipeline has.
-        base: π0's directory, where another run has made it (`sft`).
+        base: π0's directory, where the config has an `sft` stage (`base_config`).
         pairs: directory of what was drawn for all arms, where the section `draws`.
 
     Raises:
@@ -187,28 +200,55 @@ def rung_config(
     """
     if pairs is not None:
         section = section.model_copy(update={"pairs": Source(path=str(pairs))})
-    tree = _without_whole(config, section, base)
+    tree = _of_section(_without_whole(config, data), config, section, base)
     assert config.evaluation is not None
     generation = _given(config.evaluation.generation or config.methods[0].generation)
     pipelines = [_arm(section, arm, steps, full) for arm in arms]
     if isinstance(section, Sft):
         tree["data"]["train"] = {"path": str(data.train), "limit": steps * section.learner.batch_size}
-        asks = {"type": "raft", "name": GENERATES, "train": False, "steps": 1, "batch_size": 1, "samples": 2}
-        pipelines.append({**asks, "generation": generation})
+        pipelines.append({**_ASKS, "generation": generation})
     tree["data"]["heldout"] = {"path": str(data.heldout)}
     tree |= {
-        "tracking": {"tensorboard": False},
         "evaluation": {"prompts": data.prompts, "generation": generation},  # no judge: it is for the end alone
         "pipelines": pipelines,
     }
-    return parse_config(tree, f"tune {section.name}")
+    return _parsed(config, tree, f"tune {section.name}")
 
 
-def _without_whole(config: Config, section: Tuned, base: str | None) -> dict[str, Any]:
-    """What was given but for what only the whole run is for, or another pipeline than the section."""
+def _parsed(config: Config, tree: dict[str, Any], origin: str) -> Config:
+    """A tree that was cut from a config's: commits of models that are no longer named are left out."""
+
+    def named(key: str) -> Any:
+        found: Any = tree
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    left = {one.label for one in hub_models(config) if named(one.key) == one.name}
+    commits = {label: commit for label, commit in config.commits.items() if label in left}
+    return parse_config({**tree, "commits": commits}, origin)
+
+
+def _without_judging(config: Config, data: TuningData) -> dict[str, Any]:
+    """As `_without_whole`, and without what an evaluation reads."""
+    tree = _without_whole(config, data)
+    tree.pop("evaluation", None)
+    tree["data"].pop("heldout", None)
+    return tree
+
+
+def _without_whole(config: Config, data: TuningData) -> dict[str, Any]:
+    """What was given but for what only the whole run is for."""
     tree = _given(config)
     for key in ("deterministic", "storage_path", "serve"):
         tree.pop(key, None)
+    if data.aside:
+        tree["data"]["train"] = {"path": str(data.train)}
+    return {**tree, "tracking": {"tensorboard": False}}
+
+
+def _of_section(tree: dict[str, Any], config: Config, section: Tuned, base: str | None) -> dict[str, Any]:
+    """Without what only other pipelines than the section are for, from the π0 of a tuning."""
     if not isinstance(section, SelfContrast) or not section.embeds:
         tree.pop("embedder", None)
     if not isinstance(section, Preference):
@@ -221,6 +261,8 @@ def _without_whole(config: Config, section: Tuned, base: str | None) -> dict[str
 
 def _arm(section: Tuned, arm: Arm, steps: int, full: int) -> dict[str, Any]:
     tree: dict[str, Any] = {**_given(section), "name": arm.name}
+    if isinstance(section, MethodBase):  # all arms on the same
+        tree["draws_as"] = section.draws_as or section.name
     learner = {**tree.get("learner", {}), "lr": arm.values["lr"], "keep_versions": 1}
     if section.learner.warmup:
         learner["warmup"] = round(section.learner.warmup * steps / full)

@@ -34,12 +34,14 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """A rung that was run: its steps and arms, the wall time of all of it, and of a step of all its arms."""
+    """A rung that was run: its steps and arms, the wall time of all of it, of a step of all its arms, and of drawing a
+    step's pairs once for all of them."""
 
     steps: int
     arms: int
     seconds: float
     per_step: float
+    drawn_per_step: float = 0.0
 
 
 def parse_budget(text: str) -> float:
@@ -73,8 +75,9 @@ def fault(row: Row, base: Row, bounds: Bounds) -> str:
         own, of = row.get(name), base.get(name)
         if own is None or of is None:  # rows without targets have no PPL of references
             continue
-        if not least * of <= own <= most * of:  # so that NaN is out
-            side = f"below {least * of:.3g}" if own < least * of else f"above {most * of:.3g}"
+        lowest, highest = least * of, most if math.isinf(most) else most * of
+        if not lowest <= own <= highest:  # so that NaN is out
+            side = f"below {lowest:.3g}" if own < lowest else f"above {highest:.3g}"
             return f"{name} {own:.3g}, {side}"
     return ""
 
@@ -124,12 +127,12 @@ def all_go_on(done: Sequence[Spent], arms: int, full: int, budget: float) -> boo
 
 
 def _steps_within(done: Sequence[Spent], arms: int, budget: float, rungs: int) -> int:
-    """Steps for which the next of so many rungs has time: a step takes it as there are arms, which share a machine;
-    starting and evaluating takes what it took."""
+    """Steps for which the next of so many rungs has time: a step takes it as there are arms, which share a machine, and
+    what is drawn for all of them as ever; starting and evaluating takes what it took."""
     last = done[-1]
-    beside = max(0.0, last.seconds - last.per_step * last.steps)
+    beside = max(0.0, last.seconds - (last.per_step + last.drawn_per_step) * last.steps)
     left = (budget - sum(one.seconds for one in done)) / rungs
-    return int((left - beside) / max(last.per_step * arms / last.arms, 1e-9))
+    return int((left - beside) / max(last.per_step * arms / last.arms + last.drawn_per_step, 1e-9))
 
 
 def edge(arms: Sequence[Arm], best: Arm) -> str:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Rung:
         seconds: of wall time so far, over all attempts.
         since: when the attempt that is under way began, as `time.time` has it.
         per_step: seconds of a step of all arms, once it is done.
+        drawn_per_step: seconds of drawing a step's pairs, of a section that `draws`.
         rows: each arm's figures, and those of ``before``, once it is done.
         drawn: whether the pairs are there that all arms learn from, of a section that `draws`.
     """
@@ -40,13 +41,20 @@ class Rung:
     seconds: float = 0.0
     since: float | None = None
     per_step: float = 0.0
+    drawn_per_step: float = 0.0
     rows: dict[str, Row] | None = None
     drawn: bool = False
 
     @property
     def spent(self) -> Spent:
         """What the next rung is planned by."""
-        return Spent(steps=self.steps, arms=len(self.arms), seconds=self.seconds, per_step=self.per_step)
+        return Spent(
+            steps=self.steps,
+            arms=len(self.arms),
+            seconds=self.seconds,
+            per_step=self.per_step,
+            drawn_per_step=self.drawn_per_step,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +65,11 @@ class Ledger:
     config: Config
     options: Mapping[str, Any]
     rungs: dict[str, list[Rung]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Path:
+        """The run directory of the `sft` stage, which makes the π0 that all arms start from."""
+        return self.directory / "base"  # which no pipeline is called
 
     def places(self, name: str, number: int) -> tuple[Path, Path]:
         """The run directories of a pipeline's rung, and of what is drawn for its arms."""
@@ -92,8 +105,9 @@ def open_ledger(directory: Path, config: Config, options: Mapping[str, Any]) -> 
     path, again = directory / FILE, "give what was given there, or another --run-dir"
     if not path.exists() and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ConfigError(f"{directory}: exists and holds no tuning; name another with --run-dir")
-    if not any((*directory.glob("*/rung-*"), *directory.glob("*/drawn-*"))):
-        return Ledger(directory=directory, config=config, options=options)
+    new = Ledger(directory=directory, config=config, options=options)
+    if not any((*directory.glob("*/rung-*"), *directory.glob("*/drawn-*"))) and not new.base.exists():
+        return new
     try:
         tree = json.loads(path.read_text("utf-8"))
         there, kept = tree["config"], tree["options"]
@@ -105,7 +119,7 @@ def open_ledger(directory: Path, config: Config, options: Mapping[str, Any]) -> 
     for key in {**kept, **now}:
         if kept.get(key) != now.get(key):
             raise ConfigError(f"{directory}: --{key} was {kept.get(key)!r} there, is {now.get(key)!r} here; {again}")
-    ledger = Ledger(directory=directory, config=config, options=options, rungs=rungs)
+    ledger = replace(new, rungs=rungs)
     for name, own in rungs.items():
         for number, rung in enumerate(own):
             if rung.since is not None:  # it was killed: what it did until its last event counts

@@ -62,14 +62,23 @@ def said(outcome: Outcome, bounds: Bounds, budget: float) -> list[str]:
     lines = [used, f"{name}: {best} (the config has lr {shown(outcome.section.learner.lr)})"]
     left = outcome.left[-1]
     if len(left) > 1 and last.steps < outcome.full:
-        below = f"the rate below that of the highest reward, {outcome.highest}, is taken, for"
-        taken = below if outcome.short else "the best is taken, and"
+        if best is not outcome.highest:
+            taken = f"the rate below that of the highest reward, {outcome.highest}, is taken, for"
+        elif outcome.short:
+            taken = "the best is taken, for no lower rate was tried that is not out, though"
+        else:
+            taken = "the best is taken, and"
         lines.append(
             f"{name}: the budget ended at {last.steps} of {outcome.full} steps with {len(left)} arms left: {taken} "
             "fewer steps favour higher rates"
         )
-    if not reward_of(last.rows[left[0].name]) > reward_of(last.rows[BASE]):
+    base = reward_of(last.rows[BASE])
+    if not reward_of(last.rows[left[0].name]) > base:
         lines.append(f"{name}: no arm's reward is above π0's: more steps, another method or another reward may do")
+    elif not reward_of(last.rows[best.name]) > base:
+        lines.append(
+            f"{name}: at {last.steps} steps its reward is not above π0's; more steps would show whether it rises"
+        )
     if end := edge(outcome.arms, best):
         lines.append(f"{name}: that is the {end} rate that was tried, so a better one may lie beyond: --over lr=…")
     return lines

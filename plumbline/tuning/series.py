@@ -17,7 +17,7 @@ from plumbline.errors import RunError
 from plumbline.records import PolicyRef
 from plumbline.report.files import read_events
 from plumbline.runs.policies import version_directory, versions
-from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, draw_config, draws, rung_config
+from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, base_config, draw_config, draws, rung_config
 from plumbline.tuning.halving import TELLING, Bounds, Row, all_go_on, half, next_steps, reward_of, sound
 from plumbline.tuning.ledger import Ledger, Rung
 
@@ -137,11 +137,11 @@ def _run(
     """A rung to its end, and its figures into the ledger. Raises as `tune`."""
     rung, directory, drawn = ledger.rungs[section.name][number], *ledger.places(section.name, number)
     full, pairs = plan.full[section.name], drawn / "pairs" / section.name if draws(section) else None
+    base = _base(ledger, plan, start)
     if pairs and not rung.drawn:
         with ledger.timed(rung):
-            start(draw_config(ledger.config, section, rung.steps, _base(ledger, drawn)), drawn)
+            start(draw_config(ledger.config, section, rung.steps, plan.data, base), drawn)
             rung.drawn = True
-    base = _base(ledger, directory)
     config = rung_config(ledger.config, section, arms, rung.steps, full, plan.data, base, pairs)
     rows = figures(directory, rung.arms)
     if rows is None:
@@ -156,19 +156,20 @@ def _run(
         raise RunError(f"{directory}: its evaluation is without some of its arms; remove the directory")
     rung.rows, rung.per_step = rows, seconds_a_step(directory, rung)
     if pairs:
-        rung.per_step += seconds_a_step(drawn, replace(rung, arms=[section.name]))
+        rung.drawn_per_step = seconds_a_step(drawn, replace(rung, arms=[section.name]))
     ledger.save()
 
 
-def _base(ledger: Ledger, directory: Path) -> str | None:
-    """π0's directory where the first run of all has made it, and this is not that run."""
-    stage, first = ledger.config.sft, ledger.places(next(iter(ledger.rungs)), 0)
+def _base(ledger: Ledger, plan: Plan, start: Callable[[Config, Path], None]) -> str | None:
+    """The directory of the π0 that the `sft` stage makes, once for all pipelines and within no budget; None without."""
+    stage = ledger.config.sft
     if stage is None:
         return None
-    made = next(((place, found) for place in first if (found := versions(place, stage.name))), None)
-    if made is None or made[0] == directory:
-        return None
-    return str(version_directory(made[0], PolicyRef(policy=stage.name, version=made[1][-1])))
+    if not versions(ledger.base, stage.name):
+        start(base_config(ledger.config, plan.data), ledger.base)
+    return str(
+        version_directory(ledger.base, PolicyRef(policy=stage.name, version=versions(ledger.base, stage.name)[-1]))
+    )
 
 
 def figures(run_dir: Path, names: Sequence[str]) -> dict[str, Row] | None:

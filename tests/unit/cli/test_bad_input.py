@@ -133,7 +133,7 @@ def test_the_world_as_it_is_would_run(world: World, monkeypatch: pytest.MonkeyPa
             "dpo",
             "pipelines.0.type: 'dpo' is unknown; known are 'ple', 'dlma', 'self_contrast', 'raft', 'sft', 'reward'",
         ),
-        ("reward", None, "config: a `ple` pipeline needs `reward` (type: classifier or type: program)"),
+        ("reward", None, "config: a `ple` pipeline needs `reward` (type: classifier, program, http, judge or sum)"),
     ],
 )
 def test_a_bad_key_or_value(world: World, refused: Refused, key: str, value: object, message: str) -> None:
@@ -849,6 +849,67 @@ def test_doctor_names_all_that_is_wrong(
         "no port can be opened on 127.0.0.1 ([Errno 1] Operation not permitted); Ray needs some",
     )
     assert world.files() == before
+
+
+NOT_FETCHED = "model.path: smollm2: no such GGUF file; fetch it by: plumbline fetch smollm2"
+
+
+def failures(world: World, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    """Doctor's lines about what would fail, and the names of what is fine. Nothing is in the user's cache."""
+    assert main(["doctor", world.write(), "--run-dir", str(world.run_dir)]) == 2
+    captured = capsys.readouterr()
+    fine = [line.split(":")[0].removeprefix("ok   ") for line in captured.out.splitlines() if line.startswith("ok")]
+    return captured.err.splitlines(), fine
+
+
+@pytest.mark.usefixtures("enough_memory")
+@pytest.mark.parametrize(
+    ("path", "cache", "message"),
+    [
+        ("smollm2", "cache", NOT_FETCHED),
+        (
+            "models/foo.gguf",
+            "cache",
+            "model.path: models/foo.gguf: no such GGUF file; give the path of one that is there",
+        ),
+        ("cut.gguf", "cache", "model.path: {world}/cut.gguf: no GGUF file, or damaged ("),
+        (
+            "cut.gguf",
+            "cut.gguf",
+            "{world}/cut.gguf/plumbline/gguf: cannot be made (Not a directory); let XDG_CACHE_HOME ",
+        ),
+    ],
+)
+def test_doctor_names_a_gguf_model_that_cannot_be_had(
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    cache: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(world.directory / cache))
+    (world.directory / "cut.gguf").write_bytes(b"GGUF")
+    world.tree["model"]["path"] = path
+    [line], fine = failures(world, capsys)
+    assert line.startswith(f"FAIL model: {message.format(world=world.directory)}")
+    assert "versions" in fine and "data" in fine and "hub" not in fine and "reward" not in fine
+
+
+@pytest.mark.usefixtures("enough_memory")
+def test_doctor_tells_a_gguf_model_from_those_of_the_hub(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(world.directory / "cache"))
+    world.tree |= {"reward": {"type": "classifier", "path": "org/reward"}, "commits": {"org/reward": "0" * 40}}
+    world.tree["model"]["path"] = "smollm2"
+    [line], fine = failures(world, capsys)
+    assert line == f"FAIL model: {NOT_FETCHED}" and "hub" in fine
+
+
+def test_a_gguf_file_that_is_not_there_is_no_hub_model(world: World, refused: Refused) -> None:
+    line = run(world, refused, "--set", "model.path=models/foo.gguf")
+    assert line == "model.path: models/foo.gguf: no such GGUF file; give the path of one that is there"
 
 
 def test_doctor_counts_memory(

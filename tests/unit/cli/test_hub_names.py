@@ -66,6 +66,9 @@ def test_all_commands_have_the_commit_that_the_run_began_with(tmp_path: Path, ti
         )
         offline = commands(begin, HF_HUB_OFFLINE="1")
         assert "plumbline: model.path: org/model: no such directory, not whole in the cache" in offline
+        offline = commands(doctor, HF_HUB_OFFLINE="1")
+        assert "FAIL hub: model.path: org/model: no such directory, not whole in the cache" in offline
+        assert "code: 2" in offline and "ok   hub" not in offline
         assert not run_dir.exists()
 
         told = commands(begin, doctor)

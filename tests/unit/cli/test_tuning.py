@@ -79,7 +79,7 @@ def refused(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         (["--length", "2", "3"], "--length 2 3: should be a number below 1 and one above"),
         (["--max-base-ppl", "0.5"], "--max-base-ppl 0.5: should be 1 or more"),
         (["--max-ppl-rise", "nan"], "--max-ppl-rise nan: should be 0 or more"),
-        (["--set", "evaluation.prompts=40"], "evaluation.prompts leaves 8 of 48 rows, and tuning asks at least 32"),
+        (["--set", "evaluation.prompts=40"], "evaluation.prompts leaves 8 of 48 rows, tuning asks 32 or more"),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
 )
@@ -158,6 +158,34 @@ def test_the_prompts_that_are_asked_are_none_of_the_final_evaluations(
     assert len(final) == 8
     assert not {prompt.id for prompt in final} & {prompt.id for prompt in kept}
     assert {prompt.target for prompt in kept} <= {prompt.target for prompt in rows.heldout}
+
+
+def test_where_the_evaluation_asks_all_held_out_prompts_training_rows_are_judged_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in every config that `plumbline init` writes; the same when it goes on."""
+    from plumbline.data.dataset import read_prompts
+
+    make_prompts(world.directory / "prompts.jsonl", 160)
+    world.tree["evaluation"] = {"prompts": 48}
+    runs, asked = Runs(), list[Config]()
+    runs.interrupt = "ple/rung-0"
+
+    def start(config: Config, directory: Path) -> None:
+        asked.append(config)
+        runs(config, directory)
+
+    monkeypatch.setattr(tuning, "_start", start)
+    assert world.tune() == 130
+    runs.interrupt = None
+    assert world.tune() == 0
+    assert capsys.readouterr().out.count("40 prompts of data.train are judged on, and not learnt from") == 2
+    assert {config.data.train.path for config in asked} == {str(world.place / "train.jsonl")}
+    assert {config.evaluation.prompts for config in asked if config.evaluation} == {40}
+    judged, learnt = (
+        {one.query for one in read_prompts(str(world.place / f"{name}.jsonl"))} for name in ("heldout", "train")
+    )
+    assert judged and learnt and not judged & learnt
 
 
 def test_ctrl_c_says_how_to_go_on(

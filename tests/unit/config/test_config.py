@@ -9,7 +9,7 @@ import yaml
 
 from plumbline.config.data import ClassifierReward, reward_parts
 from plumbline.config.file import dump_config, load_config, parse_config
-from plumbline.config.hub import at_directories, hub_models
+from plumbline.config.hub import at_directories, hub_models, is_hub_name
 from plumbline.config.learner import FullPolicy, LoraPolicy
 from plumbline.config.pipelines import Ple, RewardModel, Sft
 from plumbline.config.section import bounds, planned
@@ -331,7 +331,7 @@ def test_a_bad_value_is_named_with_what_would_be_right(change: Mapping[str, Any]
             {"sft": {}},
             "config: two pipelines are named 'sft'; give each a `name` of its own",
         ),
-        ({"reward": None}, "config: a `ple` pipeline needs `reward` (type: classifier or type: program)"),
+        ({"reward": None}, "config: a `ple` pipeline needs `reward` (type: classifier, program, http, judge or sum)"),
         (
             {"model": {"init": {"model_type": "llama"}, "tokenizer": "t"}},
             "config: a `ple` pipeline cannot start from random weights; add `sft`, or give `model.path`",
@@ -508,3 +508,12 @@ def test_models_of_a_sum_may_be_named_by_the_hub() -> None:
     reward = there.rewards["reward.of.1.reward"]
     assert isinstance(reward, ClassifierReward) and (reward.path, reward.revision) == ("/cache/reward", None)
     assert there.rewards["reward.of.0.reward"] == config.rewards["reward.of.0.reward"]
+
+
+def test_a_gguf_file_is_no_hub_name() -> None:
+    names = ("models/foo.gguf", "org/foo-gguf", "org/foo.gguf-1")
+    assert [is_hub_name(name) for name in names] == [False, True, True]
+    model = {"path": "models/foo.gguf", "revision": "v1"}
+    assert refusal({**TREE, "model": model}) == (
+        "config: `model.revision` is of a model of the hub, and `path` is no such name (ORG/MODEL); leave it out"
+    )

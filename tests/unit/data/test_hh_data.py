@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from benchmarks.hh_data import balanced, first_fitting, split, whole_sentences, write_rows
+from benchmarks.hh_data import balanced, first_fitting, parted, split, whole_sentences, write_rows
 from plumbline.data.dataset import read_preferences, read_prompts
 from plumbline.records import Message, Prompt
 
@@ -42,6 +42,17 @@ def test_a_row_goes_where_it_went_whatever_else_there_is() -> None:
     assert split(shuffled) == split(ROWS)
     some = split([row for row in ROWS if row.id.endswith("-1")])
     assert {row.id for row in some.train} <= {row.id for row in split(ROWS).train}
+
+
+def test_no_conversation_is_both_tuned_on_and_judged_on() -> None:
+    rows = split(ROWS).heldout
+    longer = 0
+    for at in range(len(rows) + 1):
+        tuned, judged = parted(rows, at)
+        assert [*tuned, *judged] == rows and at <= len(tuned) <= at + 2
+        assert not conversations(tuned) & conversations(judged)
+        longer += len(tuned) > at
+    assert longer > 10
 
 
 def test_prompts_have_the_chosen_answer_as_their_target_and_no_preference(tmp_path: Path) -> None:

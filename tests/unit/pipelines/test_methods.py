@@ -163,6 +163,31 @@ def test_a_pipeline_asks_its_own_learner_where_that_answers(tmp_path: Path) -> N
     assert [row["margin"] for row in roll(method).rows] == [2.0]
 
 
+@pytest.mark.parametrize(("name", "same"), [("dlma", True), ("other", False)])
+def test_pipelines_that_draw_as_one_ask_the_same_prompts_by_the_same_seeds(
+    tmp_path: Path, name: str, same: bool
+) -> None:
+    def drawn(section: dict[str, Any]) -> tuple[list[str], set[int]]:
+        seeds: set[int] = set()
+
+        def answer(request: GenerateRequest) -> list[str]:
+            seeds.add(request.seed)
+            return [TARGET]
+
+        method = DlmaMethod(
+            context(tmp_path / section["name"], section, answer, count=8, reference=contrast([1.0] * 8)),
+            section_of(section),
+        )
+        roll(method)
+        return [prompt.id for prompt in method._draw(1)], seeds
+
+    plain = {"type": "dlma", "generation": {"max_tokens": 16}}
+    first = drawn({**plain, "name": "dlma"})
+    second = drawn({**plain, "name": "copy", "draws_as": name})
+    assert len(first[1]) == 16
+    assert (first == second) is same
+
+
 def test_dlma_keeps_pairs_with_their_margin_and_says_why_not(tmp_path: Path) -> None:
     section = {"type": "dlma", "generation": {"max_tokens": 16}, "contrast": {"preset": "helpful"}}
     run = context(tmp_path, section, dlma_answers, count=5)

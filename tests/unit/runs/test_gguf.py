@@ -1,7 +1,10 @@
 """GGUF files as models, with real files: what is made of one is the model, and what is none is one line."""
 
 import json
+import resource
 import shutil
+import sys
+import threading
 import zipfile
 from dataclasses import replace
 from hashlib import sha256
@@ -18,8 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from cli.main import main
 from plumbline.config.file import parse_config
 from plumbline.data.tokenizer import TEMPLATES, load_tokenizer
-from plumbline.errors import ModelError
-from plumbline.models.gguf import check_tokenizer, header
+from plumbline.errors import DiskError, ModelError
+from plumbline.models.gguf import MADE, check_tokenizer, header
 from plumbline.runs import gguf as ours
 from plumbline.runs.gguf import made_directory, made_from
 from plumbline.runs.hub import fetched, named_model
@@ -187,6 +190,145 @@ def test_what_is_no_such_file_is_one_line(file: Path, tmp_path: Path, capsys: py
         assert "\n" not in str(caught.value)
     assert main(["fetch", "gpt5"]) == 2
     assert "gpt5: nothing that can be fetched; there are smollm2" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_one_line(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    (tmp_path / "broken.gguf").symlink_to("/proc/self/mem")  # opens, and has nothing at its start
+    with pytest.raises(ModelError) as caught:
+        made_directory(str(tmp_path / "broken.gguf"), "model.path")
+    assert str(caught.value) == (
+        f"model.path: {tmp_path}/broken.gguf: cannot be read (Input/output error); make it readable"
+    )
+
+    def closed(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch, pytest.raises(ModelError) as caught:
+        patch.setattr(Path, "open", closed)  # root may read whatever its mode says
+        made_directory(str(file), "model.path")
+    assert str(caught.value) == f"model.path: {file}: cannot be read (Permission denied); make it readable"
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [
+        ("cache", "Not a directory"),
+        ("cache/plumbline", "Not a directory"),
+        ("cache/plumbline/gguf", "File exists"),
+    ],
+)
+def test_a_cache_that_cannot_be_made_is_one_line(
+    file: Path, tmp_path: Path, cache: Path, taken: str, reason: str
+) -> None:
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).write_text("")
+    with pytest.raises(DiskError) as caught:
+        made_directory(str(file), "model.path")
+    assert str(caught.value) == (
+        f"{cache}/gguf: cannot be made ({reason}); let XDG_CACHE_HOME name a directory that can be written"
+    )
+
+
+def test_what_was_fetched_to_no_directory_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    (tmp_path / "cache").write_text("")
+    assert main(["fetch", "smollm2"]) == 1
+    told = "cannot be made (Not a directory); let XDG_CACHE_HOME name a directory that can be written"
+    assert capsys.readouterr().err == f"plumbline: {cache}/fetched: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "how"), [("kill -9 $$", "signal 9, Killed"), ("exit 1", "exit code 1"), ("exit 137", "exit code 137")]
+)
+def test_a_process_that_was_ended_is_told_as_such(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, how: str
+) -> None:
+    """By the kernel where memory runs out, with a bar of progress as its last line."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho 'Loading weights:  40%|####    | 8/20' >&2\n{end}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ModelError) as caught:
+        made_directory(str(file), "model.path")
+    assert str(caught.value) == (
+        f"model.path: {file}: the process that makes safetensors of it was ended ({how}); it needs the whole model in "
+        "memory: free some, or give the model that it was made from, in safetensors"
+    )
+
+
+def test_a_full_disk_is_told_as_such(file: Path, cache: Path) -> None:
+    """A limit on what the process may write, which fails as a full disk does, in safetensors' library in Rust."""
+    directory = cache / "gguf" / sha256(file.read_bytes()).hexdigest()[:32]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(DiskError) as caught:
+            made_directory(str(file), "model.path")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value) == (
+        f"{directory}: cannot be written: files may not become that large there (File too large); all steps that are "
+        "done are saved"
+    )
+    assert [path.name for path in directory.parent.iterdir()] == [f".{directory.name}.lock"]
+
+
+def test_what_cannot_be_written_for_another_reason_is_one_line(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process's own exit code and line, and what is made of them."""
+    from plumbline.models import gguf as theirs
+
+    def convert(*_: object) -> None:
+        raise RuntimeError("shapes differ\nmore of it")
+
+    monkeypatch.setattr(theirs, "convert", convert)
+    monkeypatch.setattr(sys, "argv", ["gguf", str(file), str(tmp_path / "made")])
+    assert theirs.main() == 3
+    said = f"{file}: cannot be made into safetensors (RuntimeError: shapes differ)"
+    assert capsys.readouterr().err == f"{said}\n"
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho 'a warning' >&2\necho '{said}' >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ModelError) as caught:
+        made_directory(str(file), "model.path")
+    assert str(caught.value) == f"model.path: {said}"
+
+
+def test_what_was_made_is_read_from_a_cache_that_may_not_be_written(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anything locked there: a directory in the lock's place stands for a cache that is read-only."""
+    directory = cache / "gguf" / sha256(file.read_bytes()).hexdigest()[:32]
+    directory.mkdir(parents=True)
+    (directory.parent / f".{directory.name}.lock").mkdir()
+    with pytest.raises(DiskError, match="cannot be written: a directory has its name"):
+        made_directory(str(file), "model.path")
+    (directory / MADE).write_text("{}")
+    assert made_directory(str(file), "model.path") == str(directory)
+
+
+def test_two_that_want_the_same_make_it_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, found = [], []
+    second = threading.Thread(target=lambda: found.append(made_directory(str(file), "second")))
+
+    def make(file: Path, directory: Path, key: str) -> None:
+        made.append(key)
+        if key == "first":
+            second.start()
+            second.join(0.5)  # it has looked, and waits for the lock
+            directory.mkdir()
+            (directory / MADE).write_text("{}")
+
+    monkeypatch.setattr(ours, "_make", make)
+    first = made_directory(str(file), "first")
+    second.join(30)
+    assert made == ["first"] and found == [first]
 
 
 def test_a_tokenizer_that_differs_is_refused(

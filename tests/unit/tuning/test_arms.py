@@ -1,5 +1,6 @@
 """Which arms there are, and the config that runs them side by side."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from plumbline.tuning.arms import (
     Tuned,
     TuningData,
     arms_of,
+    base_config,
     check_over,
     draw_config,
     draws,
@@ -157,7 +159,7 @@ def test_what_is_drawn_for_all_arms_has_what_draws_and_they_have_what_learns() -
     read = config({"type": "self_contrast", **drawing, **learning}, embedder={"path": "e"})
     section = tuned(read)
     assert draws(section)
-    drawn = draw_config(read, section, 4, None)
+    drawn = draw_config(read, section, 4, DATA, None)
     assert [one.model_dump(exclude_unset=True) for one in drawn.pipelines] == [
         {"type": "self_contrast", **drawing, "steps": 4, "train": False}
     ]
@@ -169,9 +171,45 @@ def test_what_is_drawn_for_all_arms_has_what_draws_and_they_have_what_learns() -
         assert given["pairs"] == {"path": "/t/pairs"} and given["beta"] == 0.2 and given["negatives"] == 2
         assert not {"samples", "keep", "generation"} & set(given)
     both = config({"type": "self_contrast", **drawing}, {"type": "dlma"}, embedder={"path": "e"})
-    assert draw_config(both, tuned(both, 1), 4, None).embedder is None
+    assert draw_config(both, tuned(both, 1), 4, DATA, None).embedder is None
     assert not draws(tuned(config({"type": "dlma", "pairs": {"path": "p"}})))
     assert not draws(tuned(config({"type": "ple"})))
+    assert not draws(tuned(config({"type": "dlma", "learner": {"quantize": "nf4"}}))), "no learner, no quantised π0"
+
+
+def test_all_arms_draw_the_same_prompts_by_the_same_seeds() -> None:
+    assert {one.draws_as for one in of_rung(config({"type": "ple"})).methods} == {"ple"}
+    assert {one.draws_as for one in of_rung(config({"type": "ple", "draws_as": "raft"})).methods} == {"raft"}
+
+
+def test_no_learner_is_asked_for_log_probs_where_pairs_are_only_drawn() -> None:
+    read = config({"type": "dlma"}, fleet={"reference": {"replicas": "learner"}})
+    made = draw_config(read, tuned(read), 4, DATA, None)
+    assert made.fleet.reference.replicas == "auto"
+    assert of_rung(read).fleet.reference.replicas == "learner"
+
+
+def test_rows_that_are_judged_on_are_learnt_from_by_no_run() -> None:
+    aside = replace(DATA, aside=True)
+    read = config({"type": "dlma"}, sft={})
+    section = tuned(read)
+    runs = [
+        base_config(read, aside),
+        draw_config(read, section, 4, aside, None),
+        rung_config(read, section, arms_of(section, {}), 4, 16, aside, None),
+    ]
+    assert [run.data.train.path for run in runs] == ["/t/train.jsonl"] * 3
+    assert of_rung(read).data.train.path == "t.jsonl"
+
+
+def test_of_the_hub_only_what_a_rung_still_has_keeps_its_commit() -> None:
+    commits = {"org/m@v1": "a" * 40, "org/e": "b" * 40}
+    model = {"path": "org/m", "revision": "v1"}
+    read = config({"type": "ple"}, {"type": "self_contrast"}, model=model, embedder={"path": "org/e"}, commits=commits)
+    assert of_rung(read).commits == {"org/m@v1": "a" * 40}
+    assert of_rung(read, 1).commits == commits
+    made = of_rung(read, base="/t/base/policies/sft/v000001")
+    assert (made.model.revision, made.commits) == (None, {})
 
 
 def test_an_sft_is_cut_from_a_shuffled_file_and_has_generators_beside_it() -> None:
@@ -183,12 +221,16 @@ def test_an_sft_is_cut_from_a_shuffled_file_and_has_generators_beside_it() -> No
     assert [p.name for p in made.served if p.name != GENERATES] == [f"sft-lr-{shown(r)}" for r in rates(1e-4)]
 
 
-def test_later_rungs_start_from_the_base_that_the_first_one_made() -> None:
-    read = config({"type": "ple"}, model={"init": {"model_type": "llama"}, "tokenizer": "k"}, sft={})
-    assert of_rung(read).sft is not None
-    made = of_rung(read, base="/t/ple/rung-0/policies/sft/v000001")
+def test_all_rungs_start_from_the_base_that_a_run_of_its_own_made() -> None:
+    model = {"init": {"model_type": "llama"}, "tokenizer": "k"}
+    read = config({"type": "self_contrast"}, model=model, embedder={"path": "e"}, sft={"epochs": 2})
+    first = base_config(read, DATA)
+    assert first.sft == read.sft and first.data.train == read.data.train
+    assert first.evaluation is None and first.embedder is None
+    assert [one.name for one in first.pipelines] == [GENERATES] and not first.pipelines[0].trains
+    made = of_rung(read, base="/t/base/policies/sft/v000001")
     assert made.sft is None
-    assert made.model.path == "/t/ple/rung-0/policies/sft/v000001" and made.model.init is None
+    assert made.model.path == "/t/base/policies/sft/v000001" and made.model.init is None
 
 
 def test_a_value_out_of_its_bounds_is_told_by_its_key() -> None:
@@ -210,7 +252,7 @@ def test_every_shipped_config_that_can_be_judged_has_rungs() -> None:
         for read, section in sections
     ]
     assert len(made) > len(judged) > 3
-    assert [draw_config(read, section, 4, None) for read, section in sections if draws(section)]
+    assert [draw_config(read, section, 4, DATA, None) for read, section in sections if draws(section)]
 
 
 def test_what_was_found_stands_in_the_config_and_nothing_else_changes() -> None:

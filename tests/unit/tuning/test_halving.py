@@ -71,6 +71,13 @@ def test_bounds_are_factors_of_what_the_base_has(figures: dict[str, Any], said: 
     assert fault(row(1.0, **figures), BASE, Bounds()) == said
 
 
+def test_a_base_that_writes_single_words_puts_no_arm_out() -> None:
+    base = {**BASE, "distinct-2": 0.0}
+    assert fault(row(1.0, **{"distinct-2": 0.0}), base, Bounds()) == ""
+    assert fault(row(1.0, **{"distinct-2": 0.9}), base, Bounds()) == ""
+    assert fault(row(1.0, **{"distinct-2": math.nan}), base, Bounds()) == "distinct-2 nan, above inf"
+
+
 def test_bounds_may_be_wider() -> None:
     wide = Bounds(max_ppl_rise=9, max_base_ppl=9, length=(0, 9), min_distinct=0)
     assert left({1: row(1.0, PPL=99.0, tokens=1.0), 2: row(0.0)}, wide) == [1]
@@ -95,6 +102,12 @@ def test_what_is_left_is_shared_by_the_rungs_that_are_left() -> None:
     """Of 600 s 100 are gone: 250 a rung, 20 of them for start and evaluation. 4 of 8 arms take 5 s a step."""
     assert next_steps([spent(8, 8, 100, 10)], 4, 1000, 600) == 46
     assert next_steps([spent(8, 8, 100, 10)], 4, 40, 600) == 40, "no more than the config has"
+
+
+def test_what_is_drawn_for_all_arms_takes_as_long_for_half_of_them() -> None:
+    """Of 600 s 100 are gone: 250 a rung, 20 of them for start and evaluation. 4 of 8 arms take 4 + 2 s a step."""
+    drawing = Spent(steps=8, arms=8, seconds=100, per_step=8, drawn_per_step=2)
+    assert next_steps([drawing], 4, 1000, 600) == 38
 
 
 def test_steps_double_where_all_that_is_left_suffices() -> None:

@@ -130,6 +130,25 @@ def test_a_lower_rate_that_is_out_is_not_taken_in_place_of_the_highest(tmp_path:
     assert rate(tuned(tmp_path / "tune", runs, budget=30)) == 1e-4
 
 
+def test_where_no_lower_rate_is_sound_the_highest_reward_is_taken_and_that_is_said(tmp_path: Path, runs: Runs) -> None:
+    runs.fate = lambda lr: {"PPL": 99.0} if lr < 1e-3 else None
+    found = tuned(tmp_path / "tune", runs, budget=30)
+    assert rate(found) == 1e-3
+    assert said(found, Bounds(), 30)[2] == (
+        "ple: the budget ended at 8 of 32 steps with 4 arms left: the best is taken, for no lower rate was tried that "
+        "is not out, though fewer steps favour higher rates"
+    )
+
+
+def test_a_rate_that_is_taken_although_it_is_not_above_the_base_is_said(tmp_path: Path, runs: Runs) -> None:
+    runs.fate = lambda lr: None if lr == 1e-3 else {"reward": {"mean": -1.0, "low": -2.0, "high": 0.0, "n": 40}}
+    found = tuned(tmp_path / "tune", runs, budget=30)
+    assert rate(found) == 3.2e-4
+    assert said(found, Bounds(), 30)[3] == (
+        "ple: at 8 steps its reward is not above π0's; more steps would show whether it rises"
+    )
+
+
 def test_an_interrupted_rung_is_the_only_one_that_is_run_again(tmp_path: Path, runs: Runs) -> None:
     runs.interrupt = "ple/rung-1"
     with pytest.raises(KeyboardInterrupt):
@@ -248,7 +267,32 @@ def test_what_all_arms_would_draw_is_drawn_once_for_each_rung(tmp_path: Path, ru
     assert learnt["drawn-0"] == [None]
     assert learnt["rung-0"] == [str(tmp_path / "tune/dlma/drawn-0/pairs/dlma")] * 7
     assert found.seconds == runs.clock - 1000, "drawing is part of the budget"
+    assert (found.rungs[0].per_step, found.rungs[0].drawn_per_step) == (7 * STEP_S, STEP_S)
     assert rate(found) == 1e-3
+
+
+def test_the_base_is_made_once_for_all_pipelines_and_in_no_budget(tmp_path: Path, runs: Runs) -> None:
+    read = config({"type": "ple", "learner": {"lr": 1e-3}}, {"type": "dlma", "learner": {"lr": 1e-3}}, sft={})
+    models: list[tuple[str, str | None]] = []
+
+    def start(run: Config, directory: Path) -> None:
+        if directory.name == "base":
+            runs.clock += 500
+            made = directory / "policies/sft/v000003"
+            made.mkdir(parents=True)
+            (made / "proof.json").touch()
+        else:
+            assert run.sft is None
+            runs(run, directory)
+        models.append((directory.name, run.model.path))
+
+    first = tuned(tmp_path / "tune", start, 30, read)
+    second = tuned(tmp_path / "tune", start, 30, read, "dlma")
+    made = str(tmp_path / "tune/base/policies/sft/v000003")
+    assert models == [("base", "m"), ("rung-0", made), ("drawn-0", made), ("rung-0", made)]
+    assert first.seconds + second.seconds == runs.clock - 1000 - 500
+    with pytest.raises(ConfigError, match="holds another config"):
+        open_ledger(tmp_path / "tune", read.model_copy(update={"seed": 1}), {"budget": 30})
 
 
 def test_only_the_same_tuning_goes_on_in_a_directory(tmp_path: Path, runs: Runs) -> None:
