@@ -22,7 +22,8 @@ def demand(config: Config, *, most: bool = False) -> Counter[str]:
         generator = config.fleet.generator
         total += _held(bounds(config.serve.replicas)[at], generator.cpus, generator.gpus, config.serve.resources)
     for one in config.pipelines:
-        total += _workers(one.learner, at)
+        if one.trains:
+            total += _workers(one.learner, at)
     if config.sft:  # the fleet starts beside it only where that costs no more room (`beside_sft`)
         total |= _workers(config.sft.learner, at)
     return total

@@ -117,7 +117,11 @@ def roles_of(config: Config, sizes: Sizes, width: int, part: Part, *, cuda: bool
     """All but engines, in the order in which a run starts them: what is small first, then the learners."""
     roles = [*_small(config, sizes, width, part, cuda=cuda)]
     if part == "run":
-        roles += [learner_of(p, ("pipelines", i), sizes, width, cuda=cuda) for i, p in enumerate(config.pipelines)]
+        roles += [
+            learner_of(p, ("pipelines", i), sizes, width, cuda=cuda)
+            for i, p in enumerate(config.pipelines)
+            if p.trains
+        ]
     return roles
 
 

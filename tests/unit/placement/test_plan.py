@@ -288,6 +288,15 @@ def test_what_only_makes_parts_leaves_its_processors_and_no_room_for_adapters_to
     assert engine_spec(taught, "base", "float32", "cpu", versions=2).max_adapters == 2
 
 
+@pytest.mark.parametrize("cards", [0, 1])
+def test_what_only_makes_parts_has_no_learner_that_is_given_room(cards: int) -> None:
+    made = plan_of(config_of([{"type": "raft", "train": False}]), machine_of(cards, cpus=2), SMALL)
+    assert not [row for row in made.rows if "learner" in row.role]
+    asked = demand(made.config)
+    assert asked["CPU"] == planned(made.config.fleet.generator.cpus)
+    assert asked["GPU"] == planned(made.config.fleet.generator.gpus) + planned(made.config.fleet.scorer.gpus)
+
+
 def test_a_cluster_without_a_gpu_yet_is_asked_for_whole_ones() -> None:
     config = config_of(fleet={"generator": {"gpus": 1}})
     plan = plan_of(config, machine_of(0, 0, cluster=True), SEVEN)
