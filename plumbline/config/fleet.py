@@ -56,8 +56,8 @@ class ReferenceFleet(Section):
 
     replicas: Annotated[Literal["auto", "learner"] | Count, BeforeValidator(_copies)] = Field(
         default="auto",
-        description="copies of the model; learner: none, each pipeline's learner answers, by its model without the "
-        "adapter; auto: that where all have GPUs of one machine and `lora`, else 1",
+        description="copies of π0; learner: none, each pipeline's learner answers with its adapter switched off; auto: "
+        "learner where all learners train LoRA on GPUs of one machine, else 1",
     )
     cpus: Cpus = Field(default="auto", description="threads; they share the machine, as Ray resources they count 0")
     gpus: Gpus = Field(default="auto", description="of a replica, a share of one where it is below 1")
