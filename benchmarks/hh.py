@@ -24,7 +24,7 @@ from pathlib import Path
 
 from hh_data import balanced, first_fitting, parted, split, whole_sentences, write_rows
 from hh_tables import figures_of, heldout_of, pairs_of, read_counts, report
-from worlds import install_minilm, run_config, tuned
+from worlds import ending, install_minilm, make_directory, run_config, tuned
 
 from plumbline.config.file import load_config
 from plumbline.config.pipelines import MethodBase, Preference, RewardModel, SelfContrast
@@ -34,10 +34,12 @@ from plumbline.data.dataset import read_preferences, read_prompts
 from plumbline.data.ending import encode_response
 from plumbline.data.prompting import render, steerings
 from plumbline.data.tokenizer import load_tokenizer
-from plumbline.errors import DataError, PlumblineError, RunError, UserError
+from plumbline.errors import DataError, RunError
 from plumbline.records import Prompt
+from plumbline.runs.disk import write_text
 from plumbline.runs.gguf import PACKAGED
 from plumbline.runs.hub import named_model
+from plumbline.tuning.halving import parse_budget
 
 CONFIGS = Path("configs/hh")
 RUNS = ("dlma", "margins", "negatives", "fewer", "keep")
@@ -190,11 +192,12 @@ def prepare(options: argparse.Namespace, size: Size, model: str) -> None:
         raise DataError(f"{options.xstest}: a row's `label` should be safe or unsafe, and rows of both should fit")
     if empty := [name for name, some in kept.items() if not some]:
         raise DataError(f"{options.hh}: no row that fits is left for {empty[0]}; give more rows, or shorter ones")
+    make_directory(data)
     for name, some in kept.items():
         write_rows(data / f"{name}.jsonl", some)
     write_rows(data / "heldout.jsonl", [*kept["heldout_hh"], *kept["xstest"]])
     counts = {"rows": len(rows), **{name: len(some) for name, some in kept.items()}}
-    (data / "counts.json").write_text(json.dumps({"of": asked, **counts}), "utf-8")
+    write_text(data / "counts.json", json.dumps({"of": asked, **counts}))
 
 
 def distil(out: Path, seed: int) -> None:
@@ -229,13 +232,13 @@ def run_rows(out: Path, name: str, seed: int, given: Sequence[str], budget: str 
 
 def theory(size: Size, out: Path, seed: int, model: str) -> str:
     """What `plumbline theory` says of the model and the pairs of m = 8, once."""
-    told = out / f"theory-{seed}.txt"
-    if not told.exists():
+    kept = out / f"theory-{seed}.txt"
+    if not kept.exists():
         command = [sys.executable, "-m", "cli", "theory", model, str(out / f"negatives-{seed}/pairs/m-8")]
         longest = load_config(out / f"negatives-{seed}/config.yaml").model.max_len
         command += ["--prompts", str(size.theory), "--max-len", str(longest)]
-        told.write_text(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout, "utf-8")
-    return told.read_text("utf-8")
+        kept.write_text(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout, "utf-8")
+    return kept.read_text("utf-8")
 
 
 def main() -> None:
@@ -249,13 +252,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/hh"), help="of one size, one model and one data set")
     options = parser.parse_args()
     options.out = options.out.absolute()
-    try:
+    with ending("hh"):
+        if options.tune:
+            parse_budget(options.tune)
         print(benchmark(options, SIZES[options.size]))
-    except PlumblineError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except subprocess.CalledProcessError as error:  # it has said why
-        sys.exit(error.returncode)
 
 
 def benchmark(options: argparse.Namespace, size: Size) -> str:

@@ -28,6 +28,7 @@ from refusals import refusals, share
 from worlds import comparison, events, interval, rewards, table
 
 from plumbline.data.dataset import read_prompts
+from plumbline.errors import DataError
 from plumbline.methods.evaluation import Interval, reward_win_rate
 from plumbline.runs.evaluated import prompt_key, read_answers
 
@@ -92,8 +93,14 @@ def pairs_of(directory: Path, name: str) -> list[Row]:
 
 
 def read_counts(data: Path) -> dict[str, Any]:
-    """How many rows each file of the benchmark's directory of data has, and what it was made of."""
-    return json.loads((data / "counts.json").read_text("utf-8"))
+    """How many rows each file of the benchmark's directory of data has, and what it was made of. Raises DataError."""
+    path = data / "counts.json"
+    try:
+        counts = json.loads(path.read_text("utf-8"))
+        counts["of"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise DataError(f"{path}: is damaged; remove {data}, or give another --out") from None
+    return counts
 
 
 def heldout_of(data: Path) -> Heldout:

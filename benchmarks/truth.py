@@ -9,16 +9,15 @@ over all prompts of all worlds. What is finished is not run again. Prints Markdo
 
 import argparse
 import math
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from worlds import comparison, in_world, interval, rewards, run_config, table, tuned
+from worlds import comparison, ending, in_world, interval, rewards, run_config, table, tuned
 
 from plumbline.config.file import load_config
 from plumbline.methods.evaluation import paired_interval
+from plumbline.tuning.halving import parse_budget
 
 CONFIG = Path("configs/truth.yaml")
 TRUE = ("dpo", "sft")
@@ -46,11 +45,10 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.absolute()
     tune = out / f"tune-{options.budget}-{options.seeds[0]}"
-    try:
+    with ending("truth"):
+        parse_budget(options.budget)
         found = tuned(CONFIG, tune, in_world(CONFIG, out, options.seeds[0]), options.budget)
         runs = [run_config(found, out / f"{tune.name}-of-{seed}", in_world(found, out, seed)) for seed in options.seeds]
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"truth: {' '.join(error.cmd[:5])} ended with {error.returncode}; the same command goes on from there")
     names = [one.name for one in load_config(found).pipelines]
     rates = ", ".join(f"{one.name} {one.learner.lr:g}" for one in load_config(found).pipelines)
     print(f"Rates found in the world of seed {options.seeds[0]}, {options.budget} each: {rates}.\n")

@@ -3,15 +3,41 @@ leave, and finished ones are not run again."""
 
 import json
 import math
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from plumbline.config.file import load_config
+from plumbline.errors import PlumblineError, UserError
 
 HELDOUT = 512  # prompts that every version is compared on
+
+
+@contextmanager
+def ending(name: str) -> Iterator[None]:
+    """Around a benchmark: an error is one line and an exit code, 2 where what was given cannot be used."""
+    try:
+        yield
+    except PlumblineError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except subprocess.CalledProcessError as error:
+        if error.returncode == 2:  # it has said what cannot be used
+            sys.exit(2)
+        command = shlex.join(map(str, error.cmd))
+        sys.exit(f"{name}: {command} ended with {error.returncode}; the same command goes on from there")
+
+
+def make_directory(directory: Path) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made ({error.strerror}); give another --out") from None
 
 
 def make_world(directory: Path, seed: int) -> Path:

@@ -63,14 +63,16 @@ def init_command(options: argparse.Namespace) -> int:
     model = options.model or _answer("--model", "Model (a directory or hub name): ")
     data = options.data or _answer("--data", "Data (prompts, targets or preferences): ")
     quality = options.quality
-    if sys.stdin.isatty() and not (options.model and options.data) and quality is None:
-        quality = _typed("What should answers become, in a sentence (or nothing)? ")
+    asks = quality is None and options.method in (None, "ple", "dlma")  # which read it
+    if asks and sys.stdin.isatty() and not (options.model and options.data):
+        said = "nothing, where targets or pairs in the data say it"
+        quality = _typed(f"What should answers become, in a sentence ({said})? ") or None
     asked = Asked(
         model=model,
         data=data,
         heldout=options.heldout,
         method=options.method,
-        quality=(quality or "").strip() or None,
+        quality=quality and quality.strip(),
         reward=options.reward,
         embedder=options.embedder,
     )

@@ -141,7 +141,10 @@ def _check(config: "Config", origin: str) -> None:
     """Raises ConfigError where arms could not be judged."""
     there = {"reward": config.reward, "evaluation": config.evaluation, "data.heldout": config.data.heldout}
     if missing := [f"`{key}`" for key, value in there.items() if value is None]:
-        raise ConfigError(f"{origin}: to tune, it needs {' and '.join(missing)}: arms are judged by held-out reward")
+        raise ConfigError(
+            f"{origin}: to tune, it needs {' and '.join(missing)}: arms are judged by held-out reward; `plumbline init "
+            "--reward --heldout FILE` writes all three"
+        )
 
 
 def _start(config: "Config", directory: Path) -> None:

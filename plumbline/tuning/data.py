@@ -44,7 +44,7 @@ def set_aside(config: Config, rows: Rows, sections: Sequence[Tuned], wanted: int
         )
         raise ConfigError(
             f"{config.data.heldout.path}: evaluation.prompts leaves {len(rest)} of {len(rows.heldout)} rows, tuning "
-            f"asks {least} or more that it does not ({elsewhere}); lower evaluation.prompts, or give more rows"
+            f"asks {least} or more that it does not ({elsewhere}); lower evaluation.prompts or --prompts, or give more"
         )
     known = {prompt_key(prompt) for prompt in taken}
 

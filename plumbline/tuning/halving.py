@@ -47,7 +47,7 @@ class Spent:
 def parse_budget(text: str) -> float:
     """Seconds of ``90s``, ``10m`` or ``1.5h``. Raises UserError."""
     told = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if told is None or not float(told[1]):
+    if told is None or not 0 < float(told[1]) < math.inf:
         raise UserError(f"--budget {text}: should be a time such as 90s, 10m or 1.5h")
     return float(told[1]) * UNITS[told[2]]
 

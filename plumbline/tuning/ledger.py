@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from plumbline.runs.disk import write_text
 from plumbline.tuning.halving import Row, Spent
 
 FILE = "tune.json"
+BASE = "before"
+"""What an evaluation calls π0."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,8 +113,8 @@ def open_ledger(directory: Path, config: Config, options: Mapping[str, Any]) -> 
         return new
     try:
         tree = json.loads(path.read_text("utf-8"))
-        there, kept = tree["config"], tree["options"]
-        rungs = {name: [Rung(**rung) for rung in own] for name, own in tree["rungs"].items()}
+        there, kept = dict(tree["config"]), dict(tree["options"])
+        rungs = {name: [_read(rung) for rung in own] for name, own in tree["rungs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: is damaged; name another directory with --run-dir") from None
     check_same(parse_config(there, str(path)), config, str(directory), again)
@@ -129,3 +132,13 @@ def open_ledger(directory: Path, config: Config, options: Mapping[str, Any]) -> 
                 rung.seconds += max((event.get("time") or 0.0 for event in events), default=rung.since) - rung.since
                 rung.seconds, rung.since = max(0.0, rung.seconds), None
     return ledger
+
+
+def _read(tree: Mapping[str, Any]) -> Rung:
+    """Raises TypeError or ValueError where it is none."""
+    rung = Rung(**tree)
+    if not all(math.isfinite(one) for one in (rung.steps, rung.seconds, rung.since or 0, rung.per_step)):
+        raise ValueError
+    if rung.rows is not None and not {BASE, *rung.arms} <= rung.rows.keys():
+        raise ValueError
+    return rung

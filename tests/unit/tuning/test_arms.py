@@ -59,7 +59,14 @@ def test_seven_rates_half_a_decade_apart_have_the_configs_in_the_middle() -> Non
 
 
 def test_a_number_is_shown_as_short_as_it_reads_back() -> None:
-    for value, text in ((1e-3, "1e-3"), (3.2e-4, "3.2e-4"), (0.05, "0.05"), (1.0, "1"), (1.25e-5, "1.25e-5")):
+    for value, text in (
+        (1e-3, "1e-3"),
+        (3.2e-4, "3.2e-4"),
+        (0.05, "0.05"),
+        (1.0, "1"),
+        (1.25e-5, "1.25e-5"),
+        (1e11, "1e11"),
+    ):
         assert shown(value) == text
         assert float(text) == value
 

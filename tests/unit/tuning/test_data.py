@@ -72,7 +72,7 @@ def test_too_few_of_both_is_one_line(tmp_path: Path) -> None:
         set_aside(read, rows, sections, 128)
     assert str(told.value) == (
         f"{tmp_path / 'h.jsonl'}: evaluation.prompts leaves 6 of 70 rows, tuning asks 32 or more that it does not "
-        "(data.train has 100); lower evaluation.prompts, or give more rows"
+        "(data.train has 100); lower evaluation.prompts or --prompts, or give more"
     )
     assert len(set_aside(read, rows, sections, 20)[0]) == 20, "fewer are asked for"
 

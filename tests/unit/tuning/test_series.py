@@ -302,6 +302,17 @@ def test_only_the_same_tuning_goes_on_in_a_directory(tmp_path: Path, runs: Runs)
         tuned(place, runs, budget=60)
     with pytest.raises(ConfigError, match=r"holds another config \(`seed` is 0 there, 1 here\)"):
         tuned(place, runs, budget=30, read=READ.model_copy(update={"seed": 1}))
+    whole = json.loads((place / "tune.json").read_text())
+    [rung] = whole["rungs"]["ple"]
+    for damaged in (
+        [],
+        {**whole, "options": None},
+        {**whole, "config": "x"},
+        *({**whole, "rungs": {"ple": [{**rung, **part}]}} for part in ({"since": "x"}, {"steps": "a"}, {"rows": {}})),
+    ):
+        (place / "tune.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="is damaged"):
+            tuned(place, runs, budget=30)
     (place / "tune.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         tuned(place, runs, budget=30)
