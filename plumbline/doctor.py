@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from plumbline.config.data import ClassifierReward, ServiceReward, SingleReward
 from plumbline.config.demand import demand, named
-from plumbline.config.hub import at_directories, hub_models
+from plumbline.config.hub import hub_models
 from plumbline.config.pipelines import Dlma, Preference
 from plumbline.config.tree import Config
 from plumbline.data.example import example
@@ -37,8 +37,7 @@ from plumbline.placement.table import text
 from plumbline.records import Message, ScoreRequest
 from plumbline.runs.base import check_merged
 from plumbline.runs.digests import check_digests, digests_of
-from plumbline.runs.gguf import is_gguf, made_directory
-from plumbline.runs.hub import fetched, pinned
+from plumbline.runs.hub import converted, fetched, pinned
 from plumbline.runs.mirror import check_storage
 from plumbline.runs.models import check_base, check_classifier, check_embedder, check_values
 from plumbline.runs.policies import model_path
@@ -136,10 +135,9 @@ def examine(
     kept, tables = config, {"placement": lambda: text(placed.plan.rows) if placed else ""}
     try:
         kept = config = pinned(config, run_dir)
-        if (path := config.model.path) and is_gguf(path):  # before `fetched` does: its errors are none of the hub's
-            looked = "model"
-            config = at_directories(config, {"model.path": made_directory(path, "model.path")})
-            looked = "hub"
+        looked = "model"
+        config = converted(config)
+        looked = "hub"
         config = fetched(config)
     except PlumblineError as error:  # of the run's storage too
         missing = UserError(str(error))

@@ -49,6 +49,14 @@ def pinned(config: Config, run_dir: Path) -> Config:
     return config.model_copy(update={"commits": {one.label: commits[one.label] for one in hub_models(config)}})
 
 
+def converted(config: Config) -> Config:
+    """A config with what a GGUF file is made into in its place. Raises ModelError and DiskError."""
+    path = config.model.path
+    if path is None or not is_gguf(path):
+        return config
+    return at_directories(config, {"model.path": made_directory(path, "model.path")})
+
+
 def fetched(config: Config) -> Config:
     """A pinned config with a directory of the cache in place of every name, downloaded where it is not there whole, and
     of a GGUF file.
@@ -56,10 +64,7 @@ def fetched(config: Config) -> Config:
     Raises:
         ModelError: a model cannot be had.
     """
-    if is_gguf(config.model.path):
-        assert config.model.path is not None
-        made = config.model.model_copy(update={"path": made_directory(config.model.path, "model.path")})
-        config = config.model_copy(update={"model": made})
+    config = converted(config)
     models = hub_models(config)
     return at_directories(config, {one.key: _directory(one, config.commits[one.label]) for one in models})
 

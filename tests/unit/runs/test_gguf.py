@@ -60,6 +60,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def script(directory: Path, lines: str) -> str:
+    """A program in Python's place."""
+    program = directory / "python"
+    program.write_text(f"#!/bin/sh\n{lines}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
 def model(vocabulary: int) -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -249,10 +257,7 @@ def test_a_process_that_was_ended_is_told_as_such(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, how: str
 ) -> None:
     """By the kernel where memory runs out, with a bar of progress as its last line."""
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\necho 'Loading weights:  40%|####    | 8/20' >&2\n{end}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", script(tmp_path, f"echo 'Loading weights:  40%|####    | 8/20' >&2\n{end}"))
     with pytest.raises(ModelError) as caught:
         made_directory(str(file), "model.path")
     assert str(caught.value) == (
@@ -291,10 +296,7 @@ def test_what_cannot_be_written_for_another_reason_is_one_line(
     assert theirs.main() == 3
     said = f"{file}: cannot be made into safetensors (RuntimeError: shapes differ)"
     assert capsys.readouterr().err == f"{said}\n"
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\necho 'a warning' >&2\necho '{said}' >&2\nexit 3\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", script(tmp_path, f"echo 'a warning' >&2\necho '{said}' >&2\nexit 3"))
     with pytest.raises(ModelError) as caught:
         made_directory(str(file), "model.path")
     assert str(caught.value) == f"model.path: {said}"
